@@ -1,0 +1,270 @@
+"""Learnable latent dynamics (Sec 2.1.2): the parameters of Eqs (3)-(4) and the exact marginal p(a_{1:T}) of Eq (10).
+
+`Dynamics` holds delta, u, Sigma_H, Sigma_A, pi, mu_k and Sigma_k as ordinary parameters. Its `positions(T)` is the
+distribution of one object's positions with the states h and the component z integrated out:
+
+    p(a_{1:T}) = sum_k pi_k p(a_{1:T} | z = k)
+
+a `MixtureSameFamily(Categorical(pi), components)`, where the components are either Pyro's `GaussianHMM`
+(`hmm_components`, the model as one would state it) or the dense Gaussian over all 2 T coordinates
+(`dense_components`: the same density, 10 to 20 times faster at T = 30). Both are computed in float64: in float32
+Pyro's GaussianHMM is wrong by nats, silently, when Sigma_H is small.
+
+Departures from the paper: none in the density. Sigma_A is kept above a floor (`DynamicsConfig.position_noise_floor`)
+so that its Cholesky factor exists. Sigma_H, Sigma_A and Sigma_k are full covariances; the paper does not say.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm import LGSSM
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """Starting values of the dynamics; the defaults are those of Sec 3.2. Noises are variances, in latent units."""
+
+    n_components: int = 2
+    """K, the number of ways an object may start."""
+    delta: float = 0.1
+    """Sampling period."""
+    state_noise: float = 1e-3
+    """Sigma_H = state_noise I."""
+    position_noise: float = 1.0
+    """Sigma_A = position_noise I."""
+    start_variance: float = 1.0
+    """Sigma_k = start_variance I."""
+    position_noise_floor: float = 1e-6
+    """Sigma_A never falls below this times I."""
+
+    def __post_init__(self) -> None:
+        if self.n_components < 1:
+            raise ValueError(f"n_components is {self.n_components}; wanted at least 1")
+        for name in ("delta", "state_noise", "start_variance", "position_noise_floor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number above 0, as it is learned on a log scale")
+        if not self.position_noise > self.position_noise_floor:
+            raise ValueError(
+                f"position_noise is {self.position_noise}; wanted more than its floor, {self.position_noise_floor}"
+            )
+
+
+class TrackMixture(dist.MixtureSameFamily):
+    """p(a_{1:T}) of Eq (10): event shape (T, 2), computed in float64 whatever the type of the value.
+
+    A mixture of dense components or of Pyro's GaussianHMM. `log_prob` returns float64.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.to(_exact_dtype(value.device)))
+
+    def component_posterior(self, value: Tensor) -> dist.Categorical:
+        """p(z | a_{1:T}), a Categorical over K, for positions (..., T, 2)."""
+        value = value.to(_exact_dtype(value.device)).unsqueeze(-3)
+        log_joint = self.component_distribution.log_prob(value) + self.mixture_distribution.logits
+        return dist.Categorical(logits=log_joint, validate_args=False)
+
+
+class DenseTracks(TorchDistribution):
+    """Positions (T, 2) with a dense joint Gaussian: what Eq (3) leaves when h is integrated out.
+
+    Args:
+        mean: (K, 2 T) and
+        cov: (K, 2 T, 2 T), the stacked positions' moments (`lgssm.marginal_moments`). One Cholesky factor a component
+            serves every sequence and object, since the covariance does not depend on the data.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(self, mean: Tensor, cov: Tensor, *, batch_shape: torch.Size | None = None) -> None:
+        self._mean, self._L = mean, torch.linalg.cholesky_ex(cov).L
+        self._set_shapes(mean.shape[:-1] if batch_shape is None else batch_shape)
+
+    def _set_shapes(self, batch_shape: torch.Size) -> None:
+        super().__init__(batch_shape, torch.Size((self._mean.shape[-1] // 2, 2)), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DenseTracks":
+        new = object.__new__(type(self))
+        new._mean, new._L = self._mean, self._L  # kept small: they broadcast
+        new._set_shapes(torch.Size(batch_shape))
+        return new
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        variance = self._L.square().sum(-1)
+        return variance.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        identity = torch.eye(self._L.shape[-1], dtype=self._L.dtype, device=self._L.device)
+        whiten = torch.linalg.solve_triangular(self._L, identity, upper=False)  # L^-1, (K, 2T, 2T)
+        log_det = self._L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        white = torch.einsum("...ki,kji->...kj", value.flatten(-2) - self._mean, whiten)
+        return -0.5 * white.square().sum(-1) - log_det - 0.5 * white.shape[-1] * math.log(2 * math.pi)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.batch_shape + self._mean.shape[-1:]
+        noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
+        return (self._mean + torch.einsum("...kj,kij->...ki", noise, self._L)).unflatten(-1, self.event_shape)
+
+
+class StatePath(TorchDistribution):
+    """p(h_{1:T} | z): the states of Eq (5), event shape (T, d), batch shape that of the LGSSM's starts.
+
+    Needs positive definite Sigma_H and Sigma for `log_prob`; sampling needs neither.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(self, lgssm: LGSSM, n_frames: int) -> None:
+        self._lgssm = lgssm
+        super().__init__(lgssm.mu.shape[:-1], torch.Size((n_frames, lgssm.mu.shape[-1])), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        A, _, u, Sigma_H, _, mu, Sigma = self._lgssm
+        h = value.to(A.dtype)
+        start = dist.MultivariateNormal(mu, Sigma, validate_args=False).log_prob(h[..., 0, :])
+        step = dist.MultivariateNormal(h[..., :-1, :] @ A.mT + u, Sigma_H, validate_args=False)
+        return start + step.log_prob(h[..., 1:, :]).sum(-1)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return exact.sample(self._lgssm, self.event_shape[0], tuple(sample_shape))[0]
+
+
+Components = Callable[[LGSSM, int], dist.TorchDistribution]
+"""(LGSSM with a batch of K, T) -> p(a_{1:T} | z = k), batch shape (K,), event shape (T, 2)."""
+
+
+def dense_components(lgssm: LGSSM, n_frames: int) -> DenseTracks:
+    """The components as dense Gaussians: fastest up to a few hundred frames, O(T^3) beyond."""
+    return DenseTracks(*exact.marginal_moments(lgssm, n_frames))
+
+
+def hmm_components(lgssm: LGSSM, n_frames: int) -> dist.GaussianHMM:
+    """The components as Pyro's `GaussianHMM`, O(T) work.
+
+    Pyro's chain starts at h_0 and makes a transition before the first observation, and its matrices act from the
+    right. A dummy h_0 ~ N(0, I), forgotten by a first transition with matrix 0 and noise N(mu_k, Sigma_k), gives h_1
+    exactly the start of Eq (4).
+    """
+    A, B, u, Sigma_H, Sigma_A, mu, Sigma = lgssm
+    K, d = mu.shape
+    dtype, device = A.dtype, A.device
+
+    def normal(loc: Tensor, cov: Tensor) -> dist.MultivariateNormal:
+        return dist.MultivariateNormal(loc, scale_tril=exact.semidefinite_cholesky(cov), validate_args=False)
+
+    rest = (K, n_frames - 1)
+    matrix = torch.cat([torch.zeros(K, 1, d, d, dtype=dtype, device=device), A.mT.expand(*rest, d, d)], 1)
+    noise_mean = torch.cat([mu.unsqueeze(1), u.expand(*rest, d)], 1)
+    noise_cov = torch.cat([Sigma.unsqueeze(1), Sigma_H.expand(*rest, d, d)], 1)
+    return dist.GaussianHMM(
+        initial_dist=normal(torch.zeros(K, d, dtype=dtype, device=device), torch.eye(d, dtype=dtype, device=device)),
+        transition_matrix=matrix,
+        transition_dist=normal(noise_mean, noise_cov),
+        observation_matrix=B.mT,
+        observation_dist=normal(torch.zeros(2, dtype=dtype, device=device), Sigma_A),
+        duration=n_frames,
+        validate_args=False,
+    )
+
+
+class Dynamics(nn.Module):
+    """delta, u, Sigma_H, Sigma_A, pi_k, mu_k, Sigma_k as parameters, started as in Sec 3.2.
+
+    Args:
+        config: starting values. mu_k has standard normal positions (drawn when constructed) and zero velocities; u = 0.
+        components: how p(a_{1:T} | z = k) is represented, `dense_components` or `hmm_components`.
+    """
+
+    def __init__(self, config: DynamicsConfig = DynamicsConfig(), *, components: Components = dense_components) -> None:
+        super().__init__()
+        K = config.n_components
+        self.config, self.components = config, components
+        self.log_delta = nn.Parameter(torch.tensor(config.delta).log())
+        self.u = nn.Parameter(torch.zeros(4))
+        self.log_pi = nn.Parameter(torch.zeros(K))
+        self.mu = nn.Parameter(torch.cat([torch.randn(K, 2), torch.zeros(K, 2)], -1))
+        self.root_Sigma_H = nn.Parameter(_log_root(config.state_noise, 4))
+        self.root_Sigma_A = nn.Parameter(_log_root(config.position_noise - config.position_noise_floor, 2))
+        self.root_Sigma = nn.Parameter(_log_root(config.start_variance, 4).repeat(K, 1, 1))
+
+    @property
+    def delta(self) -> Tensor:
+        """Sampling period, a positive scalar."""
+        return self.log_delta.exp()
+
+    @property
+    def pi(self) -> Tensor:
+        """(K,) component probabilities."""
+        return self.log_pi.softmax(-1)
+
+    def lgssm(self) -> LGSSM:
+        """The parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
+        dtype = _exact_dtype(self.mu.device)
+        I = torch.eye(2, dtype=dtype, device=self.mu.device)
+        O = torch.zeros_like(I)
+        delta = self.log_delta.to(dtype).exp()
+        Sigma_A = _covariance(self.root_Sigma_A.to(dtype)) + self.config.position_noise_floor * I
+        return LGSSM(
+            A=torch.cat([torch.cat([I, delta * I], 1), torch.cat([O, I], 1)]),
+            B=torch.cat([I, O], 1),
+            u=self.u.to(dtype),
+            Sigma_H=_covariance(self.root_Sigma_H.to(dtype)),
+            Sigma_A=Sigma_A,
+            mu=self.mu.to(dtype),
+            Sigma=_covariance(self.root_Sigma.to(dtype)),
+        )
+
+    def positions(self, n_frames: int) -> TrackMixture:
+        """p(a_{1:T}) of one object, Eq (10): batch shape (), event shape (T, 2)."""
+        lgssm = self.lgssm()
+        z = dist.Categorical(logits=self.log_pi.to(lgssm.mu.dtype), validate_args=False)
+        return TrackMixture(z, self.components(lgssm, n_frames), validate_args=False)
+
+    def component_posterior(self, a: Tensor, observed: Tensor | None = None) -> dist.Categorical:
+        """p(z | a) by a Kalman filter a component (Sec 3.4), batch (...), for a (..., T, 2).
+
+        Args:
+            a: positions; observed: (..., T) bool, False where a step is missing.
+        """
+        if observed is not None:
+            observed = observed.unsqueeze(-2)
+        log_likelihood = exact.log_likelihood(self.lgssm(), a.unsqueeze(-3), observed)
+        return dist.Categorical(logits=log_likelihood + self.log_pi.log_softmax(-1), validate_args=False)
+
+
+def select_component(lgssm: LGSSM, k: Tensor) -> LGSSM:
+    """The LGSSM whose starts are those of components ``k`` (...): its mu is (..., 4)."""
+    return lgssm._replace(mu=lgssm.mu[k], Sigma=lgssm.Sigma[k])
+
+
+def _log_root(variance: float, d: int) -> Tensor:
+    """The unconstrained (d, d) matrix that `_covariance` maps to ``variance`` I."""
+    return 0.5 * torch.tensor(variance).log() * torch.eye(d)
+
+
+def _covariance(root: Tensor) -> Tensor:
+    """L L' with L the lower triangle of ``root``, its diagonal exponentiated."""
+    L = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).exp())
+    return L @ L.mT
+
+
+def _exact_dtype(device: torch.device) -> torch.dtype:
+    """float64, but float32 on Apple's GPUs, which have nothing else."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,172 @@
+"""Amortised guides q(a | v): the contract, and the paper's inference network (Sec 2.2.1, Eqs 8-9).
+
+A guide is a `Guide` with one method, `encode`, which maps images to a distribution over the positions of every object.
+The base class makes it a Pyro guide: the plate, the mask of absent objects and the site ``a`` are its business.
+
+`RecurrentGuide` is the paper's: a network with states s_t^n, recurrent over time and over objects (`InferenceRNN`),
+and a *head* that reads the mean and scale of a_t^n from s_t^n. `LinearHead` is Eq (9). `AttentionHead` departs from
+the paper: it adds to the mean the centroid of the white pixels that s_t^n attends to, so that positions start as a
+linear function of the object's place in the image instead of having to be unfolded by learning (docs/decisions.md).
+"""
+
+from abc import ABC, abstractmethod
+from typing import cast
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_pixels.data import check_batch, object_mask
+from pyro_pixels.renderer import init_as_paper
+
+
+class Guide(nn.Module, ABC):
+    """q(a | v). Subclasses implement `encode`; everything else in the library needs nothing more."""
+
+    @abstractmethod
+    def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
+        """The distribution over a: batch shape (B, N), event shape (T, 2), with N = max of ``n_objects``.
+
+        Args:
+            images: (B, T, H, W) float in [0, 1]; any T >= 1.
+            n_objects: (B,) int. What the distribution says of objects that are not there is ignored.
+        """
+
+    def forward(self, images: Tensor, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
+        """The Pyro guide: samples the site ``a`` (B, N, T, 2). Takes the arguments of the model, as Pyro asks."""
+        check_batch(images, n_objects)
+        B, N, T = len(n_objects), int(n_objects.max()), images.shape[1]
+        q_a = self.encode(images.to(torch.get_default_dtype()), n_objects)
+        if q_a.batch_shape != (B, N) or q_a.event_shape != (T, 2):
+            raise ValueError(
+                f"{type(self).__name__}.encode gave batch shape {tuple(q_a.batch_shape)} and event shape "
+                f"{tuple(q_a.event_shape)}; wanted (B, N) = {(B, N)} and (T, 2) = {(T, 2)}; "
+                "`.to_event(2)` moves the last two dimensions of a distribution into its event"
+            )
+        with pyro.plate("sequences", B, dim=-1):
+            return pyro.sample("a", q_a.mask(object_mask(n_objects, N)).to_event(1))
+
+
+class InferenceRNN(nn.Module):
+    """The states s_t^n of Eq (8), recurrent over t and over n.
+
+    s_t^n needs only s_{t-1}^n and s_t^{n-1}, so all cells with the same t + n are computed at once: T + N - 1 steps
+    instead of T N. The products of W with the images are shared by all objects and done for all t before the recursion.
+
+    Args:
+        height, width: of the images.
+        state_size: D.
+        max_objects: the largest N; s_0^n is learned separately for every N up to it (footnote 2).
+    """
+
+    def __init__(self, height: int, width: int, state_size: int = 1024, max_objects: int = 3) -> None:
+        super().__init__()
+        D, P = state_size, height * width
+        self.height, self.width, self.state_size, self.max_objects = height, width, state_size, max_objects
+        # W^beta and W^s, stacked, act on [s_{t-1}^n, s_t^{n-1}, v_t]; here split into the states' and the image's columns.
+        self.from_states = nn.Linear(2 * D, 2 * D)
+        self.from_image = nn.Linear(P, 2 * D, bias=False)
+        self.phi_s0 = nn.Parameter(torch.empty(max_objects, max_objects, D))  # [N - 1, n - 1]
+        std = (D * (2 * D + P)) ** -0.25  # Sec 3.2: variance 1 / sqrt(number of elements of W^beta, and of W^s)
+        nn.init.normal_(self.from_states.weight, std=std)
+        nn.init.normal_(self.from_image.weight, std=std)
+        nn.init.zeros_(self.from_states.bias)
+        nn.init.normal_(self.phi_s0, std=D**-0.25)
+
+    def forward(self, images: Tensor, n_objects: Tensor) -> Tensor:
+        """States s (B, N, T, D).
+
+        Raises:
+            ValueError: if the images have another size, or more objects than ``max_objects``.
+        """
+        check_batch(images, n_objects, (self.height, self.width))
+        B, N, T = len(n_objects), int(n_objects.max()), images.shape[1]
+        if N > self.max_objects:
+            raise ValueError(
+                f"a sequence has {N} objects; this guide was made for at most {self.max_objects}: "
+                "build it with a larger max_objects and train it on such sequences"
+            )
+        from_image = self.from_image(images.flatten(2))  # (B, T, 2D)
+        s = self.phi_s0[n_objects - 1, :N].tanh()  # (B, N, D), the latest state of every object
+        s_previous = torch.zeros_like(s[:, :1])  # s_t^0 = 0
+        cells = []
+        for d in range(T + N - 1):  # the diagonal t + n = d, both from 0
+            first, last = max(0, d - T + 1), min(N - 1, d)
+            s_time = s[:, first : last + 1]  # s_{t-1}^n
+            s_object = torch.cat([s_previous, s], 1)[:, first : last + 1]  # s_t^{n-1}
+            image = from_image[:, d - last : d - first + 1].flip(1)
+            beta, s_hat = (self.from_states(torch.cat([s_time, s_object], -1)) + image).chunk(2, -1)
+            new = s_object + torch.sigmoid(beta) * (torch.tanh(s_hat) - s_object)
+            s = torch.cat([s[:, :first], new, s[:, last + 1 :]], 1)
+            cells.append(new)
+        # Cells are now ordered by diagonal, then by n; put them in order (n, t).
+        place = torch.tensor([(n, d - n) for d in range(T + N - 1) for n in range(max(0, d - T + 1), min(N - 1, d) + 1)])
+        order = (place[:, 0] * T + place[:, 1]).argsort().to(images.device)
+        return torch.cat(cells, 1).index_select(1, order).unflatten(1, (N, T))
+
+
+class LinearHead(nn.Module):
+    """Eq (9): mu = W s + b, log sigma = W' s + b'."""
+
+    def __init__(self, state_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(state_size, 4)
+        init_as_paper(self.linear)
+
+    def forward(self, s: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D)."""
+        mu, log_sigma = self.linear(s).chunk(2, -1)
+        return mu, log_sigma.exp()
+
+
+class AttentionHead(nn.Module):
+    """Adds to Eq (9)'s mean the centroid of the pixels that s_t^n attends to.
+
+    omega = softmax over pixels of (W^omega s_t^n + log v_t), mean = M c(omega) + W s + b, where c(omega) is the
+    omega-weighted mean of pixel coordinates, in [-1, 1].
+
+    Args:
+        scale: M starts as scale I: the size of the image's half-width in latent units.
+        sigma: starting standard deviation of a.
+    """
+
+    def __init__(self, height: int, width: int, state_size: int, *, scale: float = 1.0, sigma: float = 0.1) -> None:
+        super().__init__()
+        self.linear = nn.Linear(state_size, 4)
+        self.to_omega = nn.Linear(state_size, height * width)
+        self.M = nn.Parameter(scale * torch.eye(2))
+        rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        self.register_buffer("grid", torch.stack([columns, rows], -1).flatten(0, 1), persistent=False)  # (P, 2)
+        nn.init.normal_(self.linear.weight, std=1e-3)
+        nn.init.zeros_(self.linear.bias)
+        init_as_paper(self.to_omega)
+        with torch.no_grad():
+            self.linear.bias[2:] = torch.tensor(sigma).log()
+
+    def forward(self, s: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D) and images (B, T, H, W)."""
+        log_v = images.flatten(2).clamp(min=1e-4).log().unsqueeze(1)  # (B, 1, T, P); an empty frame is attended evenly
+        omega = F.softmax(self.to_omega(s) + log_v, -1)
+        mu, log_sigma = self.linear(s).chunk(2, -1)
+        return omega @ cast(Tensor, self.grid) @ self.M.mT + mu, log_sigma.exp()
+
+
+class RecurrentGuide(Guide):
+    """The paper's guide, Eqs (8)-(9): q(a | v) = prod_{n,t} N(a_t^n; mu(s_t^n), sigma^2(s_t^n)).
+
+    Args:
+        rnn: gives s_t^n.
+        head: reads mean and standard deviation from s_t^n; default `LinearHead`, the paper's.
+    """
+
+    def __init__(self, rnn: InferenceRNN, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.rnn = rnn
+        self.head = LinearHead(rnn.state_size) if head is None else head
+
+    def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
+        s = self.rnn(images, n_objects)
+        mu, sigma = self.head(s, images)
+        return dist.Normal(mu, sigma, validate_args=False).to_event(2)
