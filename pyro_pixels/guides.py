@@ -9,6 +9,7 @@ the paper: it adds to the mean the centroid of the white pixels that s_t^n atten
 linear function of the object's place in the image instead of having to be unfolded by learning (docs/decisions.md).
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import cast
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_pixels.data import check_batch, object_mask
+from pyro_pixels.recurrence import recur
 from pyro_pixels.renderer import init_as_paper
 
 
@@ -52,8 +54,7 @@ class Guide(nn.Module, ABC):
 class InferenceRNN(nn.Module):
     """The states s_t^n of Eq (8), recurrent over t and over n.
 
-    s_t^n needs only s_{t-1}^n and s_t^{n-1}, so all cells with the same t + n are computed at once: T + N - 1 steps
-    instead of T N. The products of W with the images are shared by all objects and done for all t before the recursion.
+    The products of W with the images are shared by all objects and done for all t at once; `recur` does the rest.
 
     Args:
         height, width: of the images.
@@ -82,29 +83,17 @@ class InferenceRNN(nn.Module):
             ValueError: if the images have another size, or more objects than ``max_objects``.
         """
         check_batch(images, n_objects, (self.height, self.width))
-        B, N, T = len(n_objects), int(n_objects.max()), images.shape[1]
+        N = int(n_objects.max())
         if N > self.max_objects:
             raise ValueError(
                 f"a sequence has {N} objects; this guide was made for at most {self.max_objects}: "
                 "build it with a larger max_objects and train it on such sequences"
             )
-        from_image = self.from_image(images.flatten(2))  # (B, T, 2D)
-        s = self.phi_s0[n_objects - 1, :N].tanh()  # (B, N, D), the latest state of every object
-        s_previous = torch.zeros_like(s[:, :1])  # s_t^0 = 0
-        cells = []
-        for d in range(T + N - 1):  # the diagonal t + n = d, both from 0
-            first, last = max(0, d - T + 1), min(N - 1, d)
-            s_time = s[:, first : last + 1]  # s_{t-1}^n
-            s_object = torch.cat([s_previous, s], 1)[:, first : last + 1]  # s_t^{n-1}
-            image = from_image[:, d - last : d - first + 1].flip(1)
-            beta, s_hat = (self.from_states(torch.cat([s_time, s_object], -1)) + image).chunk(2, -1)
-            new = s_object + torch.sigmoid(beta) * (torch.tanh(s_hat) - s_object)
-            s = torch.cat([s[:, :first], new, s[:, last + 1 :]], 1)
-            cells.append(new)
-        # Cells are now ordered by diagonal, then by n; put them in order (n, t).
-        place = torch.tensor([(n, d - n) for d in range(T + N - 1) for n in range(max(0, d - T + 1), min(N - 1, d) + 1)])
-        order = (place[:, 0] * T + place[:, 1]).argsort().to(images.device)
-        return torch.cat(cells, 1).index_select(1, order).unflatten(1, (N, T))
+        s_0 = self.phi_s0[n_objects - 1, :N].tanh().transpose(0, 1)  # (N, B, D)
+        reversed_frames = images.flatten(2).transpose(0, 1).flip(0)  # (T, B, P)
+        from_image = F.linear(reversed_frames, self.from_image.weight, self.from_states.bias)
+        W_time, W_object = self.from_states.weight.split(self.state_size, 1)
+        return recur(from_image, s_0, W_time, W_object).permute(2, 0, 1, 3)
 
 
 class LinearHead(nn.Module):
@@ -122,35 +111,50 @@ class LinearHead(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """Adds to Eq (9)'s mean the centroid of the pixels that s_t^n attends to.
+    """Adds to Eq (9)'s mean the centroid of the white pixels that s_t^n attends to.
 
-    omega = softmax over pixels of (W^omega s_t^n + log v_t), mean = M c(omega) + W s + b, where c(omega) is the
-    omega-weighted mean of pixel coordinates, in [-1, 1].
+    omega = softmax over pixels of (log v_t + Phi W^omega s_t^n), mean = M c(omega) + W s_t^n + b, where c(omega) is the
+    omega-weighted mean of pixel coordinates, in [-1, 1], and Phi holds the lowest cosine waves over the image, so that
+    attention varies smoothly from pixel to pixel.
 
     Args:
-        scale: M starts as scale I: the size of the image's half-width in latent units.
-        sigma: starting standard deviation of a.
+        height, width: of the images.
+        state_size: D.
+        scale: M starts as scale I: half the width of the image in latent units.
+        sigma: starting standard deviation of a, in latent units.
+        n_waves: waves along each axis; Phi has n_waves^2 of them.
     """
 
-    def __init__(self, height: int, width: int, state_size: int, *, scale: float = 1.0, sigma: float = 0.1) -> None:
+    def __init__(
+        self, height: int, width: int, state_size: int, *, scale: float = 1.0, sigma: float = 0.1, n_waves: int = 8
+    ) -> None:
         super().__init__()
         self.linear = nn.Linear(state_size, 4)
-        self.to_omega = nn.Linear(state_size, height * width)
+        self.to_omega = nn.Linear(state_size, n_waves**2)
         self.M = nn.Parameter(scale * torch.eye(2))
-        rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-        self.register_buffer("grid", torch.stack([columns, rows], -1).flatten(0, 1), persistent=False)  # (P, 2)
-        nn.init.normal_(self.linear.weight, std=1e-3)
-        nn.init.zeros_(self.linear.bias)
-        init_as_paper(self.to_omega)
+        rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+        grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1)  # (H, W, 2): column, row
+        waves = torch.arange(n_waves) * torch.pi / 2
+        row_waves, column_waves = ((waves * (x[:, None] + 1)).cos() for x in (rows, columns))
+        Phi = (row_waves[:, None, :, None] * column_waves[:, None, :]).flatten(2)  # (H, W, n_waves^2)
+        self.register_buffer("grid", grid.flatten(0, 1), persistent=False)
+        self.register_buffer("Phi", Phi.flatten(0, 1), persistent=False)
+        for layer in (self.linear, self.to_omega):  # starts as the centroid of all white pixels
+            nn.init.normal_(layer.weight, std=1e-3)
+            nn.init.zeros_(layer.bias)
         with torch.no_grad():
-            self.linear.bias[2:] = torch.tensor(sigma).log()
+            self.linear.bias[2:] = math.log(sigma)
 
     def forward(self, s: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D) and images (B, T, H, W)."""
-        log_v = images.flatten(2).clamp(min=1e-4).log().unsqueeze(1)  # (B, 1, T, P); an empty frame is attended evenly
-        omega = F.softmax(self.to_omega(s) + log_v, -1)
+        v = images.flatten(2)
+        v_white, pixel = v.topk(max(1, int((v > 0).sum(-1).max())))  # (B, T, k): black pixels have no weight anyway
+        seen = (v_white[..., :1] > 0).unsqueeze(1)  # (B, 1, T, 1): in an empty frame the centroid is the centre, 0
+        Phi, grid = cast(Tensor, self.Phi)[pixel], cast(Tensor, self.grid)[pixel]  # (B, T, k, n_waves^2), (B, T, k, 2)
+        logits = torch.einsum("bntw,btkw->bntk", self.to_omega(s), Phi) + v_white.clamp(min=1e-30).log().unsqueeze(1)
+        centroid = torch.einsum("bntk,btkc->bntc", logits.softmax(-1), grid) * seen
         mu, log_sigma = self.linear(s).chunk(2, -1)
-        return omega @ cast(Tensor, self.grid) @ self.M.mT + mu, log_sigma.exp()
+        return centroid @ self.M.mT + mu, log_sigma.exp()
 
 
 class RecurrentGuide(Guide):

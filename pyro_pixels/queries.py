@@ -1,0 +1,236 @@
+"""Asking a trained model (Secs 3.3-3.5): where are the objects, where will they be, what happened in between.
+
+Every query needs a model, any guide that keeps the contract, and images; none trains anything. Means follow the paper's
+procedure to the letter; samples propagate all the uncertainty there is, of q(a | v), of the component z and of the
+states h. Given positions a, everything about h and z is exact.
+
+Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; positions are latent, float64.
+"""
+
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels.data import check_batch, object_mask
+from pyro_pixels.dynamics import Dynamics, select_component
+from pyro_pixels.guides import Guide
+from pyro_pixels.lgssm import Gaussians
+from pyro_pixels.model import PixelModel
+
+MOMENT_SAMPLES = 256  # for guides whose distribution has no closed-form mean or variance
+
+
+class Inference(NamedTuple):
+    """q(a | v): where the objects are."""
+
+    mean: Tensor  # (B, N, T, 2)
+    std: Tensor  # (B, N, T, 2)
+    samples: Tensor | None  # (S, B, N, T, 2)
+
+
+class States(NamedTuple):
+    """p(h | a) and p(z | a): positions and velocities given positions, exact."""
+
+    mean: Tensor  # (..., T, 4), E[h_t | a], components averaged out
+    cov: Tensor  # (..., T, 4, 4)
+    p_z: Tensor  # (..., K)
+
+
+class Prediction(NamedTuple):
+    """Positions and images at all T frames, seen or not."""
+
+    mean: Tensor  # (B, N, T, 2): inferred where the frame was seen, predicted where not
+    cov: Tensor  # (B, N, T, 2, 2): of a_t, Sigma_A included
+    images: Tensor  # (B, T, H, W) pixel probabilities, rendered from the means
+    observed: Tensor  # (T,) bool, which frames were seen
+    component: Tensor  # (B, N), k* = argmax_k p(z = k | a)
+    samples: Tensor | None  # (S, B, N, T, 2)
+    sample_images: Tensor | None  # (S, B, T, H, W) pixel probabilities, rendered from the samples
+
+
+@torch.no_grad()
+def infer(guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 0) -> Inference:
+    """Positions from images (Sec 3.3).
+
+    Args:
+        images: (B, T, H, W) in [0, 1] or uint8; n_objects: (B,); n_samples: S, 0 for none.
+
+    Raises:
+        ValueError: if the images do not fit the guide, or hold more objects than it supports.
+    """
+    q_a = _encode(guide, images, n_objects)
+    mean, variance = _moments(q_a)
+    return Inference(mean, variance.sqrt(), q_a.sample((n_samples,)).double() if n_samples else None)
+
+
+@torch.no_grad()
+def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor) -> Tensor:
+    """Pixel probabilities (B, T, H, W) rendered from the inferred means. Arguments and errors as in `infer`."""
+    return render(model, infer(guide, images, n_objects).mean, n_objects)
+
+
+@torch.no_grad()
+def render(model: PixelModel, a: Tensor, n_objects: Tensor) -> Tensor:
+    """Pixel probabilities (..., B, T, H, W) of positions (..., B, N, T, 2), Eqs (1)-(2)."""
+    return model.renderer(a, object_mask(n_objects, a.shape[-3])).sigmoid()
+
+
+@torch.no_grad()
+def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> States:
+    """Positions and velocities at every frame given positions at the observed ones, by exact smoothing.
+
+    Args:
+        a: (..., T, 2); observed: (..., T) bool, False where a frame is missing; default all observed.
+    """
+    lgssm = dynamics.lgssm()
+    p_z = dynamics.component_posterior(a, observed).probs
+    each = exact.rts_smoother(lgssm, a.unsqueeze(-3), None if observed is None else observed.unsqueeze(-2))
+    w = p_z[..., None, None]
+    mean = (w * each.mean).sum(-3)
+    spread = each.mean - mean.unsqueeze(-3)
+    cov = (w.unsqueeze(-1) * (each.cov + spread.unsqueeze(-1) * spread.unsqueeze(-2))).sum(-4)
+    return States(mean, cov, p_z)
+
+
+@torch.no_grad()
+def generate(
+    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_frames: int, n_samples: int = 0
+) -> Prediction:
+    """The frames that follow (Sec 3.4).
+
+    a_{1:tau} are the guide's means, k* the most likely component given them, E[h_tau | a_{1:tau}, k*] the filtered
+    mean; the learned dynamics take it on to frame T, and each position is rendered. Samples draw each of these instead.
+
+    Args:
+        images: (B, tau, H, W), the seen frames; n_objects: (B,).
+        n_frames: T, the number of frames in all, more than tau.
+        n_samples: S, 0 for none.
+
+    Raises:
+        ValueError: if tau >= T, or as in `infer`.
+    """
+    check_batch(images, n_objects)
+    tau = images.shape[1]
+    if n_frames <= tau:
+        raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more than {tau}")
+    q_a = _encode(guide, images, n_objects)
+    seen, variance = _moments(q_a)
+    dynamics, steps = model.dynamics, n_frames - tau
+    k = dynamics.component_posterior(seen).logits.argmax(-1)
+    lgssm = select_component(dynamics.lgssm(), k)
+    filtered = exact.kalman_filter(lgssm, seen)
+    future = exact.observation_moments(lgssm, exact.rollout(lgssm, filtered.mean[..., -1, :], filtered.cov[..., -1, :, :], steps))
+    mean = torch.cat([seen, future.mean], -2)
+    cov = torch.cat([torch.diag_embed(variance), future.cov], -3)
+    observed = torch.arange(n_frames, device=images.device) < tau
+
+    samples = None
+    if n_samples:
+        a = q_a.sample((n_samples,)).to(seen.dtype)
+        lgssm = select_component(dynamics.lgssm(), dynamics.component_posterior(a).sample())
+        filtered = exact.kalman_filter(lgssm, a)
+        last = exact.Gaussians(filtered.mean[..., -1, :], filtered.cov[..., -1, :, :])
+        h = exact.sample_rollout(lgssm, _sample_gaussian(last), steps)
+        samples = torch.cat([a, exact.sample_observations(lgssm, h)], -2)
+    return _prediction(model, n_objects, mean, cov, observed, k, samples)
+
+
+@torch.no_grad()
+def interpolate(
+    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, *, n_samples: int = 0
+) -> Prediction:
+    """Missing frames between seen ones (Sec 3.5).
+
+    Each gap is first filled with images generated from the frames before it, so that the guide arrives at the frames
+    behind it warmed in; the means it gives at the seen frames are then the observations of a smoother that takes the
+    others as missing. The paper's case is ``observed`` true at frames 1..5 and 26..30.
+
+    Args:
+        images: (B, T, H, W); what they hold at unobserved frames is ignored.
+        n_objects: (B,).
+        observed: (T,) bool; the first frame must be observed, and at least one must not.
+        n_samples: S, 0 for none.
+
+    Raises:
+        ValueError: if ``observed`` is not such a mask, or as in `infer`.
+    """
+    check_batch(images, n_objects)
+    if observed.dtype != torch.bool or observed.shape != images.shape[1:2]:
+        raise ValueError(f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,) = ({images.shape[1]},)")
+    if not bool(observed[0]) or bool(observed.all()):
+        raise ValueError(f"observed is {observed.int().tolist()}; wanted the first frame seen (1) and at least one not (0)")
+    filled = images.to(torch.get_default_dtype()).clone()
+    for start, stop in _gaps(observed):
+        mean = _moments(_encode(guide, filled[:, :start], n_objects)).mean
+        filled[:, start:stop] = render(model, _forecast(model.dynamics, mean, observed[:start], stop - start), n_objects)
+
+    q_a = _encode(guide, filled, n_objects)
+    seen, variance = _moments(q_a)
+    p_z = model.dynamics.component_posterior(seen, observed)
+    k = p_z.logits.argmax(-1)
+    lgssm = select_component(model.dynamics.lgssm(), k)
+    smoothed = exact.observation_moments(lgssm, exact.rts_smoother(lgssm, seen, observed))
+    mean = torch.where(observed[:, None], seen, smoothed.mean)
+    cov = torch.where(observed[:, None, None], torch.diag_embed(variance), smoothed.cov)
+
+    samples = None
+    if n_samples:
+        a = q_a.sample((n_samples,)).to(seen.dtype)
+        lgssm = select_component(model.dynamics.lgssm(), model.dynamics.component_posterior(a, observed).sample())
+        h = exact.sample_posterior(lgssm, a, observed)
+        samples = torch.where(observed[:, None], a, exact.sample_observations(lgssm, h))
+    return _prediction(model, n_objects, mean, cov, observed, k, samples)
+
+
+def _forecast(dynamics: Dynamics, a: Tensor, observed: Tensor, n_steps: int) -> Tensor:
+    """E[a] (..., n_steps, 2) of the steps after positions a (..., t, 2), of which only the observed count (Sec 3.4)."""
+    k = dynamics.component_posterior(a, observed).logits.argmax(-1)
+    lgssm = select_component(dynamics.lgssm(), k)
+    last = exact.kalman_filter(lgssm, a, observed)
+    return exact.rollout(lgssm, last.mean[..., -1, :], last.cov[..., -1, :, :], n_steps).mean @ lgssm.B.mT
+
+
+def _prediction(
+    model: PixelModel, n_objects: Tensor, mean: Tensor, cov: Tensor, observed: Tensor, k: Tensor, samples: Tensor | None
+) -> Prediction:
+    sample_images = None if samples is None else render(model, samples, n_objects)
+    return Prediction(mean, cov, render(model, mean, n_objects), observed, k, samples, sample_images)
+
+
+def _encode(guide: Guide, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
+    check_batch(images, n_objects)
+    return guide.encode(images.to(torch.get_default_dtype()), n_objects)
+
+
+class _Moments(NamedTuple):
+    mean: Tensor  # (B, N, T, 2)
+    variance: Tensor  # (B, N, T, 2)
+
+
+def _moments(q_a: dist.TorchDistribution) -> _Moments:
+    try:
+        mean, variance = q_a.mean, q_a.variance
+    except NotImplementedError:
+        samples = q_a.sample(torch.Size((MOMENT_SAMPLES,)))
+        mean, variance = samples.mean(0), samples.var(0)
+    return _Moments(mean.double(), variance.double())
+
+
+def _sample_gaussian(g: Gaussians) -> Tensor:
+    noise = torch.randn_like(g.mean).unsqueeze(-1)
+    return g.mean + (exact.semidefinite_cholesky(g.cov) @ noise).squeeze(-1)
+
+
+def _gaps(observed: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every run of missing frames that has a seen frame behind it."""
+    gaps, start = [], None
+    for t, seen in enumerate(observed.tolist()):
+        if not seen and start is None:
+            start = t
+        if seen and start is not None:
+            gaps.append((start, t))
+            start = None
+    return gaps
