@@ -151,8 +151,10 @@ class AttentionHead(nn.Module):
         v_white, pixel = v.topk(max(1, int((v > 0).sum(-1).max())))  # (B, T, k): black pixels have no weight anyway
         seen = (v_white[..., :1] > 0).unsqueeze(1)  # (B, 1, T, 1): in an empty frame the centroid is the centre, 0
         Phi, grid = cast(Tensor, self.Phi)[pixel], cast(Tensor, self.grid)[pixel]  # (B, T, k, n_waves^2), (B, T, k, 2)
-        logits = torch.einsum("bntw,btkw->bntk", self.to_omega(s), Phi) + v_white.clamp(min=1e-30).log().unsqueeze(1)
-        centroid = torch.einsum("bntk,btkc->bntc", logits.softmax(-1), grid) * seen
+        claim = torch.einsum("bntw,btkw->bntk", self.to_omega(s), Phi)
+        left = F.logsigmoid(-claim).cumsum(1) - F.logsigmoid(-claim)  # what the objects before n have not claimed
+        omega = (F.logsigmoid(claim) + left + v_white.clamp(min=1e-30).log().unsqueeze(1)).softmax(-1)
+        centroid = torch.einsum("bntk,btkc->bntc", omega, grid) * seen
         mu, log_sigma = self.linear(s).chunk(2, -1)
         return centroid @ self.M.mT + mu, log_sigma.exp()
 

@@ -45,10 +45,10 @@ class ScaleLatents(Messenger):
 
 
 class BoundTerms(NamedTuple):
-    """The parts of Eq (7), summed over the batch, in nats; the KL without its weight."""
+    """The parts of Eq (7) for each sequence of a batch, in nats; the KL without its weight."""
 
-    log_likelihood: Tensor  # <log p(v | a)>
-    kl: Tensor  # KL(q(a | v) || p(a))
+    log_likelihood: Tensor  # (B,), <log p(v | a)>
+    kl: Tensor  # (B,), KL(q(a | v) || p(a))
 
     @property
     def bound(self) -> Tensor:
@@ -80,7 +80,7 @@ class AnnealedELBO(Trace_ELBO):
 
 def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
     def total(trace: Trace, names: list[str]) -> Tensor:
-        return sum((trace.nodes[n]["unscaled_log_prob"].detach().sum() for n in names), torch.zeros(()))
+        return sum((trace.nodes[n]["unscaled_log_prob"].detach() for n in names), torch.zeros(()))
 
     kl = total(guide_trace, guide_trace.stochastic_nodes) - total(model_trace, model_trace.stochastic_nodes)
     return BoundTerms(total(model_trace, model_trace.observation_nodes), kl)
@@ -254,7 +254,7 @@ class _Fit:
             terms = self.elbo.terms
             assert terms is not None
             frames = len(index) * n_frames
-            log_likelihood, kl = float(terms.log_likelihood) / frames, float(terms.kl) / frames
+            log_likelihood, kl = float(terms.log_likelihood.sum()) / frames, float(terms.kl.sum()) / frames
             if not torch.isfinite(torch.tensor(log_likelihood + kl)):
                 raise FloatingPointError(self._diverged(log_likelihood, kl))
             now = time.perf_counter() - started
@@ -281,7 +281,7 @@ class _Fit:
         epoch, place = divmod(step, per_epoch)
         key = (alone, epoch)
         if getattr(self, "_order_of", None) != key:
-            generator = torch.Generator().manual_seed(hash((self.seed, *key)) % 2**63)
+            generator = torch.Generator().manual_seed((self.seed * 2 + alone) * 1_000_003 + epoch)
             self._order_of, self._order = key, pool[torch.randperm(len(pool), generator=generator)]
         return self._order[place * size : (place + 1) * size]
 
@@ -300,8 +300,8 @@ class _Fit:
         if self.validation is not None:
             terms = bound(self.loss.model, self.loss.guide, self.validation)
             frames = len(self.validation) * self.validation.images.shape[1]
-            self.metrics["validation_bound_per_frame"] = float(terms.bound) / frames
-            self.metrics["validation_kl_per_frame"] = float(terms.kl) / frames
+            self.metrics["validation_bound_per_frame"] = float(terms.bound.sum()) / frames
+            self.metrics["validation_kl_per_frame"] = float(terms.kl.sum()) / frames
         self.sums = dict.fromkeys(self.sums, 0.0)
         if self.run_dir is not None:
             self._write_lines([*_read_lines(self.run_dir), self.metrics])
@@ -359,20 +359,19 @@ class _Fit:
 
 
 def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:
-    """The terms of Eq (7) summed over ``data``, one sample a sequence, in float64 nats; no gradient."""
+    """The terms of Eq (7) for each sequence of ``data`` (n,), one sample each, in float64 nats; no gradient."""
     device = next(model.parameters()).device
-    log_likelihood, kl = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     elbo = AnnealedELBO()
     loss = elbo(model, guide)
+    parts = []
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(data), batch_size):
             part = data[start : start + batch_size]
             loss(part.images.to(device), part.n_objects.to(device))
             assert elbo.terms is not None
-            log_likelihood += elbo.terms.log_likelihood.cpu()
-            kl += elbo.terms.kl.cpu()
-    return BoundTerms(log_likelihood, kl)
+            parts.append([term.double().cpu() for term in elbo.terms])
+    return BoundTerms(*(torch.cat(terms) for terms in zip(*parts)))
 
 
 @contextmanager

@@ -1,0 +1,32 @@
+"""Simulates cannonballs (Sec 3.1) and writes them as an .npz, with a picture like Fig 1."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import save, start
+
+from pyro_pixels import plotting
+from pyro_pixels.data import CannonballConfig, save_sequences, simulate
+
+
+@dataclass
+class Arguments:
+    out: Path = Path("data/test.npz")
+    """The file to write; the picture lies beside it."""
+    n_sequences: int = 300
+    seed: int = 0
+    config: CannonballConfig = field(default_factory=lambda: CannonballConfig(height=32, width=32))
+
+
+def main(args: Arguments) -> None:
+    c = args.config
+    print(f"simulating {args.n_sequences} sequences of {c.n_frames} frames, {c.height} x {c.width} pixels, N in {c.n_objects}, seed {args.seed}")
+    data = simulate(c, args.n_sequences, seed=args.seed)
+    save_sequences(args.out, data)
+    print(f"  {args.out}")
+    titles = [f"N = {n}" for n in data.n_objects[:6].tolist()]
+    save(plotting.plot_sequences(data.images[:6], columns=3, titles=titles), args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)

@@ -1,0 +1,100 @@
+"""Trains a run (Secs 2.2.2, 3.2): a folder with config.json, metrics.jsonl, checkpoint.pt and training.png.
+
+Ctrl-C and SIGTERM save first; --resume then goes on as if nothing had happened.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from common import TEST_SEED, device_of, new_folder, save, start
+
+from pyro_pixels import plotting
+from pyro_pixels.data import CannonballConfig, ImageSequences, load_sequences, simulate
+from pyro_pixels.learning import fit
+from pyro_pixels.runs import GUIDES, PRESETS, RunConfig, build, load_config, save_config
+
+
+@dataclass
+class Arguments:
+    run: Path = Path("runs/quick")
+    """Folder of the run."""
+    preset: Literal["quick", "paper"] = "quick"
+    guide: str | None = None
+    """Name of a guide, if not the preset's."""
+    data: Path | None = None
+    """An .npz of image sequences to learn from; default: simulated."""
+    n_sequences: int | None = None
+    """How many sequences to simulate, if not the preset's number."""
+    steps: int | None = None
+    """Training steps, if not the preset's."""
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, mps, or auto."""
+    resume: bool = False
+    """Go on with the run in the folder, with its own configuration."""
+    progress: bool = True
+
+
+def configure(args: Arguments) -> RunConfig:
+    """The preset with what the arguments change."""
+    config = replace(PRESETS[args.preset], seed=args.seed)
+    if args.guide is not None:
+        config = replace(config, guide=args.guide)
+    if args.n_sequences is not None:
+        config = replace(config, n_sequences=args.n_sequences)
+    if args.steps is not None:
+        config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+    return config
+
+
+def training_data(config: RunConfig, file: Path | None) -> tuple[ImageSequences, RunConfig]:
+    """Sequences to learn from, and the configuration fitted to them."""
+    if file is None:
+        return simulate(config.data, config.n_sequences, seed=config.seed), config
+    data = load_sequences(file)
+    (height, width), most = data.size, int(data.n_objects.max())
+    shape = replace(config.data, height=height, width=width, n_frames=data.images.shape[1], radius=min(config.data.radius, (min(height, width) - 2) / 2))
+    config = replace(config, data=shape, max_objects=max(most, config.max_objects), n_sequences=len(data))
+    if not bool((data.n_objects == 1).any()):
+        config = replace(config, schedule=replace(config.schedule, single_object_steps=0))
+    return data, config
+
+
+def validation_data(config: RunConfig, file: Path | None, data: ImageSequences) -> ImageSequences:
+    """Sequences whose bound is reported: fresh ones, or the last of the file's."""
+    if file is None:
+        return simulate(config.data, 60, seed=TEST_SEED - 1)
+    return data[-60:]
+
+
+def main(args: Arguments) -> int:
+    device = device_of(args.device)
+    config = load_config(args.run) if args.resume else configure(args)
+    data, config = training_data(config, args.data)
+    if args.resume:
+        if args.steps is not None:
+            config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+    elif (args.run / "checkpoint.pt").exists():
+        raise ValueError(f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run")
+    folder = new_folder(args.run)
+    run = build(config)
+    save_config(folder, config)
+    n_parameters = sum(p.numel() for module in (run.model, run.guide) for p in module.parameters())
+    print(f"training {folder}: guide '{config.guide}', {n_parameters:,} parameters, {len(data)} sequences {tuple(data.images.shape[1:])}, {config.schedule.steps:,} steps on {device}")
+    result = fit(
+        run.model.to(device), run.guide.to(device), data, config.schedule, seed=config.seed, run_dir=folder,
+        validation=validation_data(config, args.data, data), resume=args.resume, progress=args.progress,
+    )  # fmt: skip
+    if result.interrupted:
+        print(f"stopped and saved at step {result.step:,}; go on with: python examples/train.py --run {folder} --resume" + ("" if args.data is None else f" --data {args.data}"))
+        return 130
+    print(f"trained {result.step:,} steps in {result.seconds:.0f} s: " + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if "per_frame" in k))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    save(plotting.plot_training(lines), folder / "training.png")
+    return 0
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)

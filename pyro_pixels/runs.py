@@ -1,0 +1,181 @@
+"""Runs: a configuration that says everything, the presets, and a trained model back from its folder.
+
+A run is a folder with config.json (a `RunConfig`), metrics.jsonl (one line an evaluation) and checkpoint.pt. The same
+configuration builds the same model and guide, to the bit, wherever it is read.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+
+from pyro_pixels.checkpoints import load_checkpoint, load_weights
+from pyro_pixels.data import CannonballConfig, atomic_write
+from pyro_pixels.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, RecurrentGuide
+from pyro_pixels.learning import Schedule
+from pyro_pixels.model import PixelModel
+from pyro_pixels.renderer import Renderer
+from pyro_pixels.structured import StructuredGuide
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes a run; the defaults are the `paper` preset, Secs 3.1-3.2 to the letter."""
+
+    guide: str = "recurrent"
+    """A name in `GUIDES`."""
+    state_size: int = 1024
+    """Length of the states of inference network and renderer."""
+    max_objects: int = 3
+    """The largest N."""
+    background_logit: float = 0.0
+    """Where the renderer's b^v starts; below 0 the canvas starts dark."""
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    data: CannonballConfig = field(default_factory=CannonballConfig)
+    """What to simulate; with a file of sequences only its height and width count."""
+    n_sequences: int = 9_000
+    """How many sequences to simulate for training."""
+    seed: int = 0
+    """Of the data, the starting weights, and training."""
+
+
+class Run(NamedTuple):
+    """A model and its guide, as a folder holds them."""
+
+    config: RunConfig
+    model: PixelModel
+    guide: Guide
+    step: int
+    """Training steps done."""
+
+
+def _recurrent(config: RunConfig, model: PixelModel) -> Guide:
+    return RecurrentGuide(_rnn(config))
+
+
+def _attentive(config: RunConfig, model: PixelModel) -> Guide:
+    return RecurrentGuide(_rnn(config), _attention(config))
+
+
+def _structured(config: RunConfig, model: PixelModel) -> Guide:
+    return StructuredGuide(model.dynamics, _rnn(config), _attention(config))
+
+
+def _attention(config: RunConfig) -> AttentionHead:
+    return AttentionHead(config.data.height, config.data.width, config.state_size)
+
+
+def _rnn(config: RunConfig) -> InferenceRNN:
+    return InferenceRNN(config.data.height, config.data.width, config.state_size, config.max_objects)
+
+
+GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
+    "recurrent": _recurrent,  # the paper's
+    "attentive": _attentive,  # the paper's with an `AttentionHead`
+    "structured": _structured,
+}
+"""Guides that a configuration can name; add your own to train and load it by name."""
+
+_NOISE = ("model.dynamics.root_Sigma_H", "model.dynamics.root_Sigma_A")
+
+PRESETS: dict[str, RunConfig] = {
+    "paper": RunConfig(),
+    # Minutes on two CPU cores. Why each value is what it is: docs/decisions.md.
+    "quick": RunConfig(
+        guide="structured",
+        state_size=256,
+        background_logit=-4.5,
+        dynamics=DynamicsConfig(delta=0.2, state_noise=1e-6, position_noise=2e-3),
+        schedule=Schedule(
+            steps=4_000,
+            learning_rate_factors={"model.dynamics.u": 0.2, "model.dynamics.log_delta": 0.2},
+            decay_from=2_500,
+            learn_from=dict.fromkeys(_NOISE, 3_000),
+            kl_before=1 / 3,
+            kl_start=1.0,
+            anneal_from=3_000,
+            anneal_steps=0,
+            single_object_steps=300,
+            evaluate_every=250,
+        ),
+        data=CannonballConfig(height=32, width=32),
+    ),
+}
+
+
+def build(config: RunConfig) -> Run:
+    """The untrained model and guide of a configuration; the caller's random state is left as it was.
+
+    Raises:
+        ValueError: if the configuration names a guide that is not in `GUIDES`.
+    """
+    if config.guide not in GUIDES:
+        raise ValueError(f"there is no guide '{config.guide}'; wanted one of {sorted(GUIDES)}, or add yours to GUIDES")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        renderer = Renderer(
+            config.data.height, config.data.width, config.state_size, background_logit=config.background_logit
+        )
+        model = PixelModel(Dynamics(config.dynamics), renderer)
+        return Run(config, model, GUIDES[config.guide](config, model), step=0)
+
+
+def save_config(folder: str | Path, config: RunConfig) -> None:
+    """Writes config.json into the folder of a run, which is made if need be."""
+    with atomic_write(Path(folder) / "config.json") as file:
+        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
+
+
+def load_config(folder: str | Path) -> RunConfig:
+    """Reads a run's config.json.
+
+    Raises:
+        ValueError: if it is missing, not JSON, or has fields that this version does not know.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"there is no run in {folder} ({path.name} is missing); train one with examples/train.py") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it, or train again") from None
+    return _from_dict(RunConfig, values, str(path))  # type: ignore[no-any-return]
+
+
+def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
+    """The model and guide of a folder with their trained weights, on ``device``, ready for queries.
+
+    Raises:
+        ValueError: if the folder holds no run, or its checkpoint is damaged or of another configuration.
+    """
+    run = build(load_config(folder))
+    path = Path(folder) / "checkpoint.pt"
+    state = load_checkpoint(path)
+    load_weights(run.model, state["model"], path)
+    load_weights(run.guide, state["guide"], path)
+    return run._replace(model=run.model.to(device), guide=run.guide.to(device), step=state["step"])
+
+
+def _from_dict(kind: type, values: Any, where: str) -> Any:
+    """A dataclass from the nested dicts and lists that JSON makes of it."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} has {values!r} where the fields of {kind.__name__} were wanted")
+    types = get_type_hints(kind)
+    unknown = sorted(values.keys() - types.keys())
+    if unknown:
+        raise ValueError(f"{where} has the unknown field '{unknown[0]}'; {kind.__name__} knows {sorted(types)}")
+    arguments = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(types[name]):
+            value = _from_dict(types[name], value, where)  # type: ignore[arg-type]
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{where} does not describe a {kind.__name__} ({error}); train again") from None
