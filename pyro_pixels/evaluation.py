@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_pixels import metrics
-from pyro_pixels.data import ImageSequences, object_mask
+from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides import Guide
 from pyro_pixels.learning import bound
 from pyro_pixels.model import PixelModel
@@ -132,17 +132,18 @@ def _means(values: dict[str, Tensor], group: Tensor) -> dict[str, float | int | 
     return means
 
 
+@torch.no_grad()
 def _dynamics_in_pixels(model: PixelModel, affine: metrics.Affine) -> dict[str, Any]:
     """What was learned, in units that can be compared with the truth: pixels and frames.
 
     The change of the velocity in a frame is delta u_v in pixels per frame squared: the product is what images show.
     """
     lgssm = model.dynamics.lgssm()
-    acceleration = affine.matrix @ (lgssm.A[0, 2] * lgssm.u[2:]).detach().cpu()
+    acceleration = affine.matrix @ (lgssm.A[0, 2] * lgssm.u[2:]).cpu()
     return {
         "acceleration_px_per_frame2": acceleration.tolist(),
         "degrees_from_down": float(torch.rad2deg(torch.atan2(acceleration[0], acceleration[1]))),
-        "position_noise_sd_px": affine.covariance(lgssm.Sigma_A.detach().cpu()).diagonal().sqrt().tolist(),
+        "position_noise_sd_px": affine.covariance(lgssm.Sigma_A.cpu()).diagonal().sqrt().tolist(),
         "delta": float(model.dynamics.delta),
         "pi": model.dynamics.pi.tolist(),
     }

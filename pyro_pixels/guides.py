@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_pixels.data import check_batch, object_mask
+from pyro_pixels.model import announce_parameters
 from pyro_pixels.recurrence import recur
 from pyro_pixels.renderer import init_as_paper
 
@@ -38,6 +39,7 @@ class Guide(nn.Module, ABC):
 
     def forward(self, images: Tensor, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
         """The Pyro guide: samples the site ``a`` (B, N, T, 2). Takes the arguments of the model, as Pyro asks."""
+        announce_parameters("guide", self)
         check_batch(images, n_objects)
         B, N, T = len(n_objects), int(n_objects.max()), images.shape[1]
         q_a = self.encode(images.to(torch.get_default_dtype()), n_objects)

@@ -106,6 +106,8 @@ class Schedule:
     anneal_steps: int = 10_000
     """beta falls geometrically from kl_start to 1 in so many steps from anneal_from on; it is kl_before until then."""
     kl_before: float = 1.0
+    one_n_per_batch: bool = False
+    """Batches whose sequences all have the same N, so that no work is done for absent objects; else N is mixed."""
     single_object_steps: int = 0
     """So many steps at first on sequences with N = 1 alone."""
     clip_norm: float | None = None
@@ -201,8 +203,10 @@ class _Fit:
         self.elbo = AnnealedELBO()
         self.loss = self.elbo(model, guide)  # a module: its parameters are the model's and the guide's
         self.images, self.n_objects = data.images.to(self.device), data.n_objects
-        self.pools = {False: torch.arange(len(data)), True: (data.n_objects == 1).nonzero().squeeze(1)}
-        if schedule.single_object_steps and not len(self.pools[True]):
+        by_n = [(data.n_objects == n).nonzero().squeeze(1) for n in data.n_objects.unique()]
+        single = (data.n_objects == 1).nonzero().squeeze(1)
+        self.pools = {True: [single], False: by_n if schedule.one_n_per_batch else [torch.arange(len(data))]}
+        if schedule.single_object_steps and not len(single):
             raise ValueError("single_object_steps is set but no sequence has N = 1; set it to 0 or add such sequences")
         self.parameters = dict(self.loss.named_parameters())
         groups: dict[float, list[nn.Parameter]] = {}
@@ -214,6 +218,8 @@ class _Fit:
         self.step, self.seconds = 0, 0.0
         self.sums: dict[str, float] = {"log_likelihood": 0.0, "kl": 0.0, "steps": 0.0, "seconds": 0.0}
         self.metrics: dict[str, float] = {}
+        self._epoch: tuple[bool, int] | None = None
+        self._batches: list[Tensor] = []
 
     def run(self, resume: bool, progress: bool) -> FitResult:
         learned = {name: p.requires_grad for name, p in self.parameters.items()}
@@ -274,16 +280,19 @@ class _Fit:
             self._save()
 
     def _batch(self, step: int) -> Tensor:
-        """The sequences (batch_size,) of a step: a function of seed and step alone, every pool reshuffled each epoch."""
+        """The sequences of a step: a function of seed and step alone. An epoch uses every sequence once, but for those
+        that do not fill a batch."""
         alone = step < self.schedule.single_object_steps
-        pool, size = self.pools[alone], min(self.schedule.batch_size, len(self.pools[alone]))
-        per_epoch = len(pool) // size
-        epoch, place = divmod(step, per_epoch)
-        key = (alone, epoch)
-        if getattr(self, "_order_of", None) != key:
+        pools, size = self.pools[alone], self.schedule.batch_size
+        per_epoch = sum(max(1, len(pool) // size) for pool in pools)
+        epoch, place = divmod(step - (0 if alone else self.schedule.single_object_steps), per_epoch)
+        if self._epoch != (alone, epoch):
             generator = torch.Generator().manual_seed((self.seed * 2 + alone) * 1_000_003 + epoch)
-            self._order_of, self._order = key, pool[torch.randperm(len(pool), generator=generator)]
-        return self._order[place * size : (place + 1) * size]
+            shuffled = [pool[torch.randperm(len(pool), generator=generator)] for pool in pools]
+            batches = [b for pool in shuffled for b in pool.split(size) if len(b) == min(size, len(pool))]
+            order = torch.randperm(len(batches), generator=generator).tolist()
+            self._epoch, self._batches = (alone, epoch), [batches[i] for i in order]
+        return self._batches[place]
 
     def _evaluate(self) -> None:
         steps = self.sums["steps"]

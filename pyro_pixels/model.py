@@ -7,8 +7,11 @@ as well. One plate, ``sequences``; one site a symbol; objects that a sequence do
 Departures from the paper: none.
 """
 
+import weakref
+
 import pyro
 import pyro.distributions as dist
+from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
 from pyro_pixels.data import check_batch, object_mask
@@ -39,6 +42,7 @@ class PixelModel(nn.Module):
         Raises:
             ValueError: if the shapes do not fit each other or the renderer.
         """
+        announce_parameters("model", self)
         B, N, T = self._sizes(images, n_objects, n_frames)
         present = object_mask(n_objects, N)
         with pyro.plate("sequences", B, dim=-1):
@@ -48,6 +52,7 @@ class PixelModel(nn.Module):
 
     def joint(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
         """The same model before h and z are summed out (Eq 5): sites z, h, a, v. Arguments as in `forward`."""
+        announce_parameters("model", self)
         B, N, T = self._sizes(images, n_objects, n_frames)
         present = object_mask(n_objects, N)
         lgssm = self.dynamics.lgssm()
@@ -73,3 +78,13 @@ class PixelModel(nn.Module):
         if n_frames is None or n_frames < 1:
             raise ValueError(f"n_frames is {n_frames}; without images say how many frames to draw, at least 1")
         return len(n_objects), int(n_objects.max()), n_frames
+
+
+def announce_parameters(prefix: str, module: nn.Module) -> None:
+    """Tells Pyro which parameters a program has, so that ``pyro.infer.SVI`` trains them; nothing is stored globally.
+
+    `pyro.module` would do so through the one parameter store of the process, where models of equal names share values.
+    """
+    for name, parameter in module.named_parameters(prefix):
+        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # what SVI asks of a parameter
+        effectful(lambda _name, value=parameter: value, type="param")(name, name=name)

@@ -101,6 +101,7 @@ PRESETS: dict[str, RunConfig] = {
             kl_start=1.0,
             anneal_from=3_000,
             anneal_steps=0,
+            one_n_per_batch=True,
             single_object_steps=300,
             evaluate_every=250,
         ),

@@ -53,10 +53,8 @@ def joint_moments(system, T):
         mean[a_t] = B @ mean_h[t]
         for s in range(T):
             h_s, a_s = h_index([s], d), a_index([s], T, d, p)
-            if t >= s:
-                C = np.linalg.matrix_power(A, t - s) @ var_h[s]
-            else:
-                C = var_h[t] @ np.linalg.matrix_power(A, s - t).T
+            C = np.linalg.matrix_power(A, abs(t - s)) @ var_h[min(t, s)]  # of the later with the earlier
+            C = C if t >= s else C.T
             cov[np.ix_(h_t, h_s)] = C
             cov[np.ix_(a_t, h_s)] = B @ C
             cov[np.ix_(h_t, a_s)] = C @ B.T

@@ -51,8 +51,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
 
 def test_simulated_fields_and_shapes():
     data = simulate(SMALL, 7, seed=0)
-    assert len(data) == 7 and data.size == (16, 20)
-    assert data.images.shape == (7, 5, 16, 20) and data.images.dtype == torch.uint8
+    assert len(data) == 7
+    assert data.size == (16, 20)
+    assert data.images.shape == (7, 5, 16, 20)
+    assert data.images.dtype == torch.uint8
     assert set(data.images.unique().tolist()) == {0, 1}
     assert data.n_objects.tolist() == [1, 2, 3, 1, 2, 3, 1]
     assert data.positions.shape == data.paths.shape == (7, 3, 5, 2)
@@ -79,10 +81,12 @@ def test_noise_free_paths_obey_newtons_recursion_in_pixels(tmp_path):
             h = A @ h + u
 
 
-def test_gravity_pulls_down_the_rows():
-    u = true_dynamics(CannonballConfig()).lgssm.u
-    assert u[0] == u[2] == 0
-    assert u[1] > 0 and u[3] > 0
+def test_force_is_that_of_the_paper_in_pixels_with_rows_counted_downwards():
+    config = CannonballConfig(gravity=5.0, delta=0.02, position_noise=0.01)
+    lgssm = true_dynamics(config).lgssm
+    pixels_per_unit = (lgssm.Sigma_A[1, 1] / 0.01).sqrt().item()
+    force = 5.0 * pixels_per_unit * np.array([0, 0.5 * 0.02**2, 0, 0.02])
+    np.testing.assert_allclose(lgssm.u.numpy(), force, rtol=1e-12)
 
 
 @pytest.mark.parametrize("radius", [0.4, 1.0, 1.5, 2.0, 3.3])
@@ -112,9 +116,10 @@ def test_images_show_the_noisy_positions():
         CannonballConfig(),
         CannonballConfig(position_noise=1e-6),
         CannonballConfig(n_frames=50, height=32, width=32, n_objects=(4,)),
-        CannonballConfig(height=24, width=40, radius=1.0, state_noise=1e-5),
+        CannonballConfig(position_noise=0.1),
+        CannonballConfig(height=24, width=40, radius=1.0, state_noise=3e-3),
     ],
-    ids=["default", "little_noise", "T50_32x32_N4", "state_noise"],
+    ids=["default", "little_noise", "T50_32x32_N4", "much_noise", "state_noise"],
 )
 def test_all_balls_lie_wholly_inside_the_image(config):
     data = simulate(config, 60, seed=0)
@@ -129,8 +134,10 @@ def test_paths_of_extreme_shots_reach_neither_border_nor_leave_much_room():
     data = simulate(config, 1000, seed=0)
     paths = data.paths[present_of(data)]
     low, high = paths.flatten(0, 1).amin(0), paths.flatten(0, 1).amax(0)
-    assert (low >= 1.0).all() and (high <= 10.0).all()
-    assert (low < 1.7).all() and (high > 9.3).all()
+    assert (low >= 1.0).all()
+    assert (high <= 10.0).all()
+    assert (low < 1.7).all()
+    assert (high > 9.3).all()
     assert torch.equal(data.positions.nan_to_num(), data.paths.nan_to_num())
 
 
@@ -245,10 +252,14 @@ def test_user_files_may_have_other_types_of_integers_and_floats_and_more_arrays(
         comment=np.array("mine"),
     )
     data = load_sequences(tmp_path / "user.npz")
-    assert data.n_objects.dtype == torch.int64 and data.n_objects.tolist() == [2, 1]
+    assert data.n_objects.dtype == torch.int64
+    assert data.n_objects.tolist() == [2, 1]
     assert data.positions.dtype == torch.float64
-    assert data.positions[1, 1].isnan().all() and (data.positions[0] == 1).all()
-    assert data.dynamics is None and data.paths is None and data.sides is None
+    assert data.positions[1, 1].isnan().all()
+    assert (data.positions[0] == 1).all()
+    assert data.dynamics is None
+    assert data.paths is None
+    assert data.sides is None
 
 
 def test_some_but_not_all_true_parameters_are_left_out(tmp_path):
@@ -262,9 +273,14 @@ def test_an_interrupted_write_keeps_the_old_file_and_leaves_no_part(tmp_path, in
     path = tmp_path / "file"
     if old is not None:
         path.write_bytes(old)
-    with pytest.raises(interruption), atomic_write(path) as file:
-        file.write(b"half of the n")
-        raise interruption
+
+    def write():
+        with atomic_write(path) as file:
+            file.write(b"half of the n")
+            raise interruption
+
+    with pytest.raises(interruption):
+        write()
     assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else ["file"])
     assert old is None or path.read_bytes() == old
 

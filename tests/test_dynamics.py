@@ -265,11 +265,13 @@ def test_mean_and_variance_of_dense_positions_equal_the_mixtures():
 def test_expand_mask_and_to_event(components):
     dynamics = make_dynamics(components=components)
     p_a = dynamics.positions(4)
-    assert p_a.batch_shape == () and p_a.event_shape == (4, 2)
+    assert p_a.batch_shape == ()
+    assert p_a.event_shape == (4, 2)
     a = draw_positions(dynamics, 4, (3, 2))
     plain = p_a.log_prob(a)
     expanded = p_a.expand([3, 2])
-    assert expanded.batch_shape == (3, 2) and expanded.sample((5,)).shape == (5, 3, 2, 4, 2)
+    assert expanded.batch_shape == (3, 2)
+    assert expanded.sample((5,)).shape == (5, 3, 2, 4, 2)
     torch.testing.assert_close(expanded.log_prob(a), plain, rtol=1e-12, atol=0)
     mask = torch.tensor([[True, False], [True, True], [False, False]])
     masked = expanded.mask(mask)
@@ -315,8 +317,10 @@ def test_select_component_picks_the_starts():
     lgssm = make_dynamics(K=3).lgssm()
     k = torch.tensor([[2, 0], [1, 1]])
     picked = select_component(lgssm, k)
-    assert picked.mu.shape == (2, 2, 4) and picked.Sigma.shape == (2, 2, 4, 4)
-    assert torch.equal(picked.mu[0, 0], lgssm.mu[2]) and torch.equal(picked.Sigma[0, 1], lgssm.Sigma[0])
+    assert picked.mu.shape == (2, 2, 4)
+    assert picked.Sigma.shape == (2, 2, 4, 4)
+    assert torch.equal(picked.mu[0, 0], lgssm.mu[2])
+    assert torch.equal(picked.Sigma[0, 1], lgssm.Sigma[0])
     assert torch.equal(picked.A, lgssm.A)
 
 

@@ -149,7 +149,8 @@ def test_recurrent_guide_is_equations_8_and_9():
         torch.nn.init.normal_(p)
     images, n_objects = make_images(2, 3), [2, 3]
     q_a = guide.encode(images, torch.tensor(n_objects))
-    assert q_a.batch_shape == (2, 3) and q_a.event_shape == (3, 2)
+    assert q_a.batch_shape == (2, 3)
+    assert q_a.event_shape == (3, 2)
     W_mu, W_sigma = guide.head.linear.weight.chunk(2)
     b_mu, b_sigma = guide.head.linear.bias.chunk(2)
     for i, n in enumerate(n_objects):
@@ -162,7 +163,8 @@ def test_recurrent_guide_is_equations_8_and_9():
 def test_head_shapes(head):
     mu, sigma = head(torch.randn(2, 3, 4, D), make_images(2, 4).float())
     assert mu.shape == sigma.shape == (2, 3, 4, 2)
-    assert torch.isfinite(mu).all() and (sigma > 0).all()
+    assert torch.isfinite(mu).all()
+    assert (sigma > 0).all()
 
 
 def make_attention_head(**options):
@@ -232,6 +234,7 @@ def test_guide_site_masks_objects_that_are_not_there():
 @pytest.mark.parametrize("kind", ["flat", "linear", "attention"])
 def test_guides_work_in_predictive(kind, parallel):
     size, T, S = 8, 3, 4
+    torch.manual_seed(0)
     data = simulate(CannonballConfig(n_frames=T, height=size, width=size, radius=1.0), 3, seed=0)
     head = AttentionHead(size, size, D) if kind == "attention" else None
     guide = FlatGuide(size) if kind == "flat" else RecurrentGuide(InferenceRNN(size, size, D), head)
@@ -253,6 +256,13 @@ def trained_by_svi(model, guide, data):
         assert math.isfinite(svi.step(data.images, data.n_objects))
 
 
+def trained_by_svi_and_pyro_module(model, guide, data):
+    def registered(name, module):
+        return lambda *args: pyro.module(name, module)(*args)
+
+    trained_by_svi(registered("model", model), registered("guide", guide), data)
+
+
 def trained_by_elbo_module(model, guide, data):
     loss = Trace_ELBO()(model, guide)
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-3)
@@ -262,7 +272,10 @@ def trained_by_elbo_module(model, guide, data):
         optimizer.step()
 
 
-@pytest.mark.parametrize("train", [trained_by_fit, trained_by_svi, trained_by_elbo_module])
+TRAINERS = [trained_by_fit, trained_by_svi, trained_by_svi_and_pyro_module, trained_by_elbo_module]
+
+
+@pytest.mark.parametrize("train", TRAINERS, ids=lambda train: train.__name__)
 def test_a_custom_guide_trains_two_steps(train):
     data = simulate(CannonballConfig(n_frames=3, height=8, width=8, radius=1.0), 6, seed=0)
     model, guide = make_model(8), FlatGuide(8)

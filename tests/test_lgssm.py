@@ -201,7 +201,8 @@ def test_prior_draws_have_the_moments_of_the_model(name):
     d, p = len(system.mu), len(system.B)
     torch.manual_seed(2)
     h, a = exact.sample(to_torch(system), T, (n,))
-    assert h.shape == (n, T, d) and a.shape == (n, T, p)
+    assert h.shape == (n, T, d)
+    assert a.shape == (n, T, p)
     draws = torch.cat([h.flatten(1), a.flatten(1)], 1).numpy()
     mean, cov = oracles.joint_moments(system, T)
     assert oracles.worst_z_of_mean(draws, mean, cov) < 6  # sigma
@@ -215,7 +216,8 @@ def test_prior_draws_of_one_step_and_a_batch_have_the_right_shapes(batch):
     model = to_torch(SYSTEMS["regular"])
     model = model._replace(mu=model.mu.expand(*batch, 4), Sigma=model.Sigma.expand(*batch, 4, 4))
     h, a = exact.sample(model, 1, (5, 2))
-    assert h.shape == (5, 2, *batch, 1, 4) and a.shape == (5, 2, *batch, 1, 2)
+    assert h.shape == (5, 2, *batch, 1, 4)
+    assert a.shape == (5, 2, *batch, 1, 2)
 
 
 @every_system
@@ -234,7 +236,8 @@ def test_rollout_equals_smoothing_with_the_future_missing(system):
 def test_rollout_of_no_steps_is_empty():
     model = to_torch(SYSTEMS["regular"])
     mean, cov = exact.rollout(model, model.mu.expand(3, 4), model.Sigma, 0)
-    assert mean.shape == (3, 0, 4) and cov.shape == (0, 4, 4)
+    assert mean.shape == (3, 0, 4)
+    assert cov.shape == (0, 4, 4)
     assert exact.sample_rollout(model, model.mu.expand(3, 4), 0).shape == (3, 0, 4)
 
 

@@ -17,9 +17,10 @@ H, W, D = 5, 6, 7
 
 @pytest.fixture
 def float64():
+    before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(before)
 
 
 def make_renderer(seed=0):

@@ -45,7 +45,8 @@ def test_absent_objects_draw_nothing(data):
 
 def test_trajectories_lie_in_the_image_with_rows_counted_downwards(data):
     ax = plotting.plot_trajectories(data.positions, size=(H, W)).axes[0]
-    assert ax.get_xlim() == (0, W - 1) and ax.get_ylim() == (H - 1, 0)
+    assert ax.get_xlim() == (0, W - 1)
+    assert ax.get_ylim() == (H - 1, 0)
     column, row = ax.lines[0].get_data()
     np.testing.assert_array_equal(np.stack([column, row], -1), data.positions[0, 0])
 
@@ -64,13 +65,15 @@ def test_images_come_below_their_trajectories(data):
     figure = plotting.plot_trajectories(data.positions, size=data.size, images=below, columns=2)
     assert len(figure.axes) == 2 * B
     pictures = [ax for ax in figure.axes if ax.images]
-    assert len(pictures) == B and [text.get_text() for text in pictures[0].texts] == ["generated", "truth"]
+    assert len(pictures) == B
+    assert [text.get_text() for text in pictures[0].texts] == ["generated", "truth"]
 
 
 def test_inferred_positions_in_latent_units_have_their_own_scale(data):
     latent = 100 * data.positions
     truth, inferred = plotting.plot_positions(data.positions, latent).axes[:2]
-    assert truth.yaxis_inverted() and not inferred.yaxis_inverted()
+    assert truth.yaxis_inverted()
+    assert not inferred.yaxis_inverted()
     assert inferred.get_xlim()[1] > 10 * truth.get_xlim()[1]
     assert [len(ax.lines) for ax in plotting.plot_positions(latent, latent, size=(H, W)).axes[:2]] == [1, 2]
 
@@ -91,7 +94,8 @@ def test_the_other_figures_draw_what_they_are_given(data):
 
     error = np.linspace(0, 1, T)
     figure = plotting.plot_error_over_time({"generated": error, "ED-LSTM": error}, floors={"generated": error})
-    assert len(figure.axes[0].lines) == 3 and figure.axes[0].lines[0].get_color() == plotting.GENERATED
+    assert len(figure.axes[0].lines) == 3
+    assert figure.axes[0].lines[0].get_color() == plotting.GENERATED
     assert [text.get_text() for text in figure.legends[0].texts] == ["generated", "ED-LSTM", "floor"]
 
     keys = ("bound_per_frame", "log_likelihood_per_frame", "kl_per_frame", "kl_weight")
@@ -107,13 +111,15 @@ def test_the_frames_seen_are_shaded(seen):
     assert [shade.get_x() + 0.5 for shade in shades] == [1, 2, 3]  # frames count from 1, as in the paper
 
 
-def test_a_gif_has_a_page_a_frame_and_marks_the_frames_seen(data, tmp_path):
+def test_a_gif_has_a_page_a_frame_and_marks_the_frames_seen(tmp_path):
     still = torch.zeros(T, H, W)  # equal frames must not be merged
-    plotting.gif(tmp_path / "a.gif", {"truth": data.images[0], "still": still}, scale=3, mark={"still": 3})
+    plotting.gif(tmp_path / "a.gif", {"a": still, "b": still}, scale=3, mark={"b": 3})
     seen = np.round(255 * np.array(to_rgb(plotting.SEEN)))
     marked = []
     with Image.open(tmp_path / "a.gif") as gif:
-        assert gif.n_frames == T and gif.info["loop"] == 0 and gif.info["duration"] == 80
+        assert gif.n_frames == T
+        assert gif.info["loop"] == 0
+        assert gif.info["duration"] == 80
         for t in range(T):
             gif.seek(t)
             marked.append(bool((np.asarray(gif.convert("RGB")) == seen).all(-1).any()))
@@ -144,7 +150,7 @@ def test_a_gif_stacks_sequences_and_keeps_every_pixel(tmp_path):
             r"inferred has shape \(3, 3, 29, 2\); wanted \(B, N, T, 2\) = \(3, 3, 30, 2\)",
         ),
         (lambda d: plotting.plot_trajectories(None), "wanted at least one"),
-        (lambda d: plotting.plot_trajectories(d.positions, n_objects=[1, 2]), r"n_objects has shape \(2,\); wanted \(3\)"),
+        (lambda d: plotting.plot_trajectories(d.positions, n_objects=[1, 2]), r"shape \(2,\); wanted \(3\)"),
         (lambda d: plotting.plot_trajectories(d.paths, bands={"inferred": d.paths}), r"wanted some of \['truth'\]"),
         (lambda d: plotting.plot_trajectories(d.paths, images={"truth": d.images[:2]}), r"wanted \(3, T, H, W\)"),
         (lambda d: plotting.plot_error_over_time({"x": [1.0, 2.0]}, seen=[2]), "of 2 frames"),
@@ -170,7 +176,8 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(data, tmp_path, monke
     monkeypatch.setattr(Figure, "savefig", break_off)
     with pytest.raises(OSError, match="disk full"):
         plotting.save_figure(Figure(), path)
-    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+    assert path.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
 
 
 def test_settings_and_pyplot_are_left_alone(data, tmp_path):

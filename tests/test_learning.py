@@ -1,0 +1,326 @@
+"""The bound, the schedule, and a training loop that can be killed."""
+
+import json
+import os
+import pickle
+import signal
+import threading
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import make_guide, make_model
+from pyro.infer import SVI, Trace_ELBO
+from torch import nn
+
+from pyro_pixels.checkpoints import load_checkpoint, save_checkpoint
+from pyro_pixels.guides import Guide
+from pyro_pixels.learning import AnnealedELBO, Schedule, bound, fit
+
+QUICK = Schedule(steps=6, batch_size=4, learn_from={}, anneal_from=2, anneal_steps=2, kl_start=10.0, evaluate_every=2)
+
+
+def batch(data):
+    return data.images.float(), data.n_objects
+
+
+def loss_at(weight, data, elbo=AnnealedELBO):
+    torch.manual_seed(0)
+    return float(elbo(weight)(make_model(), make_guide())(*batch(data)))
+
+
+def test_loss_is_linear_in_the_kl_weight(small_data):
+    one, two, five = (loss_at(w, small_data) for w in (1.0, 2.0, 5.0))
+    assert five - one == pytest.approx(4 * (two - one), rel=1e-6)
+    elbo = AnnealedELBO(3.0)
+    torch.manual_seed(0)
+    elbo(make_model(), make_guide())(*batch(small_data))
+    assert two - one == pytest.approx(float(elbo.terms.kl.sum()), rel=1e-5)
+    assert one == pytest.approx(-float(elbo.terms.bound.sum()), rel=1e-6)
+
+
+def test_loss_is_pyros_own_at_weight_one(small_data):
+    torch.manual_seed(0)
+    wanted = float(Trace_ELBO()(make_model(), make_guide())(*batch(small_data)))
+    assert loss_at(1.0, small_data) == pytest.approx(wanted, rel=1e-7)
+
+
+def test_a_tensor_weight_is_the_same(small_data):
+    assert loss_at(torch.tensor(7.0), small_data) == pytest.approx(loss_at(7.0, small_data), rel=1e-6)
+
+
+def test_loss_is_that_of_the_traces(small_data):
+    model, guide = make_model(), make_guide()
+    torch.manual_seed(0)
+    guide_trace = pyro.poutine.trace(guide).get_trace(*batch(small_data))
+    model_trace = pyro.poutine.trace(pyro.poutine.replay(model, guide_trace)).get_trace(*batch(small_data))
+    kl = guide_trace.log_prob_sum() - model_trace.log_prob_sum(lambda name, site: name == "a")
+    wanted = 4.0 * kl - model_trace.log_prob_sum(lambda name, site: name == "v")
+    assert loss_at(4.0, small_data) == pytest.approx(float(wanted), rel=1e-6)
+
+
+class TwoSites(Guide):
+    """A guide with an auxiliary site of its own, as Pyro's autoguides have."""
+
+    def encode(self, images, n_objects):
+        raise AssertionError("not used")
+
+    def forward(self, images, n_objects, n_frames=None):
+        with pyro.plate("sequences", len(images), dim=-1):
+            shape = (3, images.shape[1], 2)
+            b = pyro.sample("b", dist.Normal(torch.zeros(shape), 1.0).to_event(3), infer={"is_auxiliary": True})
+            return pyro.sample("a", dist.Delta(2 * b, log_density=torch.tensor(-3.0), event_dim=3))
+
+
+def test_every_latent_site_of_a_guide_is_weighed(small_data):
+    losses = []
+    for weight in (1.0, 2.0, 5.0):
+        torch.manual_seed(0)
+        losses.append(float(AnnealedELBO(weight)(make_model(), TwoSites())(*batch(small_data))))
+    assert losses[2] - losses[0] == pytest.approx(4 * (losses[1] - losses[0]), rel=1e-6)
+
+
+def test_a_guide_without_gradients_is_refused(small_data):
+    class Counts(Guide):
+        def encode(self, images, n_objects):
+            return dist.Poisson(torch.ones(len(images), 3, images.shape[1], 2)).to_event(2)
+
+    with pytest.raises(ValueError, match="rsample"):
+        AnnealedELBO()(make_model(), Counts())(*batch(small_data))
+
+
+def test_stock_svi_lowers_the_same_loss(small_data):
+    model, guide = make_model(), make_guide()
+    before = -float(bound(model, guide, small_data).bound.sum())
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), AnnealedELBO())
+    torch.manual_seed(0)
+    for _ in range(30):
+        svi.step(*batch(small_data))
+    pyro.clear_param_store()
+    assert -float(bound(model, guide, small_data).bound.sum()) < 0.8 * before
+
+
+def test_fit_raises_the_bound(small_data):
+    model, guide = make_model(), make_guide()
+    before = bound(model, guide, small_data).bound.mean()
+    fit(model, guide, small_data, Schedule(steps=60, learning_rate=0.01, learn_from={}), progress=False)
+    assert bound(model, guide, small_data).bound.mean() > 0.8 * before
+
+
+def test_a_linear_gaussian_toy_reaches_its_evidence():
+    """v = a + noise: with the right form of q the bound must climb to log p(v), here known exactly."""
+    y, sd = torch.tensor([[0.7, -0.4]]), 0.5
+    prior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+
+    def model():
+        with pyro.plate("data", 1):
+            a = pyro.sample("a", prior.expand([1]))
+            pyro.sample("v", dist.Normal(a, sd).to_event(1), obs=y)
+
+    class Q(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.log_sd = nn.Parameter(torch.zeros(1, 2)), nn.Parameter(torch.zeros(1, 2))
+
+        def forward(self):
+            with pyro.plate("data", 1):
+                pyro.sample("a", dist.Normal(self.mean, self.log_sd.exp()).to_event(1))
+
+    guide = Q()
+    loss = AnnealedELBO()(model, guide)
+    optimizer = torch.optim.Adam(guide.parameters(), lr=0.03)
+    torch.manual_seed(0)
+    for step in range(900):
+        optimizer.param_groups[0]["lr"] = 0.03 if step < 500 else 0.003
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    evidence = float(dist.Normal(0.0, (1 + sd**2) ** 0.5).log_prob(y).sum())
+    with torch.no_grad():
+        final = torch.stack([-loss() for _ in range(400)])
+    assert float(final.mean()) <= evidence + 6 * float(final.std()) / 20
+    assert float(final.mean()) == pytest.approx(evidence, abs=0.02)
+
+
+def test_schedule_of_the_paper():
+    paper = Schedule()
+    assert (paper.steps, paper.batch_size, paper.learning_rate) == (200_000, 20, 1e-3)
+    assert [paper.kl_weight(s) for s in (0, 9_999, 10_000)] == [1.0, 1.0, 100.0]
+    assert paper.kl_weight(15_000) == pytest.approx(10.0)
+    assert paper.kl_weight(20_000) == paper.kl_weight(150_000) == 1.0
+    assert paper.learning_rate_at(199_999) == 1e-3
+
+
+def test_frozen_parts_stay_and_flags_are_put_back(small_data):
+    model, guide = make_model(), make_guide()
+    start = {name: p.clone() for name, p in model.dynamics.named_parameters()}
+    schedule = Schedule(steps=4, batch_size=4, learn_from={"model.dynamics": 99, "model.dynamics.u": 2})
+    fit(model, guide, small_data, schedule, progress=False)
+    moved = {name for name, p in model.dynamics.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {"u"}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_first_steps_on_single_objects(small_data):
+    seen = []
+    guide = make_guide()
+    encode = guide.encode
+    guide.encode = lambda images, n: seen.append(n.tolist()) or encode(images, n)
+    fit(make_model(), guide, small_data, Schedule(steps=3, batch_size=4, single_object_steps=2), progress=False)
+    assert set(sum(seen[:2], [])) == {1}
+    assert len(seen[2]) == 4
+    with pytest.raises(ValueError, match="N = 1"):
+        fit(make_model(), guide, small_data[small_data.n_objects > 1], Schedule(single_object_steps=2))
+
+
+def test_the_same_seed_gives_the_same_run_and_leaves_the_callers_random_state(small_data):
+    results = []
+    for _ in range(2):
+        model, guide = make_model(), make_guide()
+        torch.manual_seed(5)
+        wanted = torch.rand(3)
+        torch.manual_seed(5)
+        fit(model, guide, small_data, QUICK, seed=3, progress=False)
+        torch.testing.assert_close(torch.rand(3), wanted, rtol=0, atol=0)
+        results.append(model.state_dict())
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+
+
+def lines_of(folder):
+    keep = ("step", "bound_per_frame", "kl_per_frame", "kl_weight", "validation_bound_per_frame")
+    return [{k: v for k, v in json.loads(x).items() if k in keep} for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_a_stopped_and_resumed_run_is_an_uninterrupted_one(small_data, tmp_path, stop_at):
+    """Weights, optimiser and metrics, bit for bit, also where the stop falls between evaluations."""
+    whole = make_model(), make_guide()
+    fit(*whole, small_data, QUICK, seed=1, run_dir=tmp_path / "whole", validation=small_data[:3], progress=False)
+
+    class StopAfter(Guide):
+        """Sends this process SIGTERM in the middle of a step."""
+
+        def __init__(self, guide):
+            super().__init__()
+            self.guide, self.steps = guide, 0
+
+        def encode(self, images, n_objects):
+            if self.training and torch.is_grad_enabled():
+                self.steps += 1
+                if self.steps == stop_at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return self.guide.encode(images, n_objects)
+
+        def state_dict(self, *args, **kwargs):
+            return self.guide.state_dict(*args, **kwargs)
+
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    options = {"seed": 1, "run_dir": tmp_path / "parts", "validation": small_data[:3], "progress": False}
+    first = fit(make_model(), StopAfter(make_guide()), small_data, QUICK, **options)
+    assert first.interrupted
+    assert first.step == stop_at
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    parts = make_model(seed=9), make_guide(seed=9)
+    last = fit(*parts, small_data, QUICK, resume=True, **options)
+    assert (last.step, last.interrupted) == (6, False)
+    for a, b in zip(whole, parts):
+        for name, value in a.state_dict().items():
+            assert torch.equal(value, b.state_dict()[name]), name
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "parts")
+    states = [load_checkpoint(tmp_path / x / "checkpoint.pt")["optimizer"]["state"] for x in ("whole", "parts")]
+    assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small_data, tmp_path):
+    model, guide = make_model(), make_guide()
+
+    def poison(line):
+        if line["step"] == 2:
+            with torch.no_grad():
+                model.dynamics.u.fill_(torch.nan)
+
+    with pytest.raises(FloatingPointError, match=r"not finite at step 3.*last good state"):
+        fit(model, guide, small_data, QUICK, run_dir=tmp_path, progress=False, on_evaluation=poison)
+    with pytest.raises(FloatingPointError, match="no checkpoint"):
+        fit(model, guide, small_data, QUICK, progress=False)
+
+
+def test_training_in_another_thread_leaves_signals_alone(small_data):
+    results = []
+    work = threading.Thread(
+        target=lambda: results.append(fit(make_model(), make_guide(), small_data, QUICK, progress=False))
+    )
+    work.start()
+    work.join()
+    assert results[0].step == 6
+
+
+def test_resume_refusals(small_data, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint"):
+        fit(make_model(), make_guide(), small_data, QUICK, run_dir=tmp_path, resume=True)
+    fit(make_model(), make_guide(), small_data, QUICK, run_dir=tmp_path, progress=False)
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="another configuration"):
+        fit(make_model(state_size=9), make_guide(), small_data, QUICK, run_dir=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="seed"):
+        fit(make_model(), make_guide(), small_data, QUICK, run_dir=tmp_path, resume=True, seed=4)
+    with pytest.raises(ValueError, match="run_dir"):
+        fit(make_model(), make_guide(), small_data, QUICK, resume=True)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.system, ("touch should_not_exist",))
+
+
+def test_checkpoints_run_no_code_and_are_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("good.pt", {"step": 1, "x": torch.arange(5)})
+    whole = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"format": 1, "x": Malicious()}, "malicious.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Malicious()))
+    torch.save({"format": 99}, "other.pt")
+    torch.save([1, 2], "list.pt")
+    for name in ("missing", "cut", "empty", "text", "malicious", "raw", "other", "list"):
+        with pytest.raises(ValueError):
+            load_checkpoint(f"{name}.pt")
+    assert not (tmp_path / "should_not_exist").exists()
+    assert torch.equal(load_checkpoint("good.pt")["x"], torch.arange(5))
+
+
+@pytest.mark.parametrize("one_n_per_batch", [False, True])
+def test_an_epoch_uses_every_sequence_once(small_data, one_n_per_batch):
+    """12 sequences, 4 of each N, in batches of 2: in 6 steps each once, in 12 twice; of one N each where asked."""
+    seen = []
+    guide = make_guide()
+    encode = guide.encode
+    guide.encode = lambda images, n: seen.append((images.sum((1, 2, 3)).tolist(), n.tolist())) or encode(images, n)
+    schedule = Schedule(steps=12, batch_size=2, one_n_per_batch=one_n_per_batch)
+    fit(make_model(), guide, small_data, schedule, progress=False)
+    everything = sorted(small_data.images.sum((1, 2, 3)).tolist())
+    assert sorted(x for sums, _ in seen[:6] for x in sums) == everything
+    assert sorted(x for sums, _ in seen[6:] for x in sums) == everything
+    assert seen[:6] != seen[6:]
+    if one_n_per_batch:
+        assert all(len(set(n)) == 1 for _, n in seen)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"kl_start": -1.0}, {"clip_norm": 0.0}]
+)
+def test_schedule_refuses(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Schedule(**bad)
+
+
+def test_two_models_stay_apart(small_data):
+    a, b = (make_model(), make_guide()), (make_model(), make_guide())
+    before = {k: v.clone() for k, v in b[0].state_dict().items()}
+    fit(*a, small_data, QUICK, progress=False)
+    assert all(torch.equal(before[k], v) for k, v in b[0].state_dict().items())
+    assert any(not torch.equal(before[k], v) for k, v in a[0].state_dict().items())

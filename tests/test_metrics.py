@@ -1,0 +1,104 @@
+"""Measures with known answers."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from pyro_pixels import metrics
+from pyro_pixels.data import CannonballConfig, simulate
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Truth of 30 sequences with N = 1, 2, 3 and latent positions that are an affine map of it."""
+    data = simulate(CannonballConfig(height=32, width=32), 30, seed=3)
+    truth = data.positions
+    M, c = torch.tensor([[0.1, 0.03], [-0.05, 0.2]], dtype=torch.float64), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    return data, truth, truth.nan_to_num() @ M.mT + c
+
+
+def test_affine_map_is_recovered(world):
+    data, truth, latent = world
+    affine = metrics.fit_affine(latent, truth, data.n_objects)
+    assert affine.r2 == pytest.approx(1.0, abs=1e-9)
+    error = metrics.errors(affine(latent), truth, data.n_objects)
+    assert float(error.nan_to_num().max()) < 1e-8
+    assert bool(error.isnan().any(-1).any(-1)[data.n_objects < 3].all())
+    torch.testing.assert_close(affine.covariance(torch.eye(2)), affine.matrix @ affine.matrix.mT)
+
+
+def test_affine_map_needs_a_single_object(world):
+    data, truth, latent = world
+    with pytest.raises(ValueError, match="N = 1"):
+        metrics.fit_affine(latent[data.n_objects > 1], truth[data.n_objects > 1], data.n_objects[data.n_objects > 1])
+
+
+def test_assignment_undoes_any_permutation(world):
+    data, truth, _ = world
+    three = data.n_objects == 3
+    for permutation in itertools.permutations(range(3)):
+        shuffled = truth[three][:, list(permutation)]
+        order = metrics.assign(shuffled, truth[three], data.n_objects[three])
+        torch.testing.assert_close(metrics.reorder(shuffled, order), truth[three])
+
+
+def test_assignment_is_the_best_of_all(world):
+    data, truth, _ = world
+    torch.manual_seed(0)
+    noisy = truth.nan_to_num() + 8 * torch.randn_like(truth)
+    order = metrics.assign(noisy, truth, data.n_objects)
+    cost = metrics.distances(noisy, truth)
+    for b in (data.n_objects == 3).nonzero().squeeze(1).tolist():
+        best = min(sum(float(cost[b, p[j], j]) for j in range(3)) for p in itertools.permutations(range(3)))
+        assert sum(float(cost[b, order[b, j], j]) for j in range(3)) == pytest.approx(best)
+
+
+def test_absent_objects_keep_their_place(world):
+    data, truth, _ = world
+    order = metrics.assign(truth.nan_to_num(), truth, data.n_objects)
+    assert (order[data.n_objects == 1] == torch.arange(3)).all()
+
+
+def test_switches_are_seen_and_noise_makes_none(world):
+    data, truth, _ = world
+    two = data.n_objects == 2
+    swapped = truth[two].clone()
+    swapped[:, [0, 1], 15:] = truth[two][:, [1, 0], 15:]
+    far = (truth[two][:, 0] - truth[two][:, 1]).norm(dim=-1)
+    apart = (far[:, :4].mean(1) > 3) & (far[:, -4:].mean(1) > 3)
+    assert apart.any()
+    assert metrics.switches(swapped, truth[two], data.n_objects[two])[apart].all()
+    torch.manual_seed(0)
+    noisy = truth[two] + 0.5 * torch.randn_like(truth[two])
+    assert not metrics.switches(noisy, truth[two], data.n_objects[two])[apart].any()
+
+
+def test_pixel_losses_of_constant_images():
+    images = torch.zeros(2, 3, 4, 5)
+    images[:, :, 0] = 1
+    assert metrics.nll_per_frame(images, torch.full_like(images, 0.5)).tolist() == pytest.approx([20 * math.log(2)] * 2)
+    black = torch.zeros_like(images)
+    assert metrics.paper_style_loss(images, black).tolist() == pytest.approx([math.log(2)] * 2)
+    assert metrics.nll_per_frame(images, images).max() < 1e-3
+
+
+def test_floor_is_exact_where_the_motion_is():
+    """Without noise two observed frames say everything; with noise the floor is what its covariance says."""
+    still = CannonballConfig(position_noise=1e-12)
+    data = simulate(still, 20, seed=0)
+    seen = torch.arange(30) < 5
+    error = metrics.errors(metrics.floor_predictions(data.dynamics, data.positions, seen), data.paths, data.n_objects)
+    assert metrics.nan_mean(error) < 1e-3
+
+
+def test_floor_is_that_of_the_findings():
+    """Sec 3.1's data: 1.9 px on average for frames 6..30 and 3.3 px at the last, within 6 standard errors."""
+    data = simulate(CannonballConfig(), 600, seed=1)
+    seen = torch.arange(30) < 5
+    error = metrics.errors(metrics.floor_predictions(data.dynamics, data.positions, seen), data.paths, data.n_objects)
+    per_track = error[..., 5:].mean(-1)
+    per_track = per_track[~per_track.isnan()]
+    assert float(per_track.mean()) == pytest.approx(1.9, abs=0.05 + 6 * float(per_track.std()) / len(per_track) ** 0.5)
+    assert metrics.nan_mean(error[..., -1]) > metrics.nan_mean(error[..., 10])

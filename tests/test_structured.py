@@ -1,0 +1,140 @@
+"""The guide with the dynamics inside: exactly the posterior of a linear-Gaussian measurement."""
+
+import itertools
+
+import pyro
+import pytest
+import torch
+from conftest import SMALL, make_model
+from pyro.infer import Predictive
+from torch.autograd import gradcheck
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.guides import AttentionHead, InferenceRNN
+from pyro_pixels.learning import AnnealedELBO, Schedule, fit
+from pyro_pixels.structured import ConditionedTracks, StructuredGuide, factor_sum, solve_sum
+
+
+@pytest.fixture
+def dynamics():
+    torch.manual_seed(1)
+    dynamics = Dynamics(DynamicsConfig(delta=0.3, state_noise=1e-2, position_noise=0.1, n_components=3)).double()
+    with torch.no_grad():
+        dynamics.u.normal_()
+        dynamics.log_pi.normal_()
+    return dynamics
+
+
+@pytest.fixture
+def measured(dynamics):
+    """Measurements y of 4 tracks, their variances R, and q(a) = p(a | y)."""
+    torch.manual_seed(2)
+    y, R = torch.randn(4, 5, 2, dtype=torch.float64), torch.rand(4, 5, 2, dtype=torch.float64) + 0.1
+    return y, R, ConditionedTracks(dynamics, y, R)
+
+
+def test_it_is_bayes_rule(dynamics, measured):
+    """log q(a) = log p(a) + log p(y | a) - log p(y), with log p(y) from a Kalman filter with noise Sigma_A + R."""
+    y, R, q = measured
+    a = torch.randn(7, 4, 5, 2, dtype=torch.float64)
+    joint = dynamics.positions(5).log_prob(a) + torch.distributions.Normal(a, R.sqrt()).log_prob(y).sum((-2, -1))
+    R_constant = torch.full_like(R, 0.3)
+    noisier = dynamics.lgssm()._replace(Sigma_A=dynamics.lgssm().Sigma_A + 0.3 * torch.eye(2, dtype=torch.float64))
+    by_filter = (exact.log_likelihood(noisier, y.unsqueeze(-3)) + dynamics.pi.log()).logsumexp(-1)
+    torch.testing.assert_close(ConditionedTracks(dynamics, y, R_constant).log_evidence, by_filter, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(q.log_prob(a), joint - q.log_evidence, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_and_samples_agree(measured):
+    """Means and variances of 40,000 draws are the closed-form ones within 6 standard errors."""
+    _, _, q = measured
+    torch.manual_seed(3)
+    n = 40_000
+    draws = q.sample((n,))
+    standard_error = (q.variance / n).sqrt()
+    assert ((draws.mean(0) - q.mean).abs() < 6 * standard_error).all()
+    fourth = (draws - q.mean).pow(4).mean(0)
+    assert ((draws.var(0) - q.variance).abs() < 6 * ((fourth - q.variance**2) / n).sqrt()).all()
+
+
+def test_moments_by_brute_force(dynamics, measured):
+    """Mean and variance of the mixture from dense Gaussian conditioning, component by component."""
+    y, R, q = measured
+    m, C = exact.marginal_moments(dynamics.lgssm(), 5)
+    first, second = torch.zeros(4, 10, dtype=torch.float64), torch.zeros(4, 10, dtype=torch.float64)
+    for b, k in itertools.product(range(4), range(3)):
+        gain = C[k] @ torch.linalg.inv(C[k] + torch.diag(R[b].flatten()))
+        mean = m[k] + gain @ (y[b].flatten() - m[k])
+        w = q.component.probs[b, k]
+        first[b] += w * mean
+        second[b] += w * ((C[k] - gain @ C[k]).diagonal() + mean**2)
+    torch.testing.assert_close(q.mean.flatten(-2), first, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(q.variance.flatten(-2), second - first**2, rtol=1e-7, atol=1e-10)
+
+
+def test_the_bound_is_tight_where_the_images_are_linear(dynamics):
+    """If y is what is observed and R its true noise, log p(y, a) - log q(a) is log p(y) for every draw."""
+    torch.manual_seed(4)
+    y, R = torch.randn(3, 6, 2, dtype=torch.float64), torch.full((3, 6, 2), 0.2, dtype=torch.float64)
+    q = ConditionedTracks(dynamics, y, R)
+    a = q.rsample((5,))
+    log_joint = dynamics.positions(6).log_prob(a) + torch.distributions.Normal(a, R.sqrt()).log_prob(y).sum((-2, -1))
+    torch.testing.assert_close(log_joint - q.log_prob(a), q.log_evidence.expand(5, 3), rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_the_solver():
+    torch.manual_seed(5)
+    root = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    R = (torch.rand(4, 3, dtype=torch.float64) + 0.1).requires_grad_()
+    b = torch.randn(5, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def solved(root, R, b):
+        C = root @ root.mT
+        return solve_sum(C, R, b, factor_sum(C, R))
+
+    assert gradcheck(solved, (root, R, b))
+
+
+def test_gradient_of_the_log_evidence_is_that_of_autograd(dynamics, measured):
+    y, R, _ = measured
+    R = R.clone().requires_grad_()
+    m, C = exact.marginal_moments(dynamics.lgssm(), 5)
+    by_torch = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(logits=dynamics.log_pi),
+        torch.distributions.MultivariateNormal(m, C + torch.diag_embed(R.flatten(-2)).unsqueeze(-3)),
+    ).log_prob(y.flatten(-2))
+    parameters = [R, *dynamics.parameters()]
+    wanted = torch.autograd.grad(by_torch.sum(), parameters, allow_unused=True)
+    found = torch.autograd.grad(ConditionedTracks(dynamics, y, R).log_evidence.sum(), parameters, allow_unused=True)
+    for x, y_ in zip(found, wanted):
+        torch.testing.assert_close(x, y_, rtol=1e-8, atol=1e-9)
+
+
+def structured(model):
+    rnn = InferenceRNN(SMALL.height, SMALL.width, 8)
+    return StructuredGuide(model.dynamics, rnn, AttentionHead(SMALL.height, SMALL.width, 8))
+
+
+def test_it_trains_and_answers_like_any_guide(small_data):
+    model = make_model()
+    guide = structured(model)
+    fit(model, guide, small_data, Schedule(steps=2, batch_size=4, learn_from={}), progress=False)
+    posterior = Predictive(pyro.poutine.uncondition(model), guide=guide, num_samples=3, parallel=True)
+    draws = posterior(small_data.images[:3].float(), small_data.n_objects[:3])
+    assert draws["a"].shape == (3, 3, 3, 11, 2)
+    assert draws["v"].shape == (3, 3, 11, 12, 12)
+
+
+def test_kl_is_not_negative(small_data):
+    """The KL of a normalised q is at least 0; its one-sample estimate averages above -6 standard errors."""
+    model = make_model()
+    elbo = AnnealedELBO()
+    loss, kl = elbo(model, structured(model)), []
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(50):
+            loss(small_data.images.float(), small_data.n_objects)
+            kl.append(elbo.terms.kl)
+    kl = torch.stack(kl)
+    assert (kl.mean(0) > -6 * kl.std(0) / 50**0.5).all()
