@@ -21,7 +21,6 @@ exclude_patterns = ["_build"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["toc.empty_glob"]  # pages that are added later find their place in the index by a pattern
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

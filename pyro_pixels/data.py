@@ -11,6 +11,7 @@ in pixels and any two data sets of one configuration share it.
 
 import os
 import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +56,25 @@ class CannonballConfig:
     start_y: tuple[float, float] = (-0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if self.n_frames < 2:
-            raise ValueError(f"n_frames is {self.n_frames}; wanted at least 2, as one frame shows no motion")
-        if not self.n_objects or min(self.n_objects) < 1:
-            raise ValueError(f"n_objects is {self.n_objects}; wanted one or more numbers, each at least 1")
-        if not self.radius > 0 or min(self.height, self.width) < 2 * self.radius + 2:
+        if not _is_whole(self.n_frames) or self.n_frames < 2:
+            raise ValueError(f"n_frames is {self.n_frames}; wanted a whole number of at least 2: one frame shows no motion")
+        if not self.n_objects or not all(_is_whole(n) and n >= 1 for n in self.n_objects):
+            raise ValueError(f"n_objects is {self.n_objects}; wanted one or more whole numbers, each at least 1")
+        if not self.radius > 0 or not min(self.height, self.width) >= 2 * self.radius + 2:
             raise ValueError(
                 f"balls of radius {self.radius} do not fit an image of {self.height} x {self.width} pixels; "
                 "wanted radius > 0 and height and width of at least 2 radius + 2"
             )
-        if min(self.position_noise, self.state_noise) < 0 or not self.delta > 0:
-            raise ValueError("wanted position_noise and state_noise at least 0, and delta above 0")
+        for name in ("position_noise", "state_noise", "delta"):
+            value = getattr(self, name)
+            if not (0 <= value < np.inf) or (name == "delta" and value == 0):
+                raise ValueError(f"{name} is {value}; wanted a finite number, at least 0, and delta above 0")
+        for name in ("angle", "speed", "start_x", "start_y"):
+            low, high = getattr(self, name)
+            if not (-np.inf < low <= high < np.inf):
+                raise ValueError(f"{name} is {(low, high)}; wanted two finite numbers, the smaller first")
+        if self.angle[0] < 0 or self.angle[1] > 90 or self.speed[0] < 0:
+            raise ValueError(f"wanted angles within [0, 90] and speeds of at least 0, not {self.angle} and {self.speed}")
 
 
 @dataclass(frozen=True)
@@ -103,11 +112,14 @@ class ImageSequences:
     def __getitem__(self, index: Tensor | slice) -> "ImageSequences":
         """The sequences picked by a slice or an index tensor."""
 
+        n_objects = self.n_objects[index]
+        most = int(n_objects.max()) if len(n_objects) else 0
+
         def pick(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[index]
+            return None if x is None else x[index][:, :most]
 
         return ImageSequences(
-            self.images[index], self.n_objects[index], pick(self.positions), pick(self.paths), pick(self.sides), self.dynamics
+            self.images[index], n_objects, pick(self.positions), pick(self.paths), pick(self.sides), self.dynamics
         )
 
 
@@ -116,17 +128,23 @@ def object_mask(n_objects: Tensor, max_objects: int) -> Tensor:
     return torch.arange(max_objects, device=n_objects.device) < n_objects.unsqueeze(-1)
 
 
+def check_objects(n_objects: Tensor) -> None:
+    """Raises ValueError unless ``n_objects`` is (B,) with integers >= 1."""
+    if n_objects.dim() != 1 or not len(n_objects) or n_objects.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(
+            f"n_objects has shape {tuple(n_objects.shape)} and type {n_objects.dtype}; wanted integers, one a sequence"
+        )
+    if int(n_objects.min()) < 1:
+        raise ValueError(f"n_objects has the value {int(n_objects.min())}; every sequence needs at least 1 object")
+
+
 def check_batch(images: Tensor, n_objects: Tensor, size: tuple[int, int] | None = None) -> None:
     """Raises ValueError unless images are (B, T, H, W), n_objects (B,) of integers >= 1, and (H, W) is ``size``."""
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, H, W), none of them 0")
-    if n_objects.shape != images.shape[:1] or n_objects.is_floating_point():
-        raise ValueError(
-            f"n_objects has shape {tuple(n_objects.shape)} and type {n_objects.dtype}; "
-            f"wanted integers, one a sequence: ({len(images)},)"
-        )
-    if int(n_objects.min()) < 1:
-        raise ValueError(f"n_objects has the value {int(n_objects.min())}; every sequence needs at least 1 object")
+    check_objects(n_objects)
+    if len(n_objects) != len(images):
+        raise ValueError(f"there are {len(n_objects)} n_objects for {len(images)} sequences; wanted one each")
     if size is not None and images.shape[2:] != size:
         raise ValueError(
             f"images are {images.shape[2]} x {images.shape[3]} pixels; this model was made for {size[0]} x {size[1]}"
@@ -144,7 +162,7 @@ def simulate(config: CannonballConfig, n_sequences: int, *, seed: int) -> ImageS
     rng = np.random.default_rng(seed)
     choices = np.asarray(config.n_objects)
     n_objects = choices[np.arange(n_sequences) % len(choices)]
-    shape = (n_sequences, int(choices.max()))
+    shape = (n_sequences, int(n_objects.max()))
     T = config.n_frames
 
     side = rng.integers(2, size=shape)
@@ -260,13 +278,14 @@ def load_sequences(path: str | Path) -> ImageSequences:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("not an .npz")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it is an .npy")
+        with file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise ValueError(f"there is no file {path}; make one with examples/simulate.py, or see its docs for the format") from None
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path} cannot be read as an .npz of arrays ({error}); write it with numpy.savez_compressed") from None
 
     for name in ("images", "n_objects"):
@@ -326,7 +345,10 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path} ({error.strerror}); choose another name") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -344,6 +366,10 @@ def _checked_positions(
     if not np.isfinite(positions[present]).all():
         raise ValueError(f"{path}: {name} of objects that are there are not finite; NaN only fills slots beyond n_objects")
     return torch.from_numpy(np.where(present[:, :, None, None], positions, np.nan).astype(np.float64))
+
+
+def _is_whole(n: object) -> bool:
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)
 
 
 def _max_x(config: CannonballConfig) -> float:

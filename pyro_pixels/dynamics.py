@@ -46,12 +46,12 @@ class DynamicsConfig:
     """Sigma_A never falls below this times I."""
 
     def __post_init__(self) -> None:
-        if self.n_components < 1:
-            raise ValueError(f"n_components is {self.n_components}; wanted at least 1")
+        if not isinstance(self.n_components, int) or self.n_components < 1:
+            raise ValueError(f"n_components is {self.n_components}; wanted a whole number of at least 1")
         for name in ("delta", "state_noise", "start_variance", "position_noise_floor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number above 0, as it is learned on a log scale")
-        if not self.position_noise > self.position_noise_floor:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted a finite number above 0: it is learned on a log scale")
+        if not self.position_noise_floor < self.position_noise < math.inf:
             raise ValueError(
                 f"position_noise is {self.position_noise}; wanted more than its floor, {self.position_noise_floor}"
             )
@@ -87,7 +87,7 @@ class DenseTracks(TorchDistribution):
     has_rsample = True
 
     def __init__(self, mean: Tensor, cov: Tensor, *, batch_shape: torch.Size | None = None) -> None:
-        self._mean, self._L = mean, torch.linalg.cholesky_ex(cov).L
+        self._mean, self._cov, self._L = mean, cov, torch.linalg.cholesky_ex(cov).L
         self._set_shapes(mean.shape[:-1] if batch_shape is None else batch_shape)
 
     def _set_shapes(self, batch_shape: torch.Size) -> None:
@@ -95,9 +95,14 @@ class DenseTracks(TorchDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DenseTracks":
         new = object.__new__(type(self))
-        new._mean, new._L = self._mean, self._L  # kept small: they broadcast
+        new._mean, new._cov, new._L = self._mean, self._cov, self._L  # kept small: they broadcast
         new._set_shapes(torch.Size(batch_shape))
         return new
+
+    @property
+    def stacked_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (K, 2 T), covariance and its Cholesky factor (K, 2 T, 2 T) of the stacked positions."""
+        return self._mean, self._cov, self._L
 
     @property
     def mean(self) -> Tensor:
@@ -246,7 +251,8 @@ class Dynamics(nn.Module):
         if observed is not None:
             observed = observed.unsqueeze(-2)
         log_likelihood = exact.log_likelihood(self.lgssm(), a.unsqueeze(-3), observed)
-        return dist.Categorical(logits=log_likelihood + self.log_pi.log_softmax(-1), validate_args=False)
+        log_pi = self.log_pi.to(log_likelihood.dtype).log_softmax(-1)
+        return dist.Categorical(logits=log_likelihood + log_pi, validate_args=False)
 
 
 def select_component(lgssm: LGSSM, k: Tensor) -> LGSSM:

@@ -37,20 +37,30 @@ class Guide(nn.Module, ABC):
             n_objects: (B,) int. What the distribution says of objects that are not there is ignored.
         """
 
+    def q(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
+        """What `encode` gives for images of any type, its shape checked.
+
+        Raises:
+            ValueError: if the input does not fit together, or the distribution is not over (B, N) tracks (T, 2).
+        """
+        check_batch(images, n_objects)
+        dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
+        q_a = self.encode(images.to(dtype), n_objects)
+        batch, event = (len(images), int(n_objects.max())), (images.shape[1], 2)
+        if q_a.batch_shape != batch or q_a.event_shape != event:
+            raise ValueError(
+                f"{type(self).__name__}.encode gave batch shape {tuple(q_a.batch_shape)} and event shape "
+                f"{tuple(q_a.event_shape)}; wanted (B, N) = {batch} and (T, 2) = {event}; "
+                "`.to_event(2)` moves the last two dimensions of a distribution into its event"
+            )
+        return q_a
+
     def forward(self, images: Tensor, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
         """The Pyro guide: samples the site ``a`` (B, N, T, 2). Takes the arguments of the model, as Pyro asks."""
         announce_parameters("guide", self)
-        check_batch(images, n_objects)
-        B, N, T = len(n_objects), int(n_objects.max()), images.shape[1]
-        q_a = self.encode(images.to(torch.get_default_dtype()), n_objects)
-        if q_a.batch_shape != (B, N) or q_a.event_shape != (T, 2):
-            raise ValueError(
-                f"{type(self).__name__}.encode gave batch shape {tuple(q_a.batch_shape)} and event shape "
-                f"{tuple(q_a.event_shape)}; wanted (B, N) = {(B, N)} and (T, 2) = {(T, 2)}; "
-                "`.to_event(2)` moves the last two dimensions of a distribution into its event"
-            )
-        with pyro.plate("sequences", B, dim=-1):
-            return pyro.sample("a", q_a.mask(object_mask(n_objects, N)).to_event(1))
+        q_a = self.q(images, n_objects)
+        with pyro.plate("sequences", len(images), dim=-1):
+            return pyro.sample("a", q_a.mask(object_mask(n_objects, q_a.batch_shape[1])).to_event(1))
 
 
 class InferenceRNN(nn.Module):
@@ -94,8 +104,7 @@ class InferenceRNN(nn.Module):
         s_0 = self.phi_s0[n_objects - 1, :N].tanh().transpose(0, 1)  # (N, B, D)
         reversed_frames = images.flatten(2).transpose(0, 1).flip(0)  # (T, B, P)
         from_image = F.linear(reversed_frames, self.from_image.weight, self.from_states.bias)
-        W_time, W_object = self.from_states.weight.split(self.state_size, 1)
-        return recur(from_image, s_0, W_time, W_object).permute(2, 0, 1, 3)
+        return recur(from_image, s_0, self.from_states.weight).permute(2, 0, 1, 3)
 
 
 class LinearHead(nn.Module):
@@ -113,11 +122,12 @@ class LinearHead(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """Adds to Eq (9)'s mean the centroid of the white pixels that s_t^n attends to.
+    """Adds to Eq (9)'s mean the centroid of the white pixels that object n claims.
 
-    omega = softmax over pixels of (log v_t + Phi W^omega s_t^n), mean = M c(omega) + W s_t^n + b, where c(omega) is the
-    omega-weighted mean of pixel coordinates, in [-1, 1], and Phi holds the lowest cosine waves over the image, so that
-    attention varies smoothly from pixel to pixel.
+    Objects claim pixels in turn, each a share of what the ones before it have left: with c_t^n = sigm(Phi W^omega s_t^n),
+    one value a pixel, omega_t^n is proportional to v_t c_t^n prod_{m < n} (1 - c_t^m), and the mean is M times the
+    omega-weighted mean of the pixels' coordinates, in [-1, 1], plus W s_t^n + b. Phi holds the lowest cosine waves over
+    the image, so that claims vary smoothly from pixel to pixel. At the start every claim is one half.
 
     Args:
         height, width: of the images.

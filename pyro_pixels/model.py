@@ -14,7 +14,7 @@ import pyro.distributions as dist
 from pyro.poutine.runtime import effectful
 from torch import Tensor, nn
 
-from pyro_pixels.data import check_batch, object_mask
+from pyro_pixels.data import check_batch, check_objects, object_mask
 from pyro_pixels.dynamics import Dynamics, StatePath, select_component
 from pyro_pixels.renderer import Renderer
 
@@ -70,7 +70,9 @@ class PixelModel(nn.Module):
         return pyro.sample("v", dist.Bernoulli(logits=logits, validate_args=False).to_event(3), obs=obs)
 
     def _sizes(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None) -> tuple[int, int, int]:
-        if images is not None:
+        if images is None:
+            check_objects(n_objects)
+        else:
             check_batch(images, n_objects, (self.renderer.height, self.renderer.width))
             n_frames = images.shape[1] if n_frames is None else n_frames
             if n_frames != images.shape[1]:

@@ -61,7 +61,7 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 0
     Raises:
         ValueError: if the images do not fit the guide, or hold more objects than it supports.
     """
-    q_a = _encode(guide, images, n_objects)
+    q_a = guide.q(images, n_objects)
     mean, variance = _moments(q_a)
     return Inference(mean, variance.sqrt(), q_a.sample((n_samples,)).double() if n_samples else None)
 
@@ -116,7 +116,7 @@ def generate(
     tau = images.shape[1]
     if n_frames <= tau:
         raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more than {tau}")
-    q_a = _encode(guide, images, n_objects)
+    q_a = guide.q(images, n_objects)
     seen, variance = _moments(q_a)
     dynamics, steps = model.dynamics, n_frames - tau
     k = dynamics.component_posterior(seen).logits.argmax(-1)
@@ -164,10 +164,10 @@ def interpolate(
         raise ValueError(f"observed is {observed.int().tolist()}; wanted the first frame seen (1) and at least one not (0)")
     filled = images.to(torch.get_default_dtype()).clone()
     for start, stop in _gaps(observed):
-        mean = _moments(_encode(guide, filled[:, :start], n_objects)).mean
+        mean = _moments(guide.q(filled[:, :start], n_objects)).mean
         filled[:, start:stop] = render(model, _forecast(model.dynamics, mean, observed[:start], stop - start), n_objects)
 
-    q_a = _encode(guide, filled, n_objects)
+    q_a = guide.q(filled, n_objects)
     seen, variance = _moments(q_a)
     p_z = model.dynamics.component_posterior(seen, observed)
     k = p_z.logits.argmax(-1)
@@ -198,11 +198,6 @@ def _prediction(
 ) -> Prediction:
     sample_images = None if samples is None else render(model, samples, n_objects)
     return Prediction(mean, cov, render(model, mean, n_objects), observed, k, samples, sample_images)
-
-
-def _encode(guide: Guide, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
-    check_batch(images, n_objects)
-    return guide.encode(images.to(torch.get_default_dtype()), n_objects)
 
 
 class _Moments(NamedTuple):

@@ -23,8 +23,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pyro_pixels import lgssm as exact
-from pyro_pixels.dynamics import Dynamics
+from pyro_pixels.dynamics import Dynamics, TrackMixture, dense_components
 from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN
 
 
@@ -43,14 +42,16 @@ class ConditionedTracks(TorchDistribution):
 
     def __init__(self, dynamics: Dynamics, y: Tensor, R: Tensor) -> None:
         super().__init__(y.shape[:-2], y.shape[-2:], validate_args=False)
-        self._prior = dynamics.positions(y.shape[-2])
-        self._m, self._C = exact.marginal_moments(dynamics.lgssm(), y.shape[-2])  # (K, 2T), (K, 2T, 2T)
+        components = dense_components(dynamics.lgssm(), y.shape[-2])
+        self._m, self._C, self._prior_L = components.stacked_moments  # (K, 2T), (K, 2T, 2T), (K, 2T, 2T)
+        z = dist.Categorical(logits=dynamics.log_pi.to(self._m.dtype), validate_args=False)
+        self._prior = TrackMixture(z, components, validate_args=False)
         self._y, self._R = (x.to(self._m.dtype).flatten(-2) for x in (y, R))  # (..., 2T)
         e = self._y.unsqueeze(-2) - self._m  # (..., K, 2T)
         self._L = factor_sum(self._C, self._R)
         W_e, log_det = solve_sum(self._C, self._R, e, self._L)
         log_evidence = -0.5 * ((e * W_e).sum(-1) + log_det + e.shape[-1] * math.log(2 * math.pi))
-        log_joint = log_evidence + dynamics.log_pi.log_softmax(-1)
+        log_joint = log_evidence + z.logits
         self.component = dist.Categorical(logits=log_joint, validate_args=False)  # p(z | y), (..., K)
         self.log_evidence = log_joint.logsumexp(-1)  # log Z, (...)
 
@@ -62,7 +63,7 @@ class ConditionedTracks(TorchDistribution):
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """Draws a prior path and a measurement of it, moves the path by what the real measurement says, and picks z."""
         shape = torch.Size(sample_shape) + self.batch_shape + self._m.shape  # (S, ..., K, 2T)
-        a = self._m + torch.einsum("kij,...kj->...ki", torch.linalg.cholesky_ex(self._C).L, self._m.new_empty(shape).normal_())
+        a = self._m + torch.einsum("kij,...kj->...ki", self._prior_L, self._m.new_empty(shape).normal_())
         a = self._updated(a, a + self._R.sqrt().unsqueeze(-2) * torch.randn_like(a))
         z = self.component.sample(torch.Size(sample_shape))[..., None, None]
         return a.gather(-2, z.expand(*z.shape[:-1], a.shape[-1])).squeeze(-2).unflatten(-1, self.event_shape)

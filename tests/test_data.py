@@ -434,7 +434,7 @@ def test_files_that_are_no_npz_raise(tmp_path, make):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"n_frames": 1}, "n_frames is 1; wanted at least 2"),
+        ({"n_frames": 1}, "n_frames is 1; wanted a whole number of at least 2"),
         ({"n_objects": ()}, r"n_objects is \(\)"),
         ({"n_objects": (1, 0)}, r"n_objects is \(1, 0\)"),
         ({"radius": 0.0}, "balls of radius 0.0 do not fit"),
@@ -442,8 +442,8 @@ def test_files_that_are_no_npz_raise(tmp_path, make):
         ({"radius": 24.0}, "balls of radius 24.0 do not fit an image of 48 x 48 pixels"),
         ({"height": 5}, "do not fit an image of 5 x 48 pixels"),
         ({"width": 5}, "do not fit an image of 48 x 5 pixels"),
-        ({"position_noise": -1e-3}, "position_noise and state_noise at least 0"),
-        ({"state_noise": -1e-3}, "position_noise and state_noise at least 0"),
+        ({"position_noise": -1e-3}, "position_noise is -0.001"),
+        ({"state_noise": -1e-3}, "state_noise is -0.001"),
         ({"delta": 0.0}, "delta above 0"),
     ],
     ids=str,

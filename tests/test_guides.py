@@ -120,7 +120,7 @@ def test_more_objects_than_the_guide_was_made_for_raise(n_objects):
     [
         ((2, 3, W, H), [1, 1], f"images are {W} x {H} pixels; this model was made for {H} x {W}"),
         ((2, 3, H * W), [1, 1], r"wanted \(B, T, H, W\)"),
-        ((2, 3, H, W), [1, 1, 1], "wanted integers, one a sequence"),
+        ((2, 3, H, W), [1, 1, 1], "there are 3 n_objects for 2 sequences"),
         ((2, 3, H, W), [1, 0], "needs at least 1 object"),
     ],
 )

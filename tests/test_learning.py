@@ -131,8 +131,8 @@ def test_a_linear_gaussian_toy_reaches_its_evidence():
     loss = AnnealedELBO()(model, guide)
     optimizer = torch.optim.Adam(guide.parameters(), lr=0.03)
     torch.manual_seed(0)
-    for step in range(900):
-        optimizer.param_groups[0]["lr"] = 0.03 if step < 500 else 0.003
+    for step in range(1500):
+        optimizer.param_groups[0]["lr"] = 0.03 if step < 300 else 0.001
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
