@@ -1,0 +1,50 @@
+"""Unsupervised separation of dynamics from pixels (Chiappa and Paquet) in Pyro.
+
+Shapes, everywhere: B sequences, N objects, K components, T time steps, H x W pixels, S samples.
+
+    v, images   (B, T, H, W)   binary images
+    n_objects   (B,)           number of objects of each sequence, at most N
+    a           (B, N, T, 2)   positions in latent units; ``positions`` and ``paths`` are in pixels, (column, row)
+    h           (B, N, T, 4)   states (x, y, vx, vy)
+    z           (B, N)         mixture component of the start
+    s           (B, N, T, D)   states of the inference network
+"""
+
+from pyro_pixels.data import CannonballConfig, load_sequences, save_sequences, simulate
+from pyro_pixels.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.evaluation import evaluate
+from pyro_pixels.guides import Guide, InferenceRNN, RecurrentGuide
+from pyro_pixels.learning import AnnealedELBO, Schedule, fit
+from pyro_pixels.model import PixelModel
+from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
+from pyro_pixels.renderer import Renderer
+from pyro_pixels.runs import PRESETS, build, load_run
+from pyro_pixels.structured import StructuredGuide
+
+__all__ = [
+    "PRESETS",
+    "AnnealedELBO",
+    "CannonballConfig",
+    "Dynamics",
+    "DynamicsConfig",
+    "Guide",
+    "InferenceRNN",
+    "PixelModel",
+    "RecurrentGuide",
+    "Renderer",
+    "Schedule",
+    "StructuredGuide",
+    "build",
+    "evaluate",
+    "fit",
+    "generate",
+    "infer",
+    "interpolate",
+    "load_run",
+    "load_sequences",
+    "reconstruct",
+    "save_sequences",
+    "simulate",
+    "smooth",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,163 @@
+"""Every script runs on a small problem, in a process of its own, and says what is wrong in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart"}
+
+
+def script(name, *arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_every_script_is_listed():
+    assert {p.stem for p in (ROOT / "examples").glob("*.py")} == SCRIPTS | {"common"}
+
+
+@pytest.fixture(scope="module")
+def own_file(tmp_path_factory):
+    """A user's own sequences, made by code that knows nothing of this package: squares that drift, no positions."""
+    rng = np.random.default_rng(0)
+    images = np.zeros((30, 12, 20, 24), np.uint8)
+    n_objects = np.arange(30) % 2 + 1
+    for b, t in np.ndindex(30, 12):
+        for n in range(n_objects[b]):
+            start = np.random.default_rng(100 * b + n)
+            x, y = start.uniform(2, 10, 2) + t * start.uniform(0.2, 0.8, 2)
+            images[b, t, int(y) : int(y) + 3, int(x) : int(x) + 3] = 1
+    assert images.any(axis=(2, 3)).all()
+    path = tmp_path_factory.mktemp("own") / "mine.npz"
+    np.savez(path, images=images, n_objects=n_objects.astype(np.int32), note=rng.uniform(size=3))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which a quick run was trained for 6 steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = script("train", "--steps", 6, "--n-sequences", 60, "--no-progress", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_help(name, tmp_path):
+    done = script(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for option in ("--seed", *(("--device", "--data") if name != "simulate" else ())):
+        assert option in done.stdout
+
+
+def test_simulate_then_evaluate_and_query(trained):
+    done = script("simulate", "--out", "test.npz", "--n-sequences", 30, "--seed", 4, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert (trained / "test.png").stat().st_size > 1000
+    done = script("evaluate", "--data", "test.npz", "--out", "m/metrics.json", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((trained / "m/metrics.json").read_text())
+    wanted = {"position_error_px", "switch_rate", "generation_error_px", "interpolation_error_px", "nll_per_frame_nats",
+              "paper_style_loss", "generation_floor_px", "interpolation_floor_px"}  # fmt: skip
+    assert set(result["by_n_objects"]) == {"1", "2", "3"}
+    for row in (*result["by_n_objects"].values(), result["all"]):
+        assert wanted <= set(row)
+    assert 0 < result["all"]["interpolation_floor_px"] < result["all"]["generation_floor_px"] < result["all"]["generation_error_px"]
+    for name, made in {
+        "infer": ("positions.npz", "positions.png"),
+        "generate": ("generation.npz", "generated_images.png", "generated_trajectories.png", "generation.gif"),
+        "interpolate": ("interpolation.npz", "interpolation.png"),
+    }.items():
+        done = script(name, "--data", "test.npz", "--out", name, "--n-samples", 2, cwd=trained)
+        assert done.returncode == 0, done.stderr
+        assert all((trained / name / file).stat().st_size > 1000 for file in made)
+    with np.load(trained / "generate/generation.npz") as file:
+        assert file["mean"].shape == (30, 3, 30, 2)
+        assert file["sample_images"].shape == (2, 30, 30, 32, 32)
+
+
+def test_a_users_own_file_goes_all_the_way(own_file, tmp_path):
+    for name, arguments in {
+        "train": ("--run", "run", "--steps", 4, "--no-progress"),
+        "infer": ("--run", "run", "--out", "infer"),
+        "generate": ("--run", "run", "--out", "generate"),
+        "interpolate": ("--run", "run", "--out", "interpolate"),
+        "evaluate": ("--run", "run", "--out", "metrics.json"),
+    }.items():
+        done = script(name, "--data", own_file, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+    row = json.loads((tmp_path / "metrics.json").read_text())["all"]
+    assert row["nll_per_frame_nats"] > 0
+    assert "position_error_px" not in row
+
+
+def test_quickstart_makes_everything(tmp_path, own_file):
+    done = script("quickstart", "--steps", 3, "--data", own_file, "--run", "q", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = {p.name for p in (tmp_path / "q").iterdir()}
+    assert made >= {"config.json", "metrics.jsonl", "checkpoint.pt", "metrics.json", "training.png", "sequences.png",
+                    "start.png", "positions.png", "generated_images.png", "generation.gif", "interpolation.png"}  # fmt: skip
+
+
+def test_sigterm_saves_and_resume_finishes(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "examples/train.py"), "--run", "r", "--steps", "100000", "--n-sequences", "60"]
+    training = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "r/metrics.jsonl").exists():  # written when training starts
+        assert training.poll() is None, training.stderr.read()
+        time.sleep(0.1)
+    time.sleep(1.0)
+    training.send_signal(signal.SIGTERM)
+    output = training.communicate(timeout=120)[0].decode()
+    assert training.returncode == 130
+    assert "--resume" in output
+    assert (tmp_path / "r/checkpoint.pt").exists()
+    step = int(output.split("saved at step ")[1].split(";")[0].replace(",", ""))
+    done = script("train", "--run", "r", "--resume", "--steps", step + 2, "--no-progress", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"trained {step + 2:,} steps" in done.stdout
+
+
+BAD = {
+    "missing file": ("train", "--data", "nowhere.npz"),
+    "no run": ("infer", "--run", "nowhere"),
+    "no such device": ("train", "--device", "abacus"),
+    "no such size": ("infer", "--data", "other.npz"),
+    "seen all": ("generate", "--n-seen", "30"),
+    "seen none": ("generate", "--n-seen", "0"),
+    "trained already": ("train",),
+    "nothing to resume": ("train", "--run", "new", "--resume"),
+    "folder that is a file": ("infer", "--out", "file"),
+    "no steps": ("train", "--run", "new", "--steps", "0"),
+}
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(trained, arguments):
+    (trained / "file").write_text("not a folder")
+    np.savez(trained / "other.npz", images=np.zeros((2, 12, 9, 9), np.uint8), n_objects=np.ones(2, int))
+    before = (trained / "runs/quick/checkpoint.pt").read_bytes()
+    done = script(*arguments, cwd=trained)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (trained / "runs/quick/checkpoint.pt").read_bytes() == before
+
+
+def test_cuda_is_asked_for_where_there_is_none(trained):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = script("train", "--run", "new", "--device", "cuda", cwd=trained)
+    assert done.returncode == 2
+    assert "no cuda device" in done.stderr

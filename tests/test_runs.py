@@ -1,0 +1,106 @@
+"""Configurations and run folders."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import SMALL
+
+import pyro_pixels
+from pyro_pixels.learning import Schedule, fit
+from pyro_pixels.runs import GUIDES, PRESETS, RunConfig, build, load_config, load_run, save_config
+
+TINY = RunConfig(state_size=8, data=SMALL, schedule=Schedule(steps=2, batch_size=4, evaluate_every=1))
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), TINY], ids=[*PRESETS, "tiny"])
+def test_config_survives_json(tmp_path, config):
+    save_config(tmp_path, config)
+    assert load_config(tmp_path) == config
+
+
+def test_paper_preset_is_the_papers():
+    paper = PRESETS["paper"]
+    assert (paper.guide, paper.state_size, paper.data.height, paper.data.width) == ("recurrent", 1024, 48, 48)
+    assert (paper.dynamics.delta, paper.dynamics.state_noise, paper.dynamics.position_noise) == (0.1, 1e-3, 1.0)
+    assert paper.dynamics.n_components == 2
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_saved_run_comes_back_as_it_was(tmp_path, small_data, guide):
+    config = dataclasses.replace(TINY, guide=guide)
+    run = build(config)
+    save_config(tmp_path, config)
+    fit(run.model, run.guide, small_data, config.schedule, run_dir=tmp_path, progress=False)
+    again = load_run(tmp_path)
+    assert again.step == 2
+    for a, b in ((run.model, again.model), (run.guide, again.guide)):
+        assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_building_is_seeded_and_leaves_the_callers_random_state():
+    torch.manual_seed(0)
+    wanted = torch.rand(2)
+    torch.manual_seed(0)
+    one, two, other = build(TINY), build(TINY), build(dataclasses.replace(TINY, seed=1))
+    torch.testing.assert_close(torch.rand(2), wanted, rtol=0, atol=0)
+    assert torch.equal(one.model.dynamics.mu, two.model.dynamics.mu)
+    assert not torch.equal(one.model.dynamics.mu, other.model.dynamics.mu)
+
+
+def test_bad_folders(tmp_path, small_data):
+    with pytest.raises(ValueError, match="no run"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"colour": 1}))
+    with pytest.raises(ValueError, match="unknown field 'colour'"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"data": 3}))
+    with pytest.raises(ValueError, match="CannonballConfig"):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match="no guide 'mine'"):
+        build(RunConfig(guide="mine"))
+
+
+def test_a_checkpoint_of_another_configuration(tmp_path, small_data):
+    run = build(TINY)
+    fit(run.model, run.guide, small_data, TINY.schedule, run_dir=tmp_path, progress=False)
+    save_config(tmp_path, dataclasses.replace(TINY, state_size=9))
+    with pytest.raises(ValueError, match="another configuration"):
+        load_run(tmp_path)
+
+
+def test_exports_are_few_and_there():
+    assert len(pyro_pixels.__all__) <= 25
+    assert all(hasattr(pyro_pixels, name) for name in pyro_pixels.__all__)
+
+
+@pytest.mark.slow
+def test_the_paper_preset_runs():
+    """48 x 48, state 1024, batch 20: 20 steps on a CPU; the bound is finite and rises."""
+    config = PRESETS["paper"]
+    data = pyro_pixels.simulate(config.data, 60, seed=0)
+    run = build(config)
+    lines = []
+    schedule = dataclasses.replace(config.schedule, steps=20, evaluate_every=5)
+    fit(run.model, run.guide, data, schedule, progress=False, on_evaluation=lines.append)
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert lines[-1]["bound_per_frame"] > lines[0]["bound_per_frame"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_gives_the_bound_of_the_cpu(small_data):
+    from pyro_pixels.learning import bound
+
+    for guide in GUIDES:
+        run = build(dataclasses.replace(TINY, guide=guide))
+        fit(run.model.cuda(), run.guide.cuda(), small_data, TINY.schedule, progress=False)
+        images, n_objects = small_data.images, small_data.n_objects
+        on_gpu = run.guide.q(images.cuda(), n_objects.cuda()).mean.cpu()
+        on_cpu = run.guide.cpu().q(images, n_objects).mean
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-4)
+        assert bool(bound(run.model.cpu(), run.guide, small_data).bound.isfinite().all())
