@@ -17,7 +17,8 @@ class Arguments:
     """Folder of a trained run."""
     data: Path | None = None
     """An .npz of image sequences; default: fresh ones, simulated as the run's were."""
-    out: Path = Path("runs/quick/metrics.json")
+    out: Path | None = None
+    """The JSON to write, figures beside it; default: metrics.json in the run's folder."""
     n_sequences: int = 300
     """How many sequences at most."""
     n_seen: int = N_SEEN
@@ -33,12 +34,13 @@ def main(args: Arguments) -> None:
     print(f"evaluating {args.run} (step {run.step:,}) on {len(data)} sequences")
     result = evaluate(run.model, run.guide, data, n_seen=args.n_seen)
     result |= {"step": run.step, "train_seed": run.config.seed, "test_seed": args.seed if args.data is None else None}
-    with atomic_write(args.out) as file:
+    out = args.out or args.run / "metrics.json"
+    with atomic_write(out) as file:
         file.write(json.dumps(result, indent=2).encode() + b"\n")
     print(format_table(result))
-    print(f"  {args.out}")
+    print(f"  {out}")
     shown = Shown(run, data, device, n_seen=args.n_seen)
-    draw_error_over_time(shown, shown.generation(), shown.interpolation(), args.out.parent)
+    draw_error_over_time(shown, shown.generation(), shown.interpolation(), out.parent)
 
 
 if __name__ == "__main__":

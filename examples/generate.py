@@ -16,8 +16,8 @@ class Arguments:
     """Folder of a trained run."""
     data: Path | None = None
     """An .npz of image sequences; default: fresh ones, simulated as the run's were."""
-    out: Path = Path("runs/quick/generate")
-    """Folder for the figures and generation.npz."""
+    out: Path | None = None
+    """Folder for the figures and generation.npz; default: generate in the run's folder."""
     n_sequences: int = 60
     n_seen: int = N_SEEN
     """Frames seen."""
@@ -34,7 +34,7 @@ def main(args: Arguments) -> None:
     torch.manual_seed(args.seed)
     run = load_run(args.run, device)
     data = sequences_for(run, args.data, args.n_sequences, args.seed)
-    out = new_folder(args.out)
+    out = new_folder(args.out or args.run / "generate")
     shown = Shown(run, data, device, n_seen=args.n_seen)
     prediction = shown.generation(args.n_frames, args.n_samples)
     print(f"generated frames {args.n_seen + 1} to {prediction.mean.shape[2]} of {len(data)} sequences from the first {args.n_seen}")

@@ -16,8 +16,8 @@ class Arguments:
     """Folder of a trained run."""
     data: Path | None = None
     """An .npz of image sequences; default: fresh ones, simulated as the run's were."""
-    out: Path = Path("runs/quick/infer")
-    """Folder for the figure and positions.npz."""
+    out: Path | None = None
+    """Folder for the figure and positions.npz; default: infer in the run's folder."""
     n_sequences: int = 60
     n_samples: int = 0
     """Samples of the positions to save as well."""
@@ -30,7 +30,7 @@ def main(args: Arguments) -> None:
     torch.manual_seed(args.seed)
     run = load_run(args.run, device)
     data = sequences_for(run, args.data, args.n_sequences, args.seed)
-    out = new_folder(args.out)
+    out = new_folder(args.out or args.run / "infer")
     print(f"inferring the positions of {len(data)} sequences {tuple(data.images.shape[1:])}")
     shown = Shown(run, data, device)
     inferred = infer(run.guide, shown.images, shown.n_objects, n_samples=args.n_samples)

@@ -16,8 +16,8 @@ class Arguments:
     """Folder of a trained run."""
     data: Path | None = None
     """An .npz of image sequences; default: fresh ones, simulated as the run's were."""
-    out: Path = Path("runs/quick/interpolate")
-    """Folder for the figure and interpolation.npz."""
+    out: Path | None = None
+    """Folder for the figure and interpolation.npz; default: interpolate in the run's folder."""
     n_sequences: int = 60
     n_seen: int = N_SEEN
     """Frames seen at either end."""
@@ -32,7 +32,7 @@ def main(args: Arguments) -> None:
     torch.manual_seed(args.seed)
     run = load_run(args.run, device)
     data = sequences_for(run, args.data, args.n_sequences, args.seed)
-    out = new_folder(args.out)
+    out = new_folder(args.out or args.run / "interpolate")
     shown = Shown(run, data, device, n_seen=args.n_seen)
     prediction = shown.interpolation(args.n_samples)
     print(f"filled frames {args.n_seen + 1} to {data.images.shape[1] - args.n_seen} of {len(data)} sequences from {args.n_seen} at either end")

@@ -43,7 +43,7 @@ def main(args: Arguments) -> int:
 
     run = load_run(args.run, device)
     print("2. measuring it on fresh sequences" if args.data is None else "2. measuring it on the file's sequences")
-    evaluate.main(evaluate.Arguments(run=args.run, data=args.data, out=out / "metrics.json", device=args.device))
+    evaluate.main(evaluate.Arguments(run=args.run, data=args.data, device=args.device))
 
     print("3. drawing what it knows")
     data = sequences_for(run, args.data, 60, TEST_SEED + 1)

@@ -24,7 +24,7 @@ class Arguments:
     guide: str | None = None
     """Name of a guide, if not the preset's."""
     data: Path | None = None
-    """An .npz of image sequences to learn from; default: simulated."""
+    """An .npz of image sequences to learn from, a tenth of them (at most 60) held out; default: simulated."""
     n_sequences: int | None = None
     """How many sequences to simulate, if not the preset's number."""
     steps: int | None = None
@@ -33,7 +33,7 @@ class Arguments:
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     resume: bool = False
-    """Go on with the run in the folder, with its own configuration."""
+    """Go on with the run in the folder, on its own data and with its own configuration; only --steps may change it."""
     progress: bool = True
 
 
@@ -46,33 +46,29 @@ def configure(args: Arguments) -> RunConfig:
         config = replace(config, n_sequences=args.n_sequences)
     if args.steps is not None:
         config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+    if args.data is not None:
+        config = replace(config, data_file=str(args.data.resolve()))
     return config
 
 
-def training_data(config: RunConfig, file: Path | None) -> tuple[ImageSequences, RunConfig]:
-    """Sequences to learn from, and the configuration fitted to them."""
-    if file is None:
-        return simulate(config.data, config.n_sequences, seed=config.seed), config
-    data = load_sequences(file)
+def training_data(config: RunConfig) -> tuple[ImageSequences, ImageSequences | None, RunConfig]:
+    """Sequences to learn from, others whose bound is reported, and the configuration fitted to them."""
+    if config.data_file is None:
+        return simulate(config.data, config.n_sequences, seed=config.seed), simulate(config.data, 60, seed=TEST_SEED - 1), config
+    data = load_sequences(config.data_file)
     (height, width), most = data.size, int(data.n_objects.max())
     shape = replace(config.data, height=height, width=width, n_frames=data.images.shape[1], radius=min(config.data.radius, (min(height, width) - 2) / 2))
     config = replace(config, data=shape, max_objects=max(most, config.max_objects), n_sequences=len(data))
     if not bool((data.n_objects == 1).any()):
         config = replace(config, schedule=replace(config.schedule, single_object_steps=0))
-    return data, config
-
-
-def validation_data(config: RunConfig, file: Path | None, data: ImageSequences) -> ImageSequences:
-    """Sequences whose bound is reported: fresh ones, or the last of the file's."""
-    if file is None:
-        return simulate(config.data, 60, seed=TEST_SEED - 1)
-    return data[-60:]
+    held_out = min(60, len(data) // 10)
+    return data[: len(data) - held_out], data[len(data) - held_out :] if held_out else None, config
 
 
 def main(args: Arguments) -> int:
     device = device_of(args.device)
     config = load_config(args.run) if args.resume else configure(args)
-    data, config = training_data(config, args.data)
+    data, validation, config = training_data(config)
     if args.resume:
         if args.steps is not None:
             config = replace(config, schedule=replace(config.schedule, steps=args.steps))
@@ -85,10 +81,10 @@ def main(args: Arguments) -> int:
     print(f"training {folder}: guide '{config.guide}', {n_parameters:,} parameters, {len(data)} sequences {tuple(data.images.shape[1:])}, {config.schedule.steps:,} steps on {device}")
     result = fit(
         run.model.to(device), run.guide.to(device), data, config.schedule, seed=config.seed, run_dir=folder,
-        validation=validation_data(config, args.data, data), resume=args.resume, progress=args.progress,
+        validation=validation, resume=args.resume, progress=args.progress,
     )  # fmt: skip
     if result.interrupted:
-        print(f"stopped and saved at step {result.step:,}; go on with: python examples/train.py --run {folder} --resume" + ("" if args.data is None else f" --data {args.data}"))
+        print(f"stopped and saved at step {result.step:,}; go on with: python examples/train.py --run {folder} --resume")
         return 130
     print(f"trained {result.step:,} steps in {result.seconds:.0f} s: " + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if "per_frame" in k))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

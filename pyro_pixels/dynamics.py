@@ -40,6 +40,8 @@ class DynamicsConfig:
     """Sigma_H = state_noise I."""
     position_noise: float = 1.0
     """Sigma_A = position_noise I."""
+    start_spread: float = 1.0
+    """Standard deviation of the positions in mu_k, which are drawn; the velocities in mu_k start at 0."""
     start_variance: float = 1.0
     """Sigma_k = start_variance I."""
     position_noise_floor: float = 1e-6
@@ -48,9 +50,9 @@ class DynamicsConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.n_components, int) or self.n_components < 1:
             raise ValueError(f"n_components is {self.n_components}; wanted a whole number of at least 1")
-        for name in ("delta", "state_noise", "start_variance", "position_noise_floor"):
+        for name in ("delta", "state_noise", "start_spread", "start_variance", "position_noise_floor"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a finite number above 0: it is learned on a log scale")
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted a finite number above 0")
         if not self.position_noise_floor < self.position_noise < math.inf:
             raise ValueError(
                 f"position_noise is {self.position_noise}; wanted more than its floor, {self.position_noise_floor}"
@@ -64,11 +66,11 @@ class TrackMixture(dist.MixtureSameFamily):
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value.to(_exact_dtype(value.device)))
+        return super().log_prob(value.to(exact.exact_dtype(value.device)))
 
     def component_posterior(self, value: Tensor) -> dist.Categorical:
         """p(z | a_{1:T}), a Categorical over K, for positions (..., T, 2)."""
-        value = value.to(_exact_dtype(value.device)).unsqueeze(-3)
+        value = value.to(exact.exact_dtype(value.device)).unsqueeze(-3)
         log_joint = self.component_distribution.log_prob(value) + self.mixture_distribution.logits
         return dist.Categorical(logits=log_joint, validate_args=False)
 
@@ -193,7 +195,7 @@ class Dynamics(nn.Module):
     """delta, u, Sigma_H, Sigma_A, pi_k, mu_k, Sigma_k as parameters, started as in Sec 3.2.
 
     Args:
-        config: starting values. mu_k has standard normal positions (drawn when constructed) and zero velocities; u = 0.
+        config: starting values. The positions in mu_k are drawn when constructed; u = 0 and pi is uniform.
         components: how p(a_{1:T} | z = k) is represented, `dense_components` or `hmm_components`.
     """
 
@@ -204,7 +206,7 @@ class Dynamics(nn.Module):
         self.log_delta = nn.Parameter(torch.tensor(config.delta).log())
         self.u = nn.Parameter(torch.zeros(4))
         self.log_pi = nn.Parameter(torch.zeros(K))
-        self.mu = nn.Parameter(torch.cat([torch.randn(K, 2), torch.zeros(K, 2)], -1))
+        self.mu = nn.Parameter(torch.cat([config.start_spread * torch.randn(K, 2), torch.zeros(K, 2)], -1))
         self.root_Sigma_H = nn.Parameter(_log_root(config.state_noise, 4))
         self.root_Sigma_A = nn.Parameter(_log_root(config.position_noise - config.position_noise_floor, 2))
         self.root_Sigma = nn.Parameter(_log_root(config.start_variance, 4).repeat(K, 1, 1))
@@ -221,7 +223,7 @@ class Dynamics(nn.Module):
 
     def lgssm(self) -> LGSSM:
         """The parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
-        dtype = _exact_dtype(self.mu.device)
+        dtype = exact.exact_dtype(self.mu.device)
         I = torch.eye(2, dtype=dtype, device=self.mu.device)
         O = torch.zeros_like(I)
         delta = self.log_delta.to(dtype).exp()
@@ -269,8 +271,3 @@ def _covariance(root: Tensor) -> Tensor:
     """L L' with L the lower triangle of ``root``, its diagonal exponentiated."""
     L = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).exp())
     return L @ L.mT
-
-
-def _exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, but float32 on Apple's GPUs, which have nothing else."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -5,8 +5,8 @@ The base class makes it a Pyro guide: the plate, the mask of absent objects and 
 
 `RecurrentGuide` is the paper's: a network with states s_t^n, recurrent over time and over objects (`InferenceRNN`),
 and a *head* that reads the mean and scale of a_t^n from s_t^n. `LinearHead` is Eq (9). `AttentionHead` departs from
-the paper: it adds to the mean the centroid of the white pixels that s_t^n attends to, so that positions start as a
-linear function of the object's place in the image instead of having to be unfolded by learning (docs/decisions.md).
+the paper: its mean is the centroid of the white pixels that s_t^n claims, so that positions are a linear function of
+the object's place in the image from the start, and learning need not unfold them (docs/decisions.md).
 """
 
 import math
@@ -37,6 +37,24 @@ class Guide(nn.Module, ABC):
             n_objects: (B,) int. What the distribution says of objects that are not there is ignored.
         """
 
+    def encode_observed(
+        self, images: Tensor, n_objects: Tensor, observed: Tensor
+    ) -> tuple[dist.TorchDistribution, dist.Categorical] | None:
+        """q(a, z | the observed frames) over all T frames, for guides that know the dynamics; None for those that do not.
+
+        Without it the queries follow Secs 3.4-3.5: they take `encode`'s means as observations for the model's dynamics,
+        which would count the dynamics twice where they are in q already.
+
+        Args:
+            images: (B, T, H, W); at frames that are not observed, generated ones, which say nothing of the positions.
+            n_objects: (B,); observed: (T,) bool.
+
+        Returns:
+            The distribution over a, batch (B, N), event (T, 2), with a ``frame_covariance`` (B, N, T, 2, 2), and p(z)
+            (B, N).
+        """
+        return None
+
     def q(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
         """What `encode` gives for images of any type, its shape checked.
 
@@ -44,8 +62,7 @@ class Guide(nn.Module, ABC):
             ValueError: if the input does not fit together, or the distribution is not over (B, N) tracks (T, 2).
         """
         check_batch(images, n_objects)
-        dtype = next((p.dtype for p in self.parameters()), torch.get_default_dtype())
-        q_a = self.encode(images.to(dtype), n_objects)
+        q_a = self.encode(images.to(self.dtype), n_objects)
         batch, event = (len(images), int(n_objects.max())), (images.shape[1], 2)
         if q_a.batch_shape != batch or q_a.event_shape != event:
             raise ValueError(
@@ -54,6 +71,11 @@ class Guide(nn.Module, ABC):
                 "`.to_event(2)` moves the last two dimensions of a distribution into its event"
             )
         return q_a
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its parameters."""
+        return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
     def forward(self, images: Tensor, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
         """The Pyro guide: samples the site ``a`` (B, N, T, 2). Takes the arguments of the model, as Pyro asks."""
@@ -122,28 +144,29 @@ class LinearHead(nn.Module):
 
 
 class AttentionHead(nn.Module):
-    """Adds to Eq (9)'s mean the centroid of the white pixels that object n claims.
+    """The mean is the centroid of the white pixels that object n claims.
 
     Objects claim pixels in turn, each a share of what the ones before it have left: with c_t^n = sigm(Phi W^omega s_t^n),
-    one value a pixel, omega_t^n is proportional to v_t c_t^n prod_{m < n} (1 - c_t^m), and the mean is M times the
-    omega-weighted mean of the pixels' coordinates, in [-1, 1], plus W s_t^n + b. Phi holds the lowest cosine waves over
-    the image, so that claims vary smoothly from pixel to pixel. At the start every claim is one half.
+    one value a pixel, omega_t^n is proportional to v_t c_t^n prod_{m < n} (1 - c_t^m), and the mean is the omega-weighted
+    mean of the pixels' coordinates, each axis in [-1, 1]: latent units are then half-widths of the image. Phi holds the
+    lowest cosine waves over the image, so that claims vary smoothly from pixel to pixel. At the start every claim is one
+    half. The standard deviation is Eq (9)'s.
 
     Args:
         height, width: of the images.
         state_size: D.
-        scale: M starts as scale I: half the width of the image in latent units.
         sigma: starting standard deviation of a, in latent units.
         n_waves: waves along each axis; Phi has n_waves^2 of them.
     """
 
-    def __init__(
-        self, height: int, width: int, state_size: int, *, scale: float = 1.0, sigma: float = 0.1, n_waves: int = 8
-    ) -> None:
+    def __init__(self, height: int, width: int, state_size: int, *, sigma: float = 0.05, n_waves: int = 8) -> None:
         super().__init__()
-        self.linear = nn.Linear(state_size, 4)
-        self.to_omega = nn.Linear(state_size, n_waves**2)
-        self.M = nn.Parameter(scale * torch.eye(2))
+        self.to_log_sigma = nn.Linear(state_size, 2)
+        self.to_claim = nn.Linear(state_size, n_waves**2)  # W^omega
+        for layer in (self.to_log_sigma, self.to_claim):
+            nn.init.normal_(layer.weight, std=1e-3)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.to_log_sigma.bias, math.log(sigma))
         rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
         grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1)  # (H, W, 2): column, row
         waves = torch.arange(n_waves) * torch.pi / 2
@@ -151,11 +174,6 @@ class AttentionHead(nn.Module):
         Phi = (row_waves[:, None, :, None] * column_waves[:, None, :]).flatten(2)  # (H, W, n_waves^2)
         self.register_buffer("grid", grid.flatten(0, 1), persistent=False)
         self.register_buffer("Phi", Phi.flatten(0, 1), persistent=False)
-        for layer in (self.linear, self.to_omega):  # starts as the centroid of all white pixels
-            nn.init.normal_(layer.weight, std=1e-3)
-            nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            self.linear.bias[2:] = math.log(sigma)
 
     def forward(self, s: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D) and images (B, T, H, W)."""
@@ -163,12 +181,11 @@ class AttentionHead(nn.Module):
         v_white, pixel = v.topk(max(1, int((v > 0).sum(-1).max())))  # (B, T, k): black pixels have no weight anyway
         seen = (v_white[..., :1] > 0).unsqueeze(1)  # (B, 1, T, 1): in an empty frame the centroid is the centre, 0
         Phi, grid = cast(Tensor, self.Phi)[pixel], cast(Tensor, self.grid)[pixel]  # (B, T, k, n_waves^2), (B, T, k, 2)
-        claim = torch.einsum("bntw,btkw->bntk", self.to_omega(s), Phi)
-        left = F.logsigmoid(-claim).cumsum(1) - F.logsigmoid(-claim)  # what the objects before n have not claimed
+        claim = torch.einsum("bntw,btkw->bntk", self.to_claim(s), Phi)  # c before its sigmoid
+        left = F.logsigmoid(-claim).cumsum(1) - F.logsigmoid(-claim)  # log of what the objects before n have left
         omega = (F.logsigmoid(claim) + left + v_white.clamp(min=1e-30).log().unsqueeze(1)).softmax(-1)
         centroid = torch.einsum("bntk,btkc->bntc", omega, grid) * seen
-        mu, log_sigma = self.linear(s).chunk(2, -1)
-        return centroid @ self.M.mT + mu, log_sigma.exp()
+        return centroid, self.to_log_sigma(s).exp()
 
 
 class RecurrentGuide(Guide):

@@ -379,7 +379,7 @@ def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: 
             part = data[start : start + batch_size]
             loss(part.images.to(device), part.n_objects.to(device))
             assert elbo.terms is not None
-            parts.append([term.double().cpu() for term in elbo.terms])
+            parts.append([term.cpu().double() for term in elbo.terms])
     return BoundTerms(*(torch.cat(terms) for terms in zip(*parts)))
 
 

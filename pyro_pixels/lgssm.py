@@ -210,6 +210,11 @@ def semidefinite_cholesky(Sigma: Tensor) -> Tensor:
     return torch.stack(columns, -1).tril()
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """What exact inference is done in: float64, but float32 on Apple's GPUs, which have nothing else."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def _checked(lgssm: LGSSM, a: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
     p = lgssm.B.shape[-2]
     if a.dim() < 2 or a.shape[-1] != p or a.shape[-2] < 1:

@@ -11,7 +11,7 @@ import weakref
 
 import pyro
 import pyro.distributions as dist
-from pyro.poutine.runtime import effectful
+from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
 from pyro_pixels.data import check_batch, check_objects, object_mask
@@ -87,6 +87,8 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
 
     `pyro.module` would do so through the one parameter store of the process, where models of equal names share values.
     """
-    for name, parameter in module.named_parameters(prefix):
-        parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # what SVI asks of a parameter
-        effectful(lambda _name, value=parameter: value, type="param")(name, name=name)
+    if am_i_wrapped():
+        for name, parameter in module.named_parameters(prefix):
+            alias = parameter.detach()
+            alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # what SVI asks of a param site
+            effectful(lambda _name, value=alias: value, type="param")(name, name=name)

@@ -1,8 +1,11 @@
 """Asking a trained model (Secs 3.3-3.5): where are the objects, where will they be, what happened in between.
 
 Every query needs a model, any guide that keeps the contract, and images; none trains anything. Means follow the paper's
-procedure to the letter; samples propagate all the uncertainty there is, of q(a | v), of the component z and of the
-states h. Given positions a, everything about h and z is exact.
+procedure; samples propagate all the uncertainty there is, of q(a | v), of the component z and of the states h. Given
+positions a, everything about h and z is exact.
+
+Departures from the paper: k* is taken from all seen frames, also those behind a gap; and guides that know the dynamics
+(`Guide.encode_observed`) answer with their own posterior instead of handing means to a smoother.
 
 Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; positions are latent, float64.
 """
@@ -11,13 +14,13 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.data import check_batch, object_mask
 from pyro_pixels.dynamics import Dynamics, select_component
 from pyro_pixels.guides import Guide
-from pyro_pixels.lgssm import Gaussians
 from pyro_pixels.model import PixelModel
 
 MOMENT_SAMPLES = 256  # for guides whose distribution has no closed-form mean or variance
@@ -63,7 +66,7 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 0
     """
     q_a = guide.q(images, n_objects)
     mean, variance = _moments(q_a)
-    return Inference(mean, variance.sqrt(), q_a.sample((n_samples,)).double() if n_samples else None)
+    return Inference(mean, variance.sqrt(), q_a.sample(torch.Size((n_samples,))).to(mean.dtype) if n_samples else None)
 
 
 @torch.no_grad()
@@ -103,6 +106,7 @@ def generate(
 
     a_{1:tau} are the guide's means, k* the most likely component given them, E[h_tau | a_{1:tau}, k*] the filtered
     mean; the learned dynamics take it on to frame T, and each position is rendered. Samples draw each of these instead.
+    A guide that knows the dynamics answers by itself: E[a_{1:T} | v_{1:tau}].
 
     Args:
         images: (B, tau, H, W), the seen frames; n_objects: (B,).
@@ -116,26 +120,9 @@ def generate(
     tau = images.shape[1]
     if n_frames <= tau:
         raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more than {tau}")
-    q_a = guide.q(images, n_objects)
-    seen, variance = _moments(q_a)
-    dynamics, steps = model.dynamics, n_frames - tau
-    k = dynamics.component_posterior(seen).logits.argmax(-1)
-    lgssm = select_component(dynamics.lgssm(), k)
-    filtered = exact.kalman_filter(lgssm, seen)
-    future = exact.observation_moments(lgssm, exact.rollout(lgssm, filtered.mean[..., -1, :], filtered.cov[..., -1, :, :], steps))
-    mean = torch.cat([seen, future.mean], -2)
-    cov = torch.cat([torch.diag_embed(variance), future.cov], -3)
+    unseen = images.new_zeros(len(images), n_frames - tau, *images.shape[2:])
     observed = torch.arange(n_frames, device=images.device) < tau
-
-    samples = None
-    if n_samples:
-        a = q_a.sample((n_samples,)).to(seen.dtype)
-        lgssm = select_component(dynamics.lgssm(), dynamics.component_posterior(a).sample())
-        filtered = exact.kalman_filter(lgssm, a)
-        last = exact.Gaussians(filtered.mean[..., -1, :], filtered.cov[..., -1, :, :])
-        h = exact.sample_rollout(lgssm, _sample_gaussian(last), steps)
-        samples = torch.cat([a, exact.sample_observations(lgssm, h)], -2)
-    return _prediction(model, n_objects, mean, cov, observed, k, samples)
+    return _predict(model, guide, torch.cat([images, unseen], 1), n_objects, observed, n_samples)
 
 
 @torch.no_grad()
@@ -162,40 +149,40 @@ def interpolate(
         raise ValueError(f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,) = ({images.shape[1]},)")
     if not bool(observed[0]) or bool(observed.all()):
         raise ValueError(f"observed is {observed.int().tolist()}; wanted the first frame seen (1) and at least one not (0)")
-    filled = images.to(torch.get_default_dtype()).clone()
+    filled = images.to(guide.dtype).clone()
     for start, stop in _gaps(observed):
-        mean = _moments(guide.q(filled[:, :start], n_objects)).mean
-        filled[:, start:stop] = render(model, _forecast(model.dynamics, mean, observed[:start], stop - start), n_objects)
-
-    q_a = guide.q(filled, n_objects)
-    seen, variance = _moments(q_a)
-    p_z = model.dynamics.component_posterior(seen, observed)
-    k = p_z.logits.argmax(-1)
-    lgssm = select_component(model.dynamics.lgssm(), k)
-    smoothed = exact.observation_moments(lgssm, exact.rts_smoother(lgssm, seen, observed))
-    mean = torch.where(observed[:, None], seen, smoothed.mean)
-    cov = torch.where(observed[:, None, None], torch.diag_embed(variance), smoothed.cov)
-
-    samples = None
-    if n_samples:
-        a = q_a.sample((n_samples,)).to(seen.dtype)
-        lgssm = select_component(model.dynamics.lgssm(), model.dynamics.component_posterior(a, observed).sample())
-        h = exact.sample_posterior(lgssm, a, observed)
-        samples = torch.where(observed[:, None], a, exact.sample_observations(lgssm, h))
-    return _prediction(model, n_objects, mean, cov, observed, k, samples)
+        so_far = observed & (torch.arange(len(observed), device=observed.device) < start)
+        prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far[:stop])
+        filled[:, start:stop] = prediction.images[:, start:stop]
+    return _predict(model, guide, filled, n_objects, observed, n_samples)
 
 
-def _forecast(dynamics: Dynamics, a: Tensor, observed: Tensor, n_steps: int) -> Tensor:
-    """E[a] (..., n_steps, 2) of the steps after positions a (..., t, 2), of which only the observed count (Sec 3.4)."""
-    k = dynamics.component_posterior(a, observed).logits.argmax(-1)
-    lgssm = select_component(dynamics.lgssm(), k)
-    last = exact.kalman_filter(lgssm, a, observed)
-    return exact.rollout(lgssm, last.mean[..., -1, :], last.cov[..., -1, :, :], n_steps).mean @ lgssm.B.mT
-
-
-def _prediction(
-    model: PixelModel, n_objects: Tensor, mean: Tensor, cov: Tensor, observed: Tensor, k: Tensor, samples: Tensor | None
+def _predict(
+    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, n_samples: int = 0
 ) -> Prediction:
+    """All frames from the observed ones; ``images`` are filled where they are not observed."""
+    samples = None
+    knows_dynamics = guide.encode_observed(images.to(guide.dtype), n_objects, observed)
+    if knows_dynamics is not None:
+        q_a, p_z = knows_dynamics
+        mean, cov, k = q_a.mean, q_a.frame_covariance, p_z.logits.argmax(-1)  # type: ignore[attr-defined]
+        if n_samples:
+            samples = q_a.sample(torch.Size((n_samples,)))
+    else:
+        last = int(observed.nonzero().max()) + 1  # what follows the last seen frame is the dynamics' affair
+        q_a = guide.q(images[:, :last], n_objects)
+        seen, variance = (_to_length(x, len(observed)) for x in _moments(q_a))
+        dynamics = model.dynamics
+        k = dynamics.component_posterior(seen, observed).logits.argmax(-1)
+        lgssm = select_component(dynamics.lgssm(), k)
+        smoothed = exact.observation_moments(lgssm, exact.rts_smoother(lgssm, seen, observed))
+        mean = torch.where(observed[:, None], seen, smoothed.mean)
+        cov = torch.where(observed[:, None, None], torch.diag_embed(variance), smoothed.cov)
+        if n_samples:
+            a = _to_length(q_a.sample(torch.Size((n_samples,))).to(mean.dtype), len(observed))
+            lgssm = select_component(dynamics.lgssm(), dynamics.component_posterior(a, observed).sample())
+            h = exact.sample_posterior(lgssm, a, observed)
+            samples = torch.where(observed[:, None], a, exact.sample_observations(lgssm, h))
     sample_images = None if samples is None else render(model, samples, n_objects)
     return Prediction(mean, cov, render(model, mean, n_objects), observed, k, samples, sample_images)
 
@@ -211,12 +198,13 @@ def _moments(q_a: dist.TorchDistribution) -> _Moments:
     except NotImplementedError:
         samples = q_a.sample(torch.Size((MOMENT_SAMPLES,)))
         mean, variance = samples.mean(0), samples.var(0)
-    return _Moments(mean.double(), variance.double())
+    dtype = exact.exact_dtype(mean.device)
+    return _Moments(mean.to(dtype), variance.to(dtype))
 
 
-def _sample_gaussian(g: Gaussians) -> Tensor:
-    noise = torch.randn_like(g.mean).unsqueeze(-1)
-    return g.mean + (exact.semidefinite_cholesky(g.cov) @ noise).squeeze(-1)
+def _to_length(a: Tensor, n_frames: int) -> Tensor:
+    """Positions (..., t, 2) padded with zeros to (..., n_frames, 2)."""
+    return F.pad(a, (0, 0, 0, n_frames - a.shape[-2]))
 
 
 def _gaps(observed: Tensor) -> list[tuple[int, int]]:

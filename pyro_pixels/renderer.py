@@ -3,7 +3,7 @@
 An empty canvas x^0 = tanh(theta_x0) is drawn upon by one object after the other; each writes its contribution where
 its attention mask says so, and the last state is decoded into pixels.
 
-Departures from the paper: none. An absent object (mixed N in a batch) leaves the canvas exactly as it was.
+Departures from the paper: none by default; `input_scale` and `background_logit` start it elsewhere. An absent object (mixed N in a batch) leaves the canvas exactly as it was.
 """
 
 import torch
@@ -18,9 +18,20 @@ class Renderer(nn.Module):
         width: W, in pixels.
         state_size: D, length of the canvas state x.
         background_logit: starting value of b^v; the paper's is 0, a grey image. About -4 starts from black.
+        input_scale: if given, W^alpha and W^x start from N(0, input_scale^2) and their biases uniformly within
+            +-2/3 input_scale, so that the units of x switch at places all over the canvas, sharply, from the start;
+            for positions within [-1, 1]. None: as the paper, where units switch slowly and all through the origin.
     """
 
-    def __init__(self, height: int, width: int, state_size: int = 1024, *, background_logit: float = 0.0) -> None:
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        state_size: int = 1024,
+        *,
+        background_logit: float = 0.0,
+        input_scale: float | None = None,
+    ) -> None:
         super().__init__()
         self.height, self.width = height, width
         self.theta_x0 = nn.Parameter(torch.empty(state_size))
@@ -30,6 +41,10 @@ class Renderer(nn.Module):
         nn.init.normal_(self.theta_x0, std=state_size**-0.25)
         for layer in (self.to_alpha, self.to_x, self.to_v):
             init_as_paper(layer)
+        if input_scale is not None:
+            for layer in (self.to_alpha, self.to_x):
+                nn.init.normal_(layer.weight, std=input_scale)
+                nn.init.uniform_(layer.bias, -2 / 3 * input_scale, 2 / 3 * input_scale)
         nn.init.constant_(self.to_v.bias, background_logit)
 
     def forward(self, a: Tensor, present: Tensor) -> Tensor:

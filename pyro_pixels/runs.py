@@ -35,12 +35,16 @@ class RunConfig:
     """The largest N."""
     background_logit: float = 0.0
     """Where the renderer's b^v starts; below 0 the canvas starts dark."""
+    renderer_input_scale: float | None = None
+    """Where the renderer's W^alpha and W^x start; None: as the paper."""
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     schedule: Schedule = field(default_factory=Schedule)
     data: CannonballConfig = field(default_factory=CannonballConfig)
-    """What to simulate; with a file of sequences only its height and width count."""
+    """What to simulate; where there is a file, its height, width and n_frames are those of the file."""
+    data_file: str | None = None
+    """An .npz of sequences to learn from instead."""
     n_sequences: int = 9_000
-    """How many sequences to simulate for training."""
+    """How many sequences there are for training."""
     seed: int = 0
     """Of the data, the starting weights, and training."""
 
@@ -91,10 +95,16 @@ PRESETS: dict[str, RunConfig] = {
         guide="structured",
         state_size=256,
         background_logit=-4.5,
+        renderer_input_scale=12.0,
         dynamics=DynamicsConfig(delta=0.2, state_noise=1e-6, position_noise=2e-3),
         schedule=Schedule(
             steps=4_000,
-            learning_rate_factors={"model.dynamics.u": 0.2, "model.dynamics.log_delta": 0.2},
+            learning_rate_factors={
+                "model.renderer": 3.0,
+                "model.dynamics": 3.0,
+                "model.dynamics.u": 0.2,
+                "model.dynamics.log_delta": 0.2,
+            },
             decay_from=2_500,
             learn_from=dict.fromkeys(_NOISE, 3_000),
             kl_before=1 / 3,
@@ -102,7 +112,7 @@ PRESETS: dict[str, RunConfig] = {
             anneal_from=3_000,
             anneal_steps=0,
             one_n_per_batch=True,
-            single_object_steps=300,
+            single_object_steps=200,
             evaluate_every=250,
         ),
         data=CannonballConfig(height=32, width=32),
@@ -121,7 +131,11 @@ def build(config: RunConfig) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         renderer = Renderer(
-            config.data.height, config.data.width, config.state_size, background_logit=config.background_logit
+            config.data.height,
+            config.data.width,
+            config.state_size,
+            background_logit=config.background_logit,
+            input_scale=config.renderer_input_scale,
         )
         model = PixelModel(Dynamics(config.dynamics), renderer)
         return Run(config, model, GUIDES[config.guide](config, model), step=0)

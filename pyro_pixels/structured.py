@@ -27,6 +27,9 @@ from pyro_pixels.dynamics import Dynamics, TrackMixture, dense_components
 from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN
 
 
+UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
+
+
 class ConditionedTracks(TorchDistribution):
     """p(a_{1:T} | y) when y = a + N(0, R) was measured: event shape (T, 2), exact in float64.
 
@@ -79,13 +82,18 @@ class ConditionedTracks(TorchDistribution):
         return (self.component.probs.unsqueeze(-1) * means).sum(-2).unflatten(-1, self.event_shape)
 
     @property
+    def frame_covariance(self) -> Tensor:
+        """(..., T, 2, 2), the covariance of a_t in each frame."""
+        means, w = self._updated(self._m, self._m), self.component.probs  # (..., K, 2T), (..., K)
+        explained = self._C @ torch.cholesky_solve(self._C.expand_as(self._L), self._L)
+        within = _frame_blocks(self._C - explained)  # (..., K, T, 2, 2)
+        spread = (means - (w.unsqueeze(-1) * means).sum(-2, keepdim=True)).unflatten(-1, self.event_shape)
+        between = spread.unsqueeze(-1) * spread.unsqueeze(-2)
+        return (w[..., None, None, None] * (within + between)).sum(-4)
+
+    @property
     def variance(self) -> Tensor:
-        means, w = self._updated(self._m, self._m), self.component.probs.unsqueeze(-1)
-        S = self._C + torch.diag_embed(self._R).unsqueeze(-3)
-        gain = torch.linalg.solve(S, self._C.expand_as(S))
-        within = (self._C - self._C @ gain).diagonal(dim1=-2, dim2=-1)
-        second = (w * (within + means.square())).sum(-2)
-        return (second - (w * means).sum(-2).square()).unflatten(-1, self.event_shape)
+        return self.frame_covariance.diagonal(dim1=-2, dim2=-1)
 
 
 class StructuredGuide(Guide):
@@ -105,6 +113,13 @@ class StructuredGuide(Guide):
     def encode(self, images: Tensor, n_objects: Tensor) -> ConditionedTracks:
         y, sigma = self.head(self.rnn(images, n_objects), images)
         return ConditionedTracks(self.dynamics, y, sigma.square())
+
+    def encode_observed(
+        self, images: Tensor, n_objects: Tensor, observed: Tensor
+    ) -> tuple[ConditionedTracks, dist.Categorical]:
+        y, sigma = self.head(self.rnn(images, n_objects), images)
+        q_a = ConditionedTracks(self.dynamics, y, torch.where(observed[:, None], sigma.square(), UNSEEN))
+        return q_a, q_a.component
 
 
 @torch.no_grad()
@@ -152,3 +167,10 @@ class _SolveSum(torch.autograd.Function):
             grad_C = grad_C + torch.einsum("rk,rkij->kij", grad_log_det.reshape(-1, K), W.reshape(-1, K, d, d))
             grad_R = grad_R + (grad_log_det.unsqueeze(-1) * W.diagonal(dim1=-2, dim2=-1)).sum(-2)
         return grad_C, grad_R, grad_b, None
+
+
+def _frame_blocks(cov: Tensor) -> Tensor:
+    """The (T, 2, 2) blocks on the diagonal of (..., 2T, 2T)."""
+    T = cov.shape[-1] // 2
+    t = torch.arange(T, device=cov.device)
+    return cov.unflatten(-1, (T, 2)).unflatten(-3, (T, 2))[..., t, :, t, :].movedim(0, -3)

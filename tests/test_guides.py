@@ -170,7 +170,7 @@ def test_head_shapes(head):
 def make_attention_head(**options):
     """Attends evenly to the white pixels: the learned parts are zero."""
     head = AttentionHead(H, W, D, **options)
-    for p in (*head.to_omega.parameters(), head.linear.weight):
+    for p in (*head.to_claim.parameters(), head.to_log_sigma.weight):
         torch.nn.init.zeros_(p)
     return head
 
@@ -185,12 +185,25 @@ def image_with(**values):
 
 @pytest.mark.parametrize("row, column", [(0, 0), (0, W - 1), (H - 1, 0), (1, 3)])
 def test_attention_heads_mean_is_the_place_of_the_one_white_pixel(row, column):
-    mu, sigma = make_attention_head(scale=2.0, sigma=0.3)(
+    mu, sigma = make_attention_head(sigma=0.3)(
         torch.randn(1, 2, 1, D), image_with(**{f"r{row}c{column}": 1.0})
     )
     x, y = 2 * column / (W - 1) - 1, 2 * row / (H - 1) - 1
-    torch.testing.assert_close(mu, torch.tensor([2 * x, 2 * y]).expand(1, 2, 1, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(mu, torch.tensor([x, y]).expand(1, 2, 1, 2), rtol=0, atol=1e-5)
     torch.testing.assert_close(sigma, torch.full((1, 2, 1, 2), 0.3))
+
+
+def test_what_one_object_claims_is_left_to_no_other():
+    """Object 1 claims the left pixel and not the right one; object 2, which would take either, gets the right one."""
+    head = AttentionHead(H, W, D)
+    with torch.no_grad():
+        head.to_claim.weight.zero_()
+        head.to_claim.bias.zero_()
+        head.to_claim.weight[1, 0] = 30.0  # the wave that falls from 1 at the left edge to -1 at the right
+    s = torch.zeros(1, 2, 1, D)
+    s[0, 0, 0, 0] = 1.0
+    mu, _ = head(s, image_with(**{"r1c0": 1.0, f"r1c{W - 1}": 1.0}))
+    torch.testing.assert_close(mu[0, :, 0, 0], torch.tensor([-1.0, 1.0]), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

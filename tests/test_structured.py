@@ -83,6 +83,38 @@ def test_the_bound_is_tight_where_the_images_are_linear(dynamics):
     torch.testing.assert_close(log_joint - q.log_prob(a), q.log_evidence.expand(5, 3), rtol=1e-9, atol=1e-9)
 
 
+def test_unseen_frames_are_integrated_out(small_data):
+    """q of the seen frames alone is what a Kalman smoother gives that measures y with noise R and misses the others."""
+    model = make_model(position_noise=0.2, state_noise=0.02, delta=0.3)
+    guide = structured(model)
+    images, n_objects = small_data.images.float(), small_data.n_objects
+    observed = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0]).bool()
+    q, p_z = guide.encode_observed(images, n_objects, observed)
+    y, R = guide.head(guide.rnn(images, n_objects), images)[0].double(), float(guide.head.to_log_sigma.bias[0].exp()) ** 2
+    lgssm = model.dynamics.lgssm()
+    # a is h's position with its own noise Sigma_A, measured with noise R; R is the same everywhere but for 1e-3 weights
+    noisy = lgssm._replace(Sigma_A=lgssm.Sigma_A + R * torch.eye(2))
+    log_z = exact.log_likelihood(noisy, y.unsqueeze(-3), observed) + model.dynamics.pi.log()
+    hidden = exact.rts_smoother(noisy, y.unsqueeze(-3), observed)
+    mean = (log_z.softmax(-1)[..., None, None] * hidden.mean[..., :2]).sum(-3)
+    torch.testing.assert_close(q.mean[:, :, ~observed], mean[:, :, ~observed], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(p_z.probs, log_z.softmax(-1), rtol=0.05, atol=0.02)
+    other = images.clone()
+    other[:, 8:] = 1 - other[:, 8:]
+    again, _ = guide.encode_observed(other, n_objects, observed)
+    torch.testing.assert_close(again.mean, q.mean, rtol=1e-6, atol=1e-6)
+
+
+def test_covariances_of_frames_by_sampling(measured):
+    """Covariance of the two coordinates of each frame, 40,000 draws, 6 standard errors."""
+    _, _, q = measured
+    torch.manual_seed(6)
+    n = 40_000
+    centred = q.sample((n,)) - q.mean
+    product = centred[..., 0] * centred[..., 1]
+    assert ((product.mean(0) - q.frame_covariance[..., 0, 1]).abs() < 6 * product.std(0) / n**0.5).all()
+
+
 def test_gradients_of_the_solver():
     torch.manual_seed(5)
     root = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
