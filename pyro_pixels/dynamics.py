@@ -257,6 +257,15 @@ class Dynamics(nn.Module):
         return dist.Categorical(logits=log_likelihood + log_pi, validate_args=False)
 
 
+def collapse_components(lgssm: LGSSM, pi: Tensor) -> LGSSM:
+    """The LGSSM with one Gaussian start that has the mean and covariance of the mixture (pi (K,), mu_k, Sigma_k)."""
+    pi = pi.to(lgssm.mu.dtype)
+    mean = pi @ lgssm.mu
+    spread = lgssm.mu - mean
+    cov = torch.einsum("k,kij->ij", pi, lgssm.Sigma + spread.unsqueeze(-1) * spread.unsqueeze(-2))
+    return lgssm._replace(mu=mean, Sigma=cov)
+
+
 def select_component(lgssm: LGSSM, k: Tensor) -> LGSSM:
     """The LGSSM whose starts are those of components ``k`` (...): its mu is (..., 4)."""
     return lgssm._replace(mu=lgssm.mu[k], Sigma=lgssm.Sigma[k])

@@ -11,7 +11,7 @@ the object's place in the image from the start, and learning need not unfold the
 
 import math
 from abc import ABC, abstractmethod
-from typing import cast
+from typing import NamedTuple, cast
 
 import pyro
 import pyro.distributions as dist
@@ -137,7 +137,7 @@ class LinearHead(nn.Module):
         self.linear = nn.Linear(state_size, 4)
         init_as_paper(self.linear)
 
-    def forward(self, s: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D)."""
         mu, log_sigma = self.linear(s).chunk(2, -1)
         return mu, log_sigma.exp()
@@ -175,17 +175,27 @@ class AttentionHead(nn.Module):
         self.register_buffer("grid", grid.flatten(0, 1), persistent=False)
         self.register_buffer("Phi", Phi.flatten(0, 1), persistent=False)
 
-    def forward(self, s: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D) and images (B, T, H, W)."""
+        white, claim = self.claims(s, images)
+        left = F.logsigmoid(-claim).cumsum(1) - F.logsigmoid(-claim)  # log of what the objects before n have left
+        omega = (F.logsigmoid(claim) + left + white.v.clamp(min=1e-30).log().unsqueeze(1)).softmax(-1)
+        return torch.einsum("bntk,btkc->bntc", omega, white.place), self.to_log_sigma(s).exp()
+
+    def claims(self, s: Tensor, images: Tensor) -> "tuple[WhitePixels, Tensor]":
+        """The white pixels of each frame, and Phi W^omega s_t^n (B, N, T, k) at each of them."""
         v = images.flatten(2)
         v_white, pixel = v.topk(max(1, int((v > 0).sum(-1).max())))  # (B, T, k): black pixels have no weight anyway
-        seen = (v_white[..., :1] > 0).unsqueeze(1)  # (B, 1, T, 1): in an empty frame the centroid is the centre, 0
-        Phi, grid = cast(Tensor, self.Phi)[pixel], cast(Tensor, self.grid)[pixel]  # (B, T, k, n_waves^2), (B, T, k, 2)
-        claim = torch.einsum("bntw,btkw->bntk", self.to_claim(s), Phi)  # c before its sigmoid
-        left = F.logsigmoid(-claim).cumsum(1) - F.logsigmoid(-claim)  # log of what the objects before n have left
-        omega = (F.logsigmoid(claim) + left + v_white.clamp(min=1e-30).log().unsqueeze(1)).softmax(-1)
-        centroid = torch.einsum("bntk,btkc->bntc", omega, grid) * seen
-        return centroid, self.to_log_sigma(s).exp()
+        seen = v_white[..., :1] > 0  # in an empty frame every place is the centre, 0
+        white = WhitePixels(v_white, cast(Tensor, self.grid)[pixel] * seen.unsqueeze(-1))
+        return white, torch.einsum("bntw,btkw->bntk", self.to_claim(s), cast(Tensor, self.Phi)[pixel])
+
+
+class WhitePixels(NamedTuple):
+    """The k brightest pixels of each frame, among them all that are not black."""
+
+    v: Tensor  # (B, T, k), their values; 0 where there are fewer
+    place: Tensor  # (B, T, k, 2), (column, row), each in [-1, 1]
 
 
 class RecurrentGuide(Guide):
@@ -203,5 +213,5 @@ class RecurrentGuide(Guide):
 
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
         s = self.rnn(images, n_objects)
-        mu, sigma = self.head(s, images)
+        mu, sigma = self.head(s, images, n_objects)
         return dist.Normal(mu, sigma, validate_args=False).to_event(2)

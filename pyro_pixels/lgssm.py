@@ -12,6 +12,7 @@ deterministic motion of Sec 3.1 (Sigma_H = 0).
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,10 @@ class LGSSM(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """A sequence of Gaussian marginals."""
+    """Gaussian marginals, of one time step (...) or of a sequence (..., T)."""
 
-    mean: Tensor  # (..., T, d)
-    cov: Tensor  # (..., T, d, d); its batch may be smaller than the mean's: covariances do not depend on the data
+    mean: Tensor  # (..., d)
+    cov: Tensor  # (..., d, d); its batch may be smaller than the mean's: covariances do not depend on the data
 
 
 class Filtered(NamedTuple):
@@ -58,27 +59,39 @@ def kalman_filter(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Fi
     Raises:
         ValueError: if ``a`` or ``observed`` has the wrong shape.
     """
-    A, B, u, Sigma_H, Sigma_A, m, P = lgssm
     a, observed = _checked(lgssm, a, observed)
-    identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    log_likelihood = torch.zeros((), dtype=A.dtype, device=A.device)
+    state = Gaussians(lgssm.mu, lgssm.Sigma)
+    log_likelihood = torch.zeros((), dtype=lgssm.A.dtype, device=lgssm.A.device)
     steps = []
     for t in range(a.shape[-2]):
-        if t > 0:
-            m = m @ A.mT + u
-            P = A @ P @ A.mT + Sigma_H
-        w = observed[..., t].to(A.dtype)
-        e, L, K = _innovation(lgssm, a[..., t, :], m, P)
-        K = w[..., None, None] * K
-        I_KB = identity - K @ B
-        filtered_m = m + _apply(K, e)
-        filtered_P = I_KB @ P @ I_KB.mT + K @ Sigma_A @ K.mT  # Joseph's form stays symmetric positive
-        steps.append((filtered_m, filtered_P, m, P))
-        log_likelihood = log_likelihood + w * _log_normal(e, L)
-        m, P = filtered_m, filtered_P
-    batch = torch.broadcast_shapes(steps[-1][0].shape[:-1], a.shape[:-2], observed.shape[:-1])
-    moments = [_stack(list(x), time_dim) for x, time_dim in zip(zip(*steps), (-2, -3, -2, -3))]
+        predicted = predict(lgssm, state) if t > 0 else state
+        state, log_density = update(lgssm, predicted, a[..., t, :], observed[..., t])
+        log_likelihood = log_likelihood + log_density
+        steps.append((*state, *predicted))
+    batch = torch.broadcast_shapes(state.mean.shape[:-1], a.shape[:-2], observed.shape[:-1])
+    moments = [_stack(x, time_dim) for x, time_dim in zip(zip(*steps), (-2, -3, -2, -3))]
     return Filtered(*moments, log_likelihood=log_likelihood.expand(batch))
+
+
+def predict(lgssm: LGSSM, state: Gaussians) -> Gaussians:
+    """Moments of h_{t+1} from those of h_t, mean (..., d) and cov (..., d, d): one step of the dynamics."""
+    return Gaussians(state.mean @ lgssm.A.mT + lgssm.u, lgssm.A @ state.cov @ lgssm.A.mT + lgssm.Sigma_H)
+
+
+def update(lgssm: LGSSM, predicted: Gaussians, a_t: Tensor, observed: Tensor | None = None) -> tuple[Gaussians, Tensor]:
+    """Moments of h_t once a_t (..., p) is seen, and log p(a_t | what was predicted) (...): one step of the filter.
+
+    Where ``observed`` (...) is False, the prediction and 0. ``lgssm.Sigma_A`` may have a batch (..., p, p).
+    """
+    m, P = predicted
+    e, L, K = _innovation(lgssm, a_t, m, P)
+    log_density = _log_normal(e, L)
+    if observed is not None:
+        w = observed.to(P.dtype)
+        K, log_density = w[..., None, None] * K, w * log_density
+    I_KB = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device) - K @ lgssm.B
+    cov = I_KB @ P @ I_KB.mT + K @ lgssm.Sigma_A @ K.mT  # Joseph's form stays symmetric positive
+    return Gaussians(m + _apply(K, e), cov), log_density
 
 
 def log_likelihood(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Tensor:
@@ -140,14 +153,13 @@ def sample_posterior(
 
 def rollout(lgssm: LGSSM, mean: Tensor, cov: Tensor, n_steps: int) -> Gaussians:
     """Moments of h at the ``n_steps`` (>= 0) steps after a state with moments ``mean`` (..., d), ``cov`` (..., d, d)."""
-    means, covs = [], []
+    state, states = Gaussians(mean, cov), []
     for _ in range(n_steps):
-        mean = mean @ lgssm.A.mT + lgssm.u
-        cov = lgssm.A @ cov @ lgssm.A.mT + lgssm.Sigma_H
-        means.append(mean)
-        covs.append(cov)
-    if not means:
+        state = predict(lgssm, state)
+        states.append(state)
+    if not states:
         return Gaussians(mean.unsqueeze(-2)[..., :0, :], cov.unsqueeze(-3)[..., :0, :, :])
+    means, covs = zip(*states)
     return Gaussians(_stack(means, -2), _stack(covs, -3))
 
 
@@ -248,7 +260,7 @@ def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def _stack(tensors: list[Tensor], dim: int) -> Tensor:
+def _stack(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*tensors), dim)
 
 

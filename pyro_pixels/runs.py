@@ -64,15 +64,11 @@ def _recurrent(config: RunConfig, model: PixelModel) -> Guide:
 
 
 def _attentive(config: RunConfig, model: PixelModel) -> Guide:
-    return RecurrentGuide(_rnn(config), _attention(config))
+    return RecurrentGuide(_rnn(config), AttentionHead(config.data.height, config.data.width, config.state_size))
 
 
 def _structured(config: RunConfig, model: PixelModel) -> Guide:
-    return StructuredGuide(model.dynamics, _rnn(config), _attention(config))
-
-
-def _attention(config: RunConfig) -> AttentionHead:
-    return AttentionHead(config.data.height, config.data.width, config.state_size)
+    return StructuredGuide(model.dynamics, _rnn(config))
 
 
 def _rnn(config: RunConfig) -> InferenceRNN:
@@ -96,12 +92,15 @@ PRESETS: dict[str, RunConfig] = {
         state_size=256,
         background_logit=-4.5,
         renderer_input_scale=12.0,
-        dynamics=DynamicsConfig(delta=0.2, state_noise=1e-6, position_noise=2e-3),
+        dynamics=DynamicsConfig(
+            delta=0.2, state_noise=1e-6, position_noise=2e-3, start_spread=0.5, start_variance=0.1
+        ),
         schedule=Schedule(
             steps=4_000,
             learning_rate_factors={
                 "model.renderer": 3.0,
                 "model.dynamics": 3.0,
+                "model.dynamics.log_pi": 0.3,
                 "model.dynamics.u": 0.2,
                 "model.dynamics.log_delta": 0.2,
             },

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyro_pixels.dynamics import Dynamics, TrackMixture, dense_components
-from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN
+from pyro_pixels.guides import Guide, InferenceRNN
+from pyro_pixels.tracking import TrackingHead
 
 
 UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
@@ -102,22 +103,22 @@ class StructuredGuide(Guide):
     Args:
         dynamics: the model's own, ``model.dynamics``.
         rnn: gives s_t^n, Eq (8).
-        head: reads y_t^n and the square root of R_t^n from s_t^n; default an `AttentionHead`.
+        head: reads y_t^n and the square root of R_t^n from s_t^n; default a `TrackingHead`.
     """
 
     def __init__(self, dynamics: Dynamics, rnn: InferenceRNN, head: nn.Module | None = None) -> None:
         super().__init__()
         self.dynamics, self.rnn = dynamics, rnn
-        self.head = AttentionHead(rnn.height, rnn.width, rnn.state_size) if head is None else head
+        self.head = TrackingHead(dynamics, rnn.height, rnn.width, rnn.state_size) if head is None else head
 
     def encode(self, images: Tensor, n_objects: Tensor) -> ConditionedTracks:
-        y, sigma = self.head(self.rnn(images, n_objects), images)
+        y, sigma = self.head(self.rnn(images, n_objects), images, n_objects)
         return ConditionedTracks(self.dynamics, y, sigma.square())
 
     def encode_observed(
         self, images: Tensor, n_objects: Tensor, observed: Tensor
     ) -> tuple[ConditionedTracks, dist.Categorical]:
-        y, sigma = self.head(self.rnn(images, n_objects), images)
+        y, sigma = self.head(self.rnn(images, n_objects), images, n_objects)
         q_a = ConditionedTracks(self.dynamics, y, torch.where(observed[:, None], sigma.square(), UNSEEN))
         return q_a, q_a.component
 

@@ -161,7 +161,7 @@ def test_recurrent_guide_is_equations_8_and_9():
 
 @pytest.mark.parametrize("head", [LinearHead(D), AttentionHead(H, W, D)], ids=["linear", "attention"])
 def test_head_shapes(head):
-    mu, sigma = head(torch.randn(2, 3, 4, D), make_images(2, 4).float())
+    mu, sigma = head(torch.randn(2, 3, 4, D), make_images(2, 4).float(), torch.tensor([3, 1]))
     assert mu.shape == sigma.shape == (2, 3, 4, 2)
     assert torch.isfinite(mu).all()
     assert (sigma > 0).all()
@@ -186,7 +186,7 @@ def image_with(**values):
 @pytest.mark.parametrize("row, column", [(0, 0), (0, W - 1), (H - 1, 0), (1, 3)])
 def test_attention_heads_mean_is_the_place_of_the_one_white_pixel(row, column):
     mu, sigma = make_attention_head(sigma=0.3)(
-        torch.randn(1, 2, 1, D), image_with(**{f"r{row}c{column}": 1.0})
+        torch.randn(1, 2, 1, D), image_with(**{f"r{row}c{column}": 1.0}), torch.tensor([2])
     )
     x, y = 2 * column / (W - 1) - 1, 2 * row / (H - 1) - 1
     torch.testing.assert_close(mu, torch.tensor([x, y]).expand(1, 2, 1, 2), rtol=0, atol=1e-5)
@@ -202,7 +202,7 @@ def test_what_one_object_claims_is_left_to_no_other():
         head.to_claim.weight[1, 0] = 30.0  # the wave that falls from 1 at the left edge to -1 at the right
     s = torch.zeros(1, 2, 1, D)
     s[0, 0, 0, 0] = 1.0
-    mu, _ = head(s, image_with(**{"r1c0": 1.0, f"r1c{W - 1}": 1.0}))
+    mu, _ = head(s, image_with(**{"r1c0": 1.0, f"r1c{W - 1}": 1.0}), torch.tensor([2]))
     torch.testing.assert_close(mu[0, :, 0, 0], torch.tensor([-1.0, 1.0]), rtol=0, atol=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_what_one_object_claims_is_left_to_no_other():
 )
 def test_attention_head_starts_from_the_centroid_of_the_white_pixels(values, centroid):
     frames = torch.cat([image_with(**values), torch.ones(1, 1, H, W)], 1)
-    mu, _ = make_attention_head()(torch.randn(1, 1, 2, D), frames)
+    mu, _ = make_attention_head()(torch.randn(1, 1, 2, D), frames, torch.tensor([1]))
     torch.testing.assert_close(mu[0, 0], torch.tensor([centroid, [0, 0]]).float(), rtol=0, atol=1e-5)
 
 
