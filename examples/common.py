@@ -11,7 +11,7 @@ import tyro
 from torch import Tensor
 
 from pyro_pixels import metrics, plotting
-from pyro_pixels.data import CannonballConfig, ImageSequences, atomic_write, load_sequences, simulate
+from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, simulate
 from pyro_pixels.queries import Prediction, generate, infer, interpolate, reconstruct
 from pyro_pixels.runs import Run
 
@@ -32,7 +32,7 @@ def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], d
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name (cpu, cuda, cuda:1, mps, or auto: the best there is), or a ValueError if there is none."""
+    """The device of that name (cpu, cuda, cuda:1, mps, or auto: the best there is); a ValueError if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -50,7 +50,10 @@ def sequences_for(run: Run, data: Path | None, n_sequences: int, seed: int) -> I
     found = simulate(run.config.data, n_sequences, seed=seed) if data is None else load_sequences(data)[:n_sequences]
     wanted = (run.config.data.height, run.config.data.width)
     if found.size != wanted:
-        raise ValueError(f"the sequences are {found.size[0]} x {found.size[1]} pixels; this run was trained on {wanted[0]} x {wanted[1]}")
+        raise ValueError(
+            f"the sequences are {found.size[0]} x {found.size[1]} pixels; "
+            f"this run was trained on {wanted[0]} x {wanted[1]}"
+        )
     return found
 
 
@@ -100,7 +103,14 @@ class Shown:
 
     def generation(self, n_frames: int | None = None, n_samples: int = 0) -> Prediction:
         seen = self.images[:, : self.n_seen]
-        return generate(self.run.model, self.run.guide, seen, self.n_objects, n_frames=n_frames or self.images.shape[1], n_samples=n_samples)
+        return generate(
+            self.run.model,
+            self.run.guide,
+            seen,
+            self.n_objects,
+            n_frames=n_frames or self.images.shape[1],
+            n_samples=n_samples,
+        )
 
     def interpolation(self, n_samples: int = 0) -> Prediction:
         time = torch.arange(self.images.shape[1], device=self.device)
@@ -121,7 +131,10 @@ def draw_inference(shown: Shown, out: Path) -> None:
     rows = shown.pick(3)
     mean = shown.tracks(shown.inference.mean)[rows]
     if shown.size is None:
-        save(plotting.plot_inference_means({"inferred, latent units": _present(mean, shown, rows)}), out / "positions.png")
+        save(
+            plotting.plot_inference_means({"inferred, latent units": _present(mean, shown, rows)}),
+            out / "positions.png",
+        )
     else:
         truth = shown.data.positions
         assert truth is not None
@@ -139,11 +152,19 @@ def draw_generation(shown: Shown, prediction: Prediction, out: Path) -> None:
     generated = shown.tracks(prediction.mean[:, :, :T])
     generated[:, :, : tau - 1] = torch.nan
     figure = plotting.plot_trajectories(
-        *_truth_and_inferred(shown, rows), generated[rows], n_objects=shown.data.n_objects[rows], size=shown.size, columns=3
+        *_truth_and_inferred(shown, rows),
+        generated[rows],
+        n_objects=shown.data.n_objects[rows],
+        size=shown.size,
+        columns=3,
     )
     save(figure, out / "generated_trajectories.png")
     rows = shown.pick(1)
-    panels = {"truth": truth[rows, :T], "reconstruction": shown.reconstruction().cpu()[rows, :T], "generation": drawn[rows, :T]}
+    panels = {
+        "truth": truth[rows, :T],
+        "reconstruction": shown.reconstruction().cpu()[rows, :T],
+        "generation": drawn[rows, :T],
+    }
     plotting.gif(out / "generation.gif", panels, scale=4, mark={"generation": tau})
     print(f"  {out / 'generation.gif'}")
 
@@ -166,11 +187,15 @@ def draw_interpolation(shown: Shown, generated: Prediction, interpolated: Predic
 
 
 def draw_error_over_time(shown: Shown, generated: Prediction, interpolated: Prediction, out: Path) -> None:
-    """error_over_time.png: mean error in each frame beside the floor; only where the truth and its dynamics are known."""
+    """error_over_time.png: mean error in each frame beside the floor; only where the true dynamics are known."""
     data = shown.data
     if shown.size is None or data.dynamics is None or data.positions is None:
         return
-    truth, n_objects, observed = data.positions, data.n_objects, {"generated": generated.observed.cpu(), "interpolated": interpolated.observed.cpu()}
+    truth, n_objects, observed = (
+        data.positions,
+        data.n_objects,
+        {"generated": generated.observed.cpu(), "interpolated": interpolated.observed.cpu()},
+    )
     errors, floors = {}, {}
     for name, prediction in (("generated", generated), ("interpolated", interpolated)):
         a = shown.to_pixels(prediction.mean.cpu())
@@ -180,7 +205,9 @@ def draw_error_over_time(shown: Shown, generated: Prediction, interpolated: Pred
         floor = metrics.floor_predictions(data.dynamics, truth, seen)
         floors[name] = metrics.errors(floor, truth, n_objects).nanmean((0, 1))
         floors[name][seen] = torch.nan
-    save(plotting.plot_error_over_time(errors, floors=floors, seen=observed["interpolated"]), out / "error_over_time.png")
+    save(
+        plotting.plot_error_over_time(errors, floors=floors, seen=observed["interpolated"]), out / "error_over_time.png"
+    )
 
 
 def _truth_and_inferred(shown: Shown, rows: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import TEST_SEED, Shown, device_of, draw_error_over_time, sequences_for, start
-
 from pyro_pixels.data import atomic_write
 from pyro_pixels.evaluation import N_SEEN, evaluate, format_table
 from pyro_pixels.runs import load_run

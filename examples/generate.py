@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import TEST_SEED, Shown, device_of, draw_generation, new_folder, save_arrays, sequences_for, start
 
+from common import TEST_SEED, Shown, device_of, draw_generation, new_folder, save_arrays, sequences_for, start
 from pyro_pixels.evaluation import N_SEEN
 from pyro_pixels.runs import load_run
 
@@ -37,7 +37,8 @@ def main(args: Arguments) -> None:
     out = new_folder(args.out or args.run / "generate")
     shown = Shown(run, data, device, n_seen=args.n_seen)
     prediction = shown.generation(args.n_frames, args.n_samples)
-    print(f"generated frames {args.n_seen + 1} to {prediction.mean.shape[2]} of {len(data)} sequences from the first {args.n_seen}")
+    last = prediction.mean.shape[2]
+    print(f"generated frames {args.n_seen + 1} to {last} of {len(data)} sequences from the first {args.n_seen}")
     draw_generation(shown, prediction, out)
     save_arrays(out / "generation.npz", **prediction._asdict())
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import TEST_SEED, Shown, device_of, draw_inference, new_folder, save_arrays, sequences_for, start
 
+from common import TEST_SEED, Shown, device_of, draw_inference, new_folder, save_arrays, sequences_for, start
 from pyro_pixels.queries import infer, smooth
 from pyro_pixels.runs import load_run
 

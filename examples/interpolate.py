@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import TEST_SEED, Shown, device_of, draw_interpolation, new_folder, save_arrays, sequences_for, start
 
+from common import TEST_SEED, Shown, device_of, draw_interpolation, new_folder, save_arrays, sequences_for, start
 from pyro_pixels.evaluation import N_SEEN
 from pyro_pixels.runs import load_run
 
@@ -35,7 +35,8 @@ def main(args: Arguments) -> None:
     out = new_folder(args.out or args.run / "interpolate")
     shown = Shown(run, data, device, n_seen=args.n_seen)
     prediction = shown.interpolation(args.n_samples)
-    print(f"filled frames {args.n_seen + 1} to {data.images.shape[1] - args.n_seen} of {len(data)} sequences from {args.n_seen} at either end")
+    last = data.images.shape[1] - args.n_seen
+    print(f"filled frames {args.n_seen + 1} to {last} of {len(data)} sequences from {args.n_seen} at either end")
     draw_interpolation(shown, shown.generation(), prediction, out)
     save_arrays(out / "interpolation.npz", **prediction._asdict())
 

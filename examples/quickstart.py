@@ -7,13 +7,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import evaluate
 import torch
+
+import evaluate
 import train
 from common import (
-    TEST_SEED, Shown, device_of, draw_generation, draw_inference, draw_interpolation, new_folder, save, sequences_for, start,
+    TEST_SEED,
+    Shown,
+    device_of,
+    draw_generation,
+    draw_inference,
+    draw_interpolation,
+    new_folder,
+    save,
+    sequences_for,
+    start,
 )  # fmt: skip
-
 from pyro_pixels import lgssm, plotting
 from pyro_pixels.runs import build, load_run
 
@@ -36,7 +45,9 @@ def main(args: Arguments) -> int:
     there = (args.run / "checkpoint.pt").exists()
     print("1. learning from images alone" + (" (a run is there already: going on with it)" if there else ""))
     code = train.main(
-        train.Arguments(run=args.run, data=args.data, steps=args.steps, seed=args.seed, device=args.device, resume=there)
+        train.Arguments(
+            run=args.run, data=args.data, steps=args.steps, seed=args.seed, device=args.device, resume=there
+        )
     )
     if code:
         return code
@@ -47,7 +58,10 @@ def main(args: Arguments) -> int:
 
     print("3. drawing what it knows")
     data = sequences_for(run, args.data, 60, TEST_SEED + 1)
-    save(plotting.plot_sequences(data.images[:6], columns=3, titles=[f"N = {n}" for n in data.n_objects[:6].tolist()]), out / "sequences.png")
+    save(
+        plotting.plot_sequences(data.images[:6], columns=3, titles=[f"N = {n}" for n in data.n_objects[:6].tolist()]),
+        out / "sequences.png",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         h, a = lgssm.sample(build(run.config).model.dynamics.lgssm(), data.images.shape[1], (3,))

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import save, start
-
 from pyro_pixels import plotting
 from pyro_pixels.data import CannonballConfig, save_sequences, simulate
 
@@ -20,7 +19,10 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     c = args.config
-    print(f"simulating {args.n_sequences} sequences of {c.n_frames} frames, {c.height} x {c.width} pixels, N in {c.n_objects}, seed {args.seed}")
+    print(
+        f"simulating {args.n_sequences} sequences of {c.n_frames} frames, {c.height} x {c.width} pixels, "
+        f"N in {c.n_objects}, seed {args.seed}"
+    )
     data = simulate(c, args.n_sequences, seed=args.seed)
     save_sequences(args.out, data)
     print(f"  {args.out}")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from common import TEST_SEED, device_of, new_folder, save, start
-
 from pyro_pixels import plotting
-from pyro_pixels.data import CannonballConfig, ImageSequences, load_sequences, simulate
+from pyro_pixels.data import ImageSequences, load_sequences, simulate
 from pyro_pixels.learning import fit
-from pyro_pixels.runs import GUIDES, PRESETS, RunConfig, build, load_config, save_config
+from pyro_pixels.runs import PRESETS, RunConfig, build, load_config, save_config
 
 
 @dataclass
@@ -54,10 +53,20 @@ def configure(args: Arguments) -> RunConfig:
 def training_data(config: RunConfig) -> tuple[ImageSequences, ImageSequences | None, RunConfig]:
     """Sequences to learn from, others whose bound is reported, and the configuration fitted to them."""
     if config.data_file is None:
-        return simulate(config.data, config.n_sequences, seed=config.seed), simulate(config.data, 60, seed=TEST_SEED - 1), config
+        return (
+            simulate(config.data, config.n_sequences, seed=config.seed),
+            simulate(config.data, 60, seed=TEST_SEED - 1),
+            config,
+        )
     data = load_sequences(config.data_file)
     (height, width), most = data.size, int(data.n_objects.max())
-    shape = replace(config.data, height=height, width=width, n_frames=data.images.shape[1], radius=min(config.data.radius, (min(height, width) - 2) / 2))
+    shape = replace(
+        config.data,
+        height=height,
+        width=width,
+        n_frames=data.images.shape[1],
+        radius=min(config.data.radius, (min(height, width) - 2) / 2),
+    )
     config = replace(config, data=shape, max_objects=max(most, config.max_objects), n_sequences=len(data))
     if not bool((data.n_objects == 1).any()):
         config = replace(config, schedule=replace(config.schedule, single_object_steps=0))
@@ -73,20 +82,30 @@ def main(args: Arguments) -> int:
         if args.steps is not None:
             config = replace(config, schedule=replace(config.schedule, steps=args.steps))
     elif (args.run / "checkpoint.pt").exists():
-        raise ValueError(f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run")
+        raise ValueError(
+            f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run"
+        )
     folder = new_folder(args.run)
     run = build(config)
     save_config(folder, config)
     n_parameters = sum(p.numel() for module in (run.model, run.guide) for p in module.parameters())
-    print(f"training {folder}: guide '{config.guide}', {n_parameters:,} parameters, {len(data)} sequences {tuple(data.images.shape[1:])}, {config.schedule.steps:,} steps on {device}")
+    print(
+        f"training {folder}: guide '{config.guide}', {n_parameters:,} parameters, {len(data)} sequences "
+        f"{tuple(data.images.shape[1:])}, {config.schedule.steps:,} steps on {device}"
+    )
     result = fit(
         run.model.to(device), run.guide.to(device), data, config.schedule, seed=config.seed, run_dir=folder,
         validation=validation, resume=args.resume, progress=args.progress,
     )  # fmt: skip
     if result.interrupted:
-        print(f"stopped and saved at step {result.step:,}; go on with: python examples/train.py --run {folder} --resume")
+        print(
+            f"stopped and saved at step {result.step:,}; go on with: python examples/train.py --run {folder} --resume"
+        )
         return 130
-    print(f"trained {result.step:,} steps in {result.seconds:.0f} s: " + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if "per_frame" in k))
+    print(
+        f"trained {result.step:,} steps in {result.seconds:.0f} s: "
+        + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if "per_frame" in k)
+    )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     save(plotting.plot_training(lines), folder / "training.png")
     return 0

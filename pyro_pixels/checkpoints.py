@@ -30,9 +30,13 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}; train a run first (examples/train.py)") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds more than weights and is not opened; use only checkpoints that this package wrote") from None
+        raise ValueError(
+            f"{path} holds more than weights and is not opened; use only checkpoints that this package wrote"
+        ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a whole checkpoint ({_first_line(error)}); train again or restore a copy") from None
+        raise ValueError(
+            f"{path} is not a whole checkpoint ({_first_line(error)}); train again or restore a copy"
+        ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this package (format {FORMAT}); train again with this version")
     return state
@@ -41,8 +45,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 def load_weights(module: torch.nn.Module, weights: dict[str, Any], path: str | Path) -> None:
     """`load_state_dict` whose complaint is a ValueError that names what does not fit."""
     own = module.state_dict()
-    wrong = [f"{k}: {tuple(weights[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & weights.keys() if weights[k].shape != own[k].shape]
-    wrong += [f"{k}: missing" for k in sorted(own.keys() - weights.keys())] + [f"{k}: unknown" for k in sorted(weights.keys() - own.keys())]
+    wrong = [
+        f"{k}: {tuple(weights[k].shape)} for {tuple(own[k].shape)}"
+        for k in own.keys() & weights.keys()
+        if weights[k].shape != own[k].shape
+    ]
+    wrong += [f"{k}: missing" for k in sorted(own.keys() - weights.keys())] + [
+        f"{k}: unknown" for k in sorted(weights.keys() - own.keys())
+    ]
     if wrong:
         raise ValueError(
             f"{path} is of another configuration ({len(wrong)} weights do not fit, such as {wrong[0]}); "

@@ -12,10 +12,11 @@ in pixels and any two data sets of one configuration share it.
 import os
 import zipfile
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Iterator
+from typing import IO
 
 import numpy as np
 import torch
@@ -57,7 +58,9 @@ class CannonballConfig:
 
     def __post_init__(self) -> None:
         if not _is_whole(self.n_frames) or self.n_frames < 2:
-            raise ValueError(f"n_frames is {self.n_frames}; wanted a whole number of at least 2: one frame shows no motion")
+            raise ValueError(
+                f"n_frames is {self.n_frames}; wanted a whole number of at least 2: one frame shows no motion"
+            )
         if not self.n_objects or not all(_is_whole(n) and n >= 1 for n in self.n_objects):
             raise ValueError(f"n_objects is {self.n_objects}; wanted one or more whole numbers, each at least 1")
         if not self.radius > 0 or not min(self.height, self.width) >= 2 * self.radius + 2:
@@ -74,7 +77,9 @@ class CannonballConfig:
             if not (-np.inf < low <= high < np.inf):
                 raise ValueError(f"{name} is {(low, high)}; wanted two finite numbers, the smaller first")
         if self.angle[0] < 0 or self.angle[1] > 90 or self.speed[0] < 0:
-            raise ValueError(f"wanted angles within [0, 90] and speeds of at least 0, not {self.angle} and {self.speed}")
+            raise ValueError(
+                f"wanted angles within [0, 90] and speeds of at least 0, not {self.angle} and {self.speed}"
+            )
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,11 @@ def object_mask(n_objects: Tensor, max_objects: int) -> Tensor:
 
 def check_objects(n_objects: Tensor) -> None:
     """Raises ValueError unless ``n_objects`` is (B,) with integers >= 1."""
-    if n_objects.dim() != 1 or not len(n_objects) or n_objects.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+    if (
+        n_objects.dim() != 1
+        or not len(n_objects)
+        or n_objects.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    ):
         raise ValueError(
             f"n_objects has shape {tuple(n_objects.shape)} and type {n_objects.dtype}; wanted integers, one a sequence"
         )
@@ -284,9 +293,13 @@ def load_sequences(path: str | Path) -> ImageSequences:
         with file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise ValueError(f"there is no file {path}; make one with examples/simulate.py, or see its docs for the format") from None
+        raise ValueError(
+            f"there is no file {path}; make one with examples/simulate.py, or see its docs for the format"
+        ) from None
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as an .npz of arrays ({error}); write it with numpy.savez_compressed") from None
+        raise ValueError(
+            f"{path} cannot be read as an .npz of arrays ({error}); write it with numpy.savez_compressed"
+        ) from None
 
     for name in ("images", "n_objects"):
         if name not in arrays:
@@ -299,10 +312,13 @@ def load_sequences(path: str | Path) -> ImageSequences:
     if images.shape[1] < 2:
         raise ValueError(f"{path}: sequences have {images.shape[1]} frame; wanted at least 2, as one shows no motion")
     if images.max() > 1:
-        raise ValueError(f"{path}: images have the value {images.max()}; wanted 0 and 1 only (threshold grey values first)")
+        raise ValueError(
+            f"{path}: images have the value {images.max()}; wanted 0 and 1 only (threshold grey values first)"
+        )
     if n_objects.shape != images.shape[:1] or not np.issubdtype(n_objects.dtype, np.integer):
         raise ValueError(
-            f"{path}: n_objects has shape {n_objects.shape} and type {n_objects.dtype}; wanted integers ({len(images)},)"
+            f"{path}: n_objects has shape {n_objects.shape} and type {n_objects.dtype}; "
+            f"wanted integers ({len(images)},)"
         )
     if n_objects.min() < 1:
         raise ValueError(f"{path}: n_objects has the value {n_objects.min()}; every sequence needs at least 1 object")
@@ -314,7 +330,9 @@ def load_sequences(path: str | Path) -> ImageSequences:
     if "sides" in arrays:
         sides = arrays["sides"]
         if sides.shape != (len(images), int(n_objects.max())) or not np.issubdtype(sides.dtype, np.integer):
-            raise ValueError(f"{path}: sides have shape {sides.shape} and type {sides.dtype}; wanted integers (n, N_max)")
+            raise ValueError(
+                f"{path}: sides have shape {sides.shape} and type {sides.dtype}; wanted integers (n, N_max)"
+            )
         optional["sides"] = torch.from_numpy(sides.astype(np.int64))
     names = [f"true_{field}" for field in LGSSM._fields] + ["true_pi"]
     dynamics = None
@@ -337,7 +355,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(part, "wb")
+        file = open(part, "wb")  # noqa: SIM115  # closed by the with below; only opening it is tried here
     except OSError as error:
         raise ValueError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from None
     try:
@@ -354,7 +372,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def _checked_positions(
-    path: Path, name: str, positions: NDArray[np.generic], images: NDArray[np.uint8], n_objects: NDArray[np.generic]
+    path: Path, name: str, positions: NDArray[np.generic], images: NDArray[np.uint8], n_objects: NDArray[np.integer]
 ) -> Tensor:
     wanted = (len(images), int(n_objects.max()), images.shape[1], 2)
     if positions.shape != wanted or not np.issubdtype(positions.dtype, np.floating):
@@ -364,7 +382,9 @@ def _checked_positions(
         )
     present = np.arange(wanted[1]) < n_objects[:, None]
     if not np.isfinite(positions[present]).all():
-        raise ValueError(f"{path}: {name} of objects that are there are not finite; NaN only fills slots beyond n_objects")
+        raise ValueError(
+            f"{path}: {name} of objects that are there are not finite; NaN only fills slots beyond n_objects"
+        )
     return torch.from_numpy(np.where(present[:, :, None, None], positions, np.nan).astype(np.float64))
 
 
@@ -385,7 +405,7 @@ def _motion(config: CannonballConfig) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _to_pixels(config: CannonballConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scale (2,) and offset (2,): pixels (column, row) = scale * (x, y) + offset, all paths inside [R, size - 1 - R]."""
+    """Scale (2,), offset (2,): pixels (column, row) = scale * (x, y) + offset, all paths inside [R, size - 1 - R]."""
     t = config.delta * np.arange(config.n_frames)
     x = np.asarray(config.start_x)
     low_x = [x[0], x[0] + 0.9 * _max_x(config) - _max_x(config)]

@@ -17,6 +17,7 @@ so that its Cholesky factor exists. Sigma_H, Sigma_A and Sigma_k are full covari
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -84,8 +85,8 @@ class DenseTracks(TorchDistribution):
             serves every sequence and object, since the covariance does not depend on the data.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    support = constraints.independent(constraints.real, 2)
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
     has_rsample = True
 
     def __init__(self, mean: Tensor, cov: Tensor, *, batch_shape: torch.Size | None = None) -> None:
@@ -134,8 +135,8 @@ class StatePath(TorchDistribution):
     Needs positive definite Sigma_H and Sigma for `log_prob`; sampling needs neither.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    support = constraints.independent(constraints.real, 2)
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
     has_rsample = True
 
     def __init__(self, lgssm: LGSSM, n_frames: int) -> None:

@@ -34,8 +34,10 @@ def evaluate(
         ValueError: if the sequences are too short, or do not fit the model.
     """
     T = data.images.shape[1]
-    if n_seen < 1 or T <= 2 * n_seen:
-        raise ValueError(f"sequences have {T} frames; to see {n_seen} (at least 1) at either end they need more than {2 * n_seen}")
+    if n_seen < 1 or 2 * n_seen >= T:
+        raise ValueError(
+            f"sequences have {T} frames; to see {n_seen} (at least 1) at either end they need more than {2 * n_seen}"
+        )
     time = torch.arange(T)
     ends = (time < n_seen) | (time >= T - n_seen)
     inferred, generated, interpolated, values = _query(model, guide, data, ends, n_seen, batch_size)

@@ -11,7 +11,7 @@ the object's place in the image from the start, and learning need not unfold the
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -40,7 +40,7 @@ class Guide(nn.Module, ABC):
     def encode_observed(
         self, images: Tensor, n_objects: Tensor, observed: Tensor
     ) -> tuple[dist.TorchDistribution, dist.Categorical] | None:
-        """q(a, z | the observed frames) over all T frames, for guides that know the dynamics; None for those that do not.
+        """q(a, z | the observed frames) over all T frames from guides that know the dynamics; None from others.
 
         Without it the queries follow Secs 3.4-3.5: they take `encode`'s means as observations for the model's dynamics,
         which would count the dynamics twice where they are in q already.
@@ -100,7 +100,7 @@ class InferenceRNN(nn.Module):
         super().__init__()
         D, P = state_size, height * width
         self.height, self.width, self.state_size, self.max_objects = height, width, state_size, max_objects
-        # W^beta and W^s, stacked, act on [s_{t-1}^n, s_t^{n-1}, v_t]; here split into the states' and the image's columns.
+        # W^beta and W^s, stacked, act on [s_{t-1}^n, s_t^{n-1}, v_t]; split into the states' and the image's columns.
         self.from_states = nn.Linear(2 * D, 2 * D)
         self.from_image = nn.Linear(P, 2 * D, bias=False)
         self.phi_s0 = nn.Parameter(torch.empty(max_objects, max_objects, D))  # [N - 1, n - 1]
@@ -118,7 +118,7 @@ class InferenceRNN(nn.Module):
         """
         check_batch(images, n_objects, (self.height, self.width))
         N = int(n_objects.max())
-        if N > self.max_objects:
+        if self.max_objects < N:
             raise ValueError(
                 f"a sequence has {N} objects; this guide was made for at most {self.max_objects}: "
                 "build it with a larger max_objects and train it on such sequences"
@@ -146,11 +146,11 @@ class LinearHead(nn.Module):
 class AttentionHead(nn.Module):
     """The mean is the centroid of the white pixels that object n claims.
 
-    Objects claim pixels in turn, each a share of what the ones before it have left: with c_t^n = sigm(Phi W^omega s_t^n),
-    one value a pixel, omega_t^n is proportional to v_t c_t^n prod_{m < n} (1 - c_t^m), and the mean is the omega-weighted
-    mean of the pixels' coordinates, each axis in [-1, 1]: latent units are then half-widths of the image. Phi holds the
-    lowest cosine waves over the image, so that claims vary smoothly from pixel to pixel. At the start every claim is one
-    half. The standard deviation is Eq (9)'s.
+    Objects claim pixels in turn, each a share of what the ones before it have left: with c_t^n = sigm(Phi W^omega
+    s_t^n), one value a pixel, omega_t^n is proportional to v_t c_t^n prod_{m < n} (1 - c_t^m), and the mean is the
+    omega-weighted mean of the pixels' coordinates, each axis in [-1, 1]: latent units are half-widths of the image. Phi
+    holds the lowest cosine waves over the image, so that claims vary smoothly from pixel to pixel. At the start
+    every claim is one half. The standard deviation is Eq (9)'s.
 
     Args:
         height, width: of the images.
@@ -158,6 +158,9 @@ class AttentionHead(nn.Module):
         sigma: starting standard deviation of a, in latent units.
         n_waves: waves along each axis; Phi has n_waves^2 of them.
     """
+
+    grid: Tensor  # (H W, 2)
+    Phi: Tensor  # (H W, n_waves^2)
 
     def __init__(self, height: int, width: int, state_size: int, *, sigma: float = 0.05, n_waves: int = 8) -> None:
         super().__init__()
@@ -187,8 +190,8 @@ class AttentionHead(nn.Module):
         v = images.flatten(2)
         v_white, pixel = v.topk(max(1, int((v > 0).sum(-1).max())))  # (B, T, k): black pixels have no weight anyway
         seen = v_white[..., :1] > 0  # in an empty frame every place is the centre, 0
-        white = WhitePixels(v_white, cast(Tensor, self.grid)[pixel] * seen.unsqueeze(-1))
-        return white, torch.einsum("bntw,btkw->bntk", self.to_claim(s), cast(Tensor, self.Phi)[pixel])
+        white = WhitePixels(v_white, self.grid[pixel] * seen.unsqueeze(-1))
+        return white, torch.einsum("bntw,btkw->bntk", self.to_claim(s), self.Phi[pixel])
 
 
 class WhitePixels(NamedTuple):

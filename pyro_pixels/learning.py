@@ -70,7 +70,8 @@ class AnnealedELBO(Trace_ELBO):
         with ScaleLatents(self.kl_weight):
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         for name in guide_trace.stochastic_nodes:
-            if not guide_trace.nodes[name]["fn"].has_rsample:
+            site: Any = guide_trace.nodes[name]
+            if not site["fn"].has_rsample:
                 raise ValueError(
                     f"the guide's site '{name}' cannot be sampled with gradients; give it a distribution with rsample"
                 )
@@ -80,7 +81,8 @@ class AnnealedELBO(Trace_ELBO):
 
 def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
     def total(trace: Trace, names: list[str]) -> Tensor:
-        return sum((trace.nodes[n]["unscaled_log_prob"].detach() for n in names), torch.zeros(()))
+        sites: list[Any] = [trace.nodes[name] for name in names]
+        return sum((site["unscaled_log_prob"].detach() for site in sites), torch.zeros(()))
 
     kl = total(guide_trace, guide_trace.stochastic_nodes) - total(model_trace, model_trace.stochastic_nodes)
     return BoundTerms(total(model_trace, model_trace.observation_nodes), kl)
@@ -200,7 +202,7 @@ class _Fit:
         self.schedule, self.seed, self.validation, self.on_evaluation = schedule, seed, validation, on_evaluation
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = next(model.parameters()).device
-        self.elbo = AnnealedELBO()
+        self.model, self.guide, self.elbo = model, guide, AnnealedELBO()
         self.loss = self.elbo(model, guide)  # a module: its parameters are the model's and the guide's
         self.images, self.n_objects = data.images.to(self.device), data.n_objects
         by_n = [(data.n_objects == n).nonzero().squeeze(1) for n in data.n_objects.unique()]
@@ -231,7 +233,9 @@ class _Fit:
                     self._load()
                 elif self.run_dir is not None:
                     self._write_lines([])
-                bar = tqdm(total=self.schedule.steps, initial=self.step, disable=not progress, unit="step", mininterval=0.5)
+                bar = tqdm(
+                    total=self.schedule.steps, initial=self.step, disable=not progress, unit="step", mininterval=0.5
+                )
                 with bar:
                     self._loop(stop, bar)
                 return FitResult(self.step, self.seconds, self.metrics, stop.is_set())
@@ -271,7 +275,12 @@ class _Fit:
             self.seconds = now
             bar.update()
             if bar.n % 20 == 0:
-                bar.set_postfix(bound=f"{log_likelihood - kl:.1f}", kl=f"{kl:.2f}", kl_weight=f"{self.elbo.kl_weight:.3g}", refresh=False)
+                bar.set_postfix(
+                    bound=f"{log_likelihood - kl:.1f}",
+                    kl=f"{kl:.2f}",
+                    kl_weight=f"{self.elbo.kl_weight:.3g}",
+                    refresh=False,
+                )
             if self.step % schedule.evaluate_every == 0 or self.step == schedule.steps:
                 self._evaluate()
                 self._save()
@@ -307,7 +316,7 @@ class _Fit:
             "learning_rate": self.schedule.learning_rate_at(self.step - 1),
         }
         if self.validation is not None:
-            terms = bound(self.loss.model, self.loss.guide, self.validation)
+            terms = bound(self.model, self.guide, self.validation)
             frames = len(self.validation) * self.validation.images.shape[1]
             self.metrics["validation_bound_per_frame"] = float(terms.bound.sum()) / frames
             self.metrics["validation_kl_per_frame"] = float(terms.kl.sum()) / frames
@@ -325,8 +334,8 @@ class _Fit:
             "seconds": self.seconds,
             "seed": self.seed,
             "sums": self.sums,
-            "model": self.loss.model.state_dict(),
-            "guide": self.loss.guide.state_dict(),
+            "model": self.model.state_dict(),
+            "guide": self.guide.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
@@ -341,8 +350,8 @@ class _Fit:
         state = load_checkpoint(path)
         if state["seed"] != self.seed:
             raise ValueError(f"{path} was trained with seed {state['seed']}, not {self.seed}; resume with that seed")
-        load_weights(self.loss.model, state["model"], path)
-        load_weights(self.loss.guide, state["guide"], path)
+        load_weights(self.model, state["model"], path)
+        load_weights(self.guide, state["guide"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
         torch.set_rng_state(state["rng"])
@@ -362,7 +371,8 @@ class _Fit:
         if self.run_dir is not None and (self.run_dir / "checkpoint.pt").exists():
             kept = f"{self.run_dir / 'checkpoint.pt'} holds the last good state"
         return (
-            f"the loss is not finite at step {self.step} (log p(v|a) {log_likelihood:.4g}, KL {kl:.4g} nats per frame); "
+            f"the loss is not finite at step {self.step} "
+            f"(log p(v|a) {log_likelihood:.4g}, KL {kl:.4g} nats per frame); "
             f"{kept}. Try a smaller learning rate, clip_norm, or a larger position_noise_floor"
         )
 

@@ -152,7 +152,7 @@ def sample_posterior(
 
 
 def rollout(lgssm: LGSSM, mean: Tensor, cov: Tensor, n_steps: int) -> Gaussians:
-    """Moments of h at the ``n_steps`` (>= 0) steps after a state with moments ``mean`` (..., d), ``cov`` (..., d, d)."""
+    """Moments of h at the ``n_steps`` (>= 0) steps after a state with ``mean`` (..., d) and ``cov`` (..., d, d)."""
     state, states = Gaussians(mean, cov), []
     for _ in range(n_steps):
         state = predict(lgssm, state)
@@ -186,7 +186,7 @@ def observation_moments(lgssm: LGSSM, states: Gaussians, noise: bool = True) -> 
 
 
 def marginal_moments(lgssm: LGSSM, n_steps: int) -> tuple[Tensor, Tensor]:
-    """Mean (..., T p) and covariance (..., T p, T p) of the stacked a_{1:T}: Eq (3) with h integrated out, no loop over T.
+    """Mean (..., T p), covariance (..., T p, T p) of the stacked a_{1:T}: Eq (3) with h integrated out, no loop over T.
 
     With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise, so the covariance is
     F Sigma F' + G Sigma_H G' + Sigma_A on the diagonal, where G is the block-Toeplitz matrix of the F_j.
@@ -207,7 +207,7 @@ def marginal_moments(lgssm: LGSSM, n_steps: int) -> tuple[Tensor, Tensor]:
 def semidefinite_cholesky(Sigma: Tensor) -> Tensor:
     """Lower L (..., d, d) with L L' = Sigma for positive semi-definite, possibly singular or zero, Sigma.
 
-    A column whose pivot is zero (below 1e-14 of the largest variance) is zero. Differentiable where the rank is constant.
+    A column whose pivot is zero (below 1e-14 of the largest variance) is zero. Differentiable where the rank stays.
     """
     d = Sigma.shape[-1]
     tiny = 1e-14 * Sigma.diagonal(dim1=-2, dim2=-1).amax(-1)

@@ -46,7 +46,9 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
     """
     alone = n_objects == 1
     if not alone.any():
-        raise ValueError("no sequence has N = 1, which the map from latent units to pixels is fitted on; add some to the file")
+        raise ValueError(
+            "no sequence has N = 1, which the map from latent units to pixels is fitted on; add some to the file"
+        )
     x = latent[alone, 0].reshape(-1, 2).double()
     y = positions[alone, 0].reshape(-1, 2).double()
     design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
@@ -110,7 +112,9 @@ def paper_style_loss(images: Tensor, probabilities: Tensor) -> Tensor:
 
     A perfect frame then scores about 0.689 and a black one ln 2 = 0.693. Not proven; see docs/reproduction.md.
     """
-    return F.binary_cross_entropy_with_logits(probabilities, images.to(probabilities.dtype), reduction="none").mean((1, 2, 3))
+    return F.binary_cross_entropy_with_logits(probabilities, images.to(probabilities.dtype), reduction="none").mean(
+        (1, 2, 3)
+    )
 
 
 def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class PixelModel(nn.Module):
         present = object_mask(n_objects, N)
         with pyro.plate("sequences", B, dim=-1):
             p_a = self.dynamics.positions(T).expand([B, N])
-            a = pyro.sample("a", p_a.mask(present).to_event(1))
+            a = pyro.sample("a", p_a.mask(present).to_event(1))  # type: ignore[attr-defined]
             return self._draw(a, present, images)
 
     def joint(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None = None) -> Tensor:

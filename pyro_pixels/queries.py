@@ -146,9 +146,13 @@ def interpolate(
     """
     check_batch(images, n_objects)
     if observed.dtype != torch.bool or observed.shape != images.shape[1:2]:
-        raise ValueError(f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,) = ({images.shape[1]},)")
+        raise ValueError(
+            f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,) = ({images.shape[1]},)"
+        )
     if not bool(observed[0]) or bool(observed.all()):
-        raise ValueError(f"observed is {observed.int().tolist()}; wanted the first frame seen (1) and at least one not (0)")
+        raise ValueError(
+            f"observed is {observed.int().tolist()}; wanted the first frame seen (1) and at least one not (0)"
+        )
     filled = images.to(guide.dtype).clone()
     for start, stop in _gaps(observed):
         so_far = observed & (torch.arange(len(observed), device=observed.device) < start)

@@ -3,7 +3,8 @@
 An empty canvas x^0 = tanh(theta_x0) is drawn upon by one object after the other; each writes its contribution where
 its attention mask says so, and the last state is decoded into pixels.
 
-Departures from the paper: none by default; `input_scale` and `background_logit` start it elsewhere. An absent object (mixed N in a batch) leaves the canvas exactly as it was.
+Departures from the paper: none by default; `input_scale` and `background_logit` start it elsewhere. An absent object
+(mixed N in a batch) leaves the canvas exactly as it was.
 """
 
 import torch

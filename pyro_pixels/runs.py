@@ -92,11 +92,9 @@ PRESETS: dict[str, RunConfig] = {
         state_size=256,
         background_logit=-4.5,
         renderer_input_scale=12.0,
-        dynamics=DynamicsConfig(
-            delta=0.2, state_noise=1e-6, position_noise=2e-3, start_spread=0.5, start_variance=0.1
-        ),
+        dynamics=DynamicsConfig(delta=0.2, state_noise=1e-6, position_noise=2e-3, start_spread=0.5, start_variance=0.1),
         schedule=Schedule(
-            steps=4_000,
+            steps=2_400,
             learning_rate_factors={
                 "model.renderer": 3.0,
                 "model.dynamics": 3.0,
@@ -104,15 +102,15 @@ PRESETS: dict[str, RunConfig] = {
                 "model.dynamics.u": 0.2,
                 "model.dynamics.log_delta": 0.2,
             },
-            decay_from=2_500,
-            learn_from=dict.fromkeys(_NOISE, 3_000),
+            decay_from=1_500,
+            learn_from=dict.fromkeys(_NOISE, 1_800),
             kl_before=1 / 3,
             kl_start=1.0,
-            anneal_from=3_000,
+            anneal_from=1_800,
             anneal_steps=0,
             one_n_per_batch=True,
             single_object_steps=200,
-            evaluate_every=250,
+            evaluate_every=200,
         ),
         data=CannonballConfig(height=32, width=32),
     ),
@@ -156,7 +154,9 @@ def load_config(folder: str | Path) -> RunConfig:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"there is no run in {folder} ({path.name} is missing); train one with examples/train.py") from None
+        raise ValueError(
+            f"there is no run in {folder} ({path.name} is missing); train one with examples/train.py"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); restore it, or train again") from None
     return _from_dict(RunConfig, values, str(path))  # type: ignore[no-any-return]

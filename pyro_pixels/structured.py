@@ -14,7 +14,7 @@ of the draw. It is exact for K = 1 and where z is certain, which after the first
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -26,7 +26,6 @@ from torch.autograd.function import once_differentiable
 from pyro_pixels.dynamics import Dynamics, TrackMixture, dense_components
 from pyro_pixels.guides import Guide, InferenceRNN
 from pyro_pixels.tracking import TrackingHead
-
 
 UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
 
@@ -40,8 +39,8 @@ class ConditionedTracks(TorchDistribution):
         R: (..., T, 2), their variances, above 0.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
-    support = constraints.independent(constraints.real, 2)
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
     has_rsample = True
 
     def __init__(self, dynamics: Dynamics, y: Tensor, R: Tensor) -> None:

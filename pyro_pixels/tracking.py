@@ -24,6 +24,8 @@ from pyro_pixels.data import object_mask
 from pyro_pixels.dynamics import Dynamics, collapse_components
 from pyro_pixels.guides import AttentionHead, WhitePixels
 
+CLAIM_BOUND = 3.0  # nats: what the network may say against the forecasts, about a distance of 3 pixels
+
 
 class TrackingHead(AttentionHead):
     """Measurements y_t^n and the square roots of their variances R_t^n by soft assignment of pixels to objects.
@@ -35,6 +37,8 @@ class TrackingHead(AttentionHead):
         rho: spread of an object's pixels around its position, a standard deviation in pixels.
         sigma, n_waves: as in `AttentionHead`.
     """
+
+    blob: Tensor  # (2, 2), rho^2 I in latent units
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class TrackingHead(AttentionHead):
         """y and the square root of R, (B, N, T, 2), from s (B, N, T, D), images (B, T, H, W) and n_objects (B,)."""
         white, claim = self.claims(s, images)
         present = object_mask(n_objects, s.shape[1])
+        claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND)
         claim = claim.masked_fill(~present[..., None, None], -1e9)
         sigma = self.to_log_sigma(s).exp()
         with torch.no_grad():

@@ -168,7 +168,7 @@ def test_first_steps_on_single_objects(small_data):
     encode = guide.encode
     guide.encode = lambda images, n: seen.append(n.tolist()) or encode(images, n)
     fit(make_model(), guide, small_data, Schedule(steps=3, batch_size=4, single_object_steps=2), progress=False)
-    assert set(sum(seen[:2], [])) == {1}
+    assert {n for batch in seen[:2] for n in batch} == {1}
     assert len(seen[2]) == 4
     with pytest.raises(ValueError, match="N = 1"):
         fit(make_model(), guide, small_data[small_data.n_objects > 1], Schedule(single_object_steps=2))
@@ -189,7 +189,10 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_callers_random_state(sm
 
 def lines_of(folder):
     keep = ("step", "bound_per_frame", "kl_per_frame", "kl_weight", "validation_bound_per_frame")
-    return [{k: v for k, v in json.loads(x).items() if k in keep} for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(x).items() if k in keep}
+        for x in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])

@@ -15,7 +15,10 @@ def world():
     """Truth of 30 sequences with N = 1, 2, 3 and latent positions that are an affine map of it."""
     data = simulate(CannonballConfig(height=32, width=32), 30, seed=3)
     truth = data.positions
-    M, c = torch.tensor([[0.1, 0.03], [-0.05, 0.2]], dtype=torch.float64), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    M, c = (
+        torch.tensor([[0.1, 0.03], [-0.05, 0.2]], dtype=torch.float64),
+        torch.tensor([1.0, -2.0], dtype=torch.float64),
+    )
     return data, truth, truth.nan_to_num() @ M.mT + c
 
 

@@ -94,7 +94,7 @@ def test_interpolation_is_the_papers_procedure(small_data):
     found = interpolate(model, guide, images, n_objects, seen)
     torch.testing.assert_close(found.mean[:, :, ~seen], wanted[:, :, ~seen], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(found.mean[:, :, seen], mu[:, :, seen], rtol=1e-6, atol=1e-8)
-    assert T == found.images.shape[1]
+    assert found.images.shape[1] == T
 
 
 def test_smoothing_averages_the_components():

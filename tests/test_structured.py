@@ -90,7 +90,10 @@ def test_unseen_frames_are_integrated_out(small_data):
     images, n_objects = small_data.images.float(), small_data.n_objects
     observed = torch.tensor([1, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0]).bool()
     q, p_z = guide.encode_observed(images, n_objects, observed)
-    y, R = guide.head(guide.rnn(images, n_objects), images, n_objects)[0].double(), float(guide.head.to_log_sigma.bias[0].exp()) ** 2
+    y, R = (
+        guide.head(guide.rnn(images, n_objects), images, n_objects)[0].double(),
+        float(guide.head.to_log_sigma.bias[0].exp()) ** 2,
+    )
     lgssm = model.dynamics.lgssm()
     # a is h's position with its own noise Sigma_A, measured with noise R; R is the same everywhere but for 1e-3 weights
     noisy = lgssm._replace(Sigma_A=lgssm.Sigma_A + R * torch.eye(2))
