@@ -42,7 +42,9 @@ class DynamicsConfig:
     position_noise: float = 1.0
     """Sigma_A = position_noise I."""
     start_spread: float = 1.0
-    """Standard deviation of the positions in mu_k, which are drawn; the velocities in mu_k start at 0."""
+    """Standard deviation of the positions in mu_k, which are drawn."""
+    start_velocity_spread: float = 0.0
+    """The same of the velocities in mu_k; 0 in the paper."""
     start_variance: float = 1.0
     """Sigma_k = start_variance I."""
     position_noise_floor: float = 1e-6
@@ -54,6 +56,10 @@ class DynamicsConfig:
         for name in ("delta", "state_noise", "start_spread", "start_variance", "position_noise_floor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a finite number above 0")
+        if not 0 <= self.start_velocity_spread < math.inf:
+            raise ValueError(
+                f"start_velocity_spread is {self.start_velocity_spread}; wanted a finite number, at least 0"
+            )
         if not self.position_noise_floor < self.position_noise < math.inf:
             raise ValueError(
                 f"position_noise is {self.position_noise}; wanted more than its floor, {self.position_noise_floor}"
@@ -196,7 +202,7 @@ class Dynamics(nn.Module):
     """delta, u, Sigma_H, Sigma_A, pi_k, mu_k, Sigma_k as parameters, started as in Sec 3.2.
 
     Args:
-        config: starting values. The positions in mu_k are drawn when constructed; u = 0 and pi is uniform.
+        config: starting values. mu_k is drawn when constructed; u = 0 and pi is uniform.
         components: how p(a_{1:T} | z = k) is represented, `dense_components` or `hmm_components`.
     """
 
@@ -207,7 +213,9 @@ class Dynamics(nn.Module):
         self.log_delta = nn.Parameter(torch.tensor(config.delta).log())
         self.u = nn.Parameter(torch.zeros(4))
         self.log_pi = nn.Parameter(torch.zeros(K))
-        self.mu = nn.Parameter(torch.cat([config.start_spread * torch.randn(K, 2), torch.zeros(K, 2)], -1))
+        self.mu = nn.Parameter(
+            torch.cat([config.start_spread * torch.randn(K, 2), config.start_velocity_spread * torch.randn(K, 2)], -1)
+        )
         self.root_Sigma_H = nn.Parameter(_log_root(config.state_noise, 4))
         self.root_Sigma_A = nn.Parameter(_log_root(config.position_noise - config.position_noise_floor, 2))
         self.root_Sigma = nn.Parameter(_log_root(config.start_variance, 4).repeat(K, 1, 1))

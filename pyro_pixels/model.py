@@ -58,7 +58,7 @@ class PixelModel(nn.Module):
         lgssm = self.dynamics.lgssm()
         with pyro.plate("sequences", B, dim=-1):
             p_z = dist.Categorical(logits=self.dynamics.log_pi.to(lgssm.mu.dtype)).expand([B, N])
-            z = pyro.sample("z", p_z.mask(present).to_event(1))
+            z = pyro.sample("z", p_z.mask(present).to_event(1))  # type: ignore[attr-defined]
             h = pyro.sample("h", StatePath(select_component(lgssm, z), T).mask(present).to_event(1))
             p_a = dist.MultivariateNormal(h @ lgssm.B.mT, lgssm.Sigma_A).to_event(1)
             a = pyro.sample("a", p_a.mask(present).to_event(1))

@@ -92,7 +92,14 @@ PRESETS: dict[str, RunConfig] = {
         state_size=256,
         background_logit=-4.5,
         renderer_input_scale=12.0,
-        dynamics=DynamicsConfig(delta=0.2, state_noise=1e-6, position_noise=2e-3, start_spread=0.5, start_variance=0.1),
+        dynamics=DynamicsConfig(
+            delta=0.2,
+            state_noise=1e-6,
+            position_noise=2e-3,
+            start_spread=0.1,
+            start_velocity_spread=0.3,
+            start_variance=0.1,
+        ),
         schedule=Schedule(
             steps=2_400,
             learning_rate_factors={
