@@ -1,4 +1,4 @@
-"""Trains a run (Secs 2.2.2, 3.2): a folder with config.json, metrics.jsonl, checkpoint.pt and training.png.
+"""Trains a run (Secs 2.2.2, 3.2): a folder with config.json, metrics.jsonl, checkpoint.pt and figures.
 
 Ctrl-C and SIGTERM save first; --resume then goes on as if nothing had happened.
 """
@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import torch
 from common import TEST_SEED, device_of, new_folder, save, start
 from pyro_pixels import plotting
-from pyro_pixels.data import ImageSequences, load_sequences, simulate
+from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, simulate
 from pyro_pixels.learning import fit
-from pyro_pixels.runs import PRESETS, RunConfig, build, load_config, save_config
+from pyro_pixels.queries import infer
+from pyro_pixels.runs import PRESETS, Run, RunConfig, build, load_config, save_config
 
 
 @dataclass
@@ -74,6 +77,30 @@ def training_data(config: RunConfig) -> tuple[ImageSequences, ImageSequences | N
     return data[: len(data) - held_out], data[len(data) - held_out :] if held_out else None, config
 
 
+class Snapshots:
+    """Inferred means of a few sequences at every evaluation, kept in a file, for a figure like Fig 5(a)."""
+
+    def __init__(self, path: Path, run: Run, data: ImageSequences, device: torch.device, resume: bool) -> None:
+        most = data.n_objects == min(2, int(data.n_objects.max()))
+        chosen = data[most if bool(most.any()) else slice(None)][:20]
+        self.path, self.guide = path, run.guide
+        self.images, self.n_objects = chosen.images.to(device), chosen.n_objects.to(device)
+        self.means: dict[str, np.ndarray] = {}
+        if resume and path.exists():
+            with np.load(path) as file:
+                self.means = dict(file)
+
+    def take(self, metrics: dict[str, float]) -> None:
+        self.means[str(int(metrics["step"]))] = infer(self.guide, self.images, self.n_objects).mean.cpu().numpy()
+        with atomic_write(self.path) as file:
+            np.savez(file, **self.means)  # type: ignore[arg-type]
+
+    def stages(self) -> dict[str, np.ndarray]:
+        """The first, the middle and the last."""
+        steps = sorted(self.means, key=int)
+        return {f"step {int(s):,}": self.means[s] for s in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))}
+
+
 def main(args: Arguments) -> int:
     device = device_of(args.device)
     config = load_config(args.run) if args.resume else configure(args)
@@ -93,9 +120,12 @@ def main(args: Arguments) -> int:
         f"training {folder}: guide '{config.guide}', {n_parameters:,} parameters, {len(data)} sequences "
         f"{tuple(data.images.shape[1:])}, {config.schedule.steps:,} steps on {device}"
     )
+    snapshots = Snapshots(
+        folder / "snapshots.npz", run, data if validation is None else validation, device, args.resume
+    )
     result = fit(
         run.model.to(device), run.guide.to(device), data, config.schedule, seed=config.seed, run_dir=folder,
-        validation=validation, resume=args.resume, progress=args.progress,
+        validation=validation, resume=args.resume, progress=args.progress, on_evaluation=snapshots.take,
     )  # fmt: skip
     if result.interrupted:
         print(
@@ -108,6 +138,8 @@ def main(args: Arguments) -> int:
     )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     save(plotting.plot_training(lines), folder / "training.png")
+    if snapshots.means:
+        save(plotting.plot_inference_means(snapshots.stages()), folder / "inference_means.png")
     return 0
 
 

@@ -109,7 +109,7 @@ def test_quickstart_makes_everything(tmp_path, own_file):
     done = script("quickstart", "--steps", 3, "--data", own_file, "--run", "q", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     made = {p.name for p in (tmp_path / "q").iterdir()}
-    figures = {"training", "sequences", "start", "positions", "generated_images", "interpolation"}
+    figures = {"training", "inference_means", "sequences", "start", "positions", "generated_images", "interpolation"}
     files = {"config.json", "metrics.jsonl", "checkpoint.pt", "metrics.json", "generation.gif"}
     assert made >= files | {f"{name}.png" for name in figures}
 
