@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+
 from common import TEST_SEED, device_of, new_folder, save, start
 from pyro_pixels import plotting
 from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, simulate

@@ -129,8 +129,15 @@ class InferenceRNN(nn.Module):
         return recur(from_image, s_0, self.from_states.weight).permute(2, 0, 1, 3)
 
 
+SIGMA_FLOOR = 1e-4  # latent units
+
+
 class LinearHead(nn.Module):
-    """Eq (9): mu = W s + b, log sigma = W' s + b'."""
+    """Eq (9): mu = W s + b, sigma = softplus(W' s + b') + 1e-4.
+
+    The paper does not say how sigma is kept positive. With exp the paper preset is lost within 15 steps: a step of Adam
+    moves W' s by about 1e-3 times the sum of |s|, and sigma runs to 1e-20 (docs/decisions.md).
+    """
 
     def __init__(self, state_size: int) -> None:
         super().__init__()
@@ -139,8 +146,8 @@ class LinearHead(nn.Module):
 
     def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D)."""
-        mu, log_sigma = self.linear(s).chunk(2, -1)
-        return mu, log_sigma.exp()
+        mu, rho = self.linear(s).chunk(2, -1)
+        return mu, F.softplus(rho) + SIGMA_FLOOR
 
 
 class AttentionHead(nn.Module):

@@ -202,7 +202,7 @@ def linear_head(s, W_mu, b_mu, W_sigma, b_sigma):
     for n in range(s.shape[0]):
         for t in range(s.shape[1]):
             mu[n, t] = W_mu @ s[n, t] + b_mu
-            sigma[n, t] = torch.exp(W_sigma @ s[n, t] + b_sigma)
+            sigma[n, t] = torch.log1p(torch.exp(W_sigma @ s[n, t] + b_sigma)) + 1e-4
     return mu, sigma
 
 
