@@ -1,11 +1,15 @@
 """What the example scripts share: the command line, one-line errors, devices, data, and the figures of a run."""
 
+import os
+import platform
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyro
 import torch
 import tyro
 from torch import Tensor
@@ -43,6 +47,20 @@ def device_of(name: str) -> torch.device:
     if not there.get(device.type, False):
         raise ValueError(f"there is no {device.type} device here; use --device cpu, or auto for the best there is")
     return device
+
+
+def environment(device: torch.device) -> dict[str, str | int | None]:
+    """What a number was measured with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "processor": platform.processor() if name is None else name[1],
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+    }
 
 
 def sequences_for(run: Run, data: Path | None, n_sequences: int, seed: int) -> ImageSequences:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import TEST_SEED, Shown, device_of, draw_error_over_time, sequences_for, start
+from common import TEST_SEED, Shown, device_of, draw_error_over_time, environment, sequences_for, start
 from pyro_pixels.data import atomic_write
 from pyro_pixels.evaluation import N_SEEN, evaluate, format_table
 from pyro_pixels.runs import load_run
@@ -33,6 +33,7 @@ def main(args: Arguments) -> None:
     print(f"evaluating {args.run} (step {run.step:,}) on {len(data)} sequences")
     result = evaluate(run.model, run.guide, data, n_seen=args.n_seen)
     result |= {"step": run.step, "train_seed": run.config.seed, "test_seed": args.seed if args.data is None else None}
+    result["environment"] = environment(device)
     out = args.out or args.run / "metrics.json"
     with atomic_write(out) as file:
         file.write(json.dumps(result, indent=2).encode() + b"\n")

@@ -4,6 +4,7 @@ Ctrl-C and SIGTERM save first; --resume then goes on as if nothing had happened.
 """
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,8 @@ class Arguments:
     seed: int = 0
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
+    threads: int | None = None
+    """CPU threads; default: one for states up to 256, whose products are too small to share, else one a core."""
     resume: bool = False
     """Go on with the run in the folder, on its own data and with its own configuration; only --steps may change it."""
     progress: bool = True
@@ -113,6 +116,9 @@ def main(args: Arguments) -> int:
         raise ValueError(
             f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run"
         )
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"threads is {args.threads}; wanted at least 1")
+    torch.set_num_threads(args.threads or (1 if config.state_size <= 256 else os.cpu_count() or 1))
     folder = new_folder(args.run)
     run = build(config)
     save_config(folder, config)

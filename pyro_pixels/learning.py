@@ -178,8 +178,8 @@ def fit(
         on_evaluation: called with each line of metrics.
 
     Raises:
-        ValueError: if ``resume`` finds no checkpoint or one of another configuration, or there is no sequence to
-            learn from where the schedule asks for N = 1.
+        ValueError: if ``resume`` finds no checkpoint or one of another configuration, if the folder holds a run and
+            ``resume`` is not given, or if there is no sequence with N = 1 where the schedule asks for one.
         FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
     """
     return _Fit(model, guide, data, schedule, seed, run_dir, validation, on_evaluation).run(resume, progress)
@@ -232,6 +232,7 @@ class _Fit:
                 if resume:
                     self._load()
                 elif self.run_dir is not None:
+                    self._refuse_to_overwrite()
                     self._write_lines([])
                 bar = tqdm(
                     total=self.schedule.steps, initial=self.step, disable=not progress, unit="step", mininterval=0.5
@@ -360,6 +361,13 @@ class _Fit:
         lines = [line for line in _read_lines(self.run_dir) if line["step"] <= self.step]
         self.metrics = lines[-1] if lines else {}
         self._write_lines(lines)
+
+    def _refuse_to_overwrite(self) -> None:
+        assert self.run_dir is not None
+        if (self.run_dir / "checkpoint.pt").exists():
+            raise ValueError(
+                f"{self.run_dir} holds a trained run; give resume=True to go on with it, or another folder"
+            )
 
     def _write_lines(self, lines: list[dict[str, float]]) -> None:
         assert self.run_dir is not None

@@ -101,7 +101,7 @@ PRESETS: dict[str, RunConfig] = {
             start_variance=0.1,
         ),
         schedule=Schedule(
-            steps=2_400,
+            steps=2_000,
             learning_rate_factors={
                 "model.renderer": 3.0,
                 "model.dynamics": 3.0,
@@ -109,11 +109,11 @@ PRESETS: dict[str, RunConfig] = {
                 "model.dynamics.u": 0.2,
                 "model.dynamics.log_delta": 0.2,
             },
-            decay_from=1_500,
-            learn_from=dict.fromkeys(_NOISE, 1_800),
+            decay_from=1_200,
+            learn_from=dict.fromkeys(_NOISE, 1_500),
             kl_before=1 / 3,
             kl_start=1.0,
-            anneal_from=1_800,
+            anneal_from=1_500,
             anneal_steps=0,
             one_n_per_batch=True,
             single_object_steps=200,

@@ -264,6 +264,8 @@ def test_resume_refusals(small_data, tmp_path):
         fit(make_model(), make_guide(), small_data, QUICK, run_dir=tmp_path, resume=True)
     fit(make_model(), make_guide(), small_data, QUICK, run_dir=tmp_path, progress=False)
     saved = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(ValueError, match="holds a trained run"):
+        fit(make_model(), make_guide(), small_data, QUICK, run_dir=tmp_path, progress=False)
     with pytest.raises(ValueError, match="another configuration"):
         fit(make_model(state_size=9), make_guide(), small_data, QUICK, run_dir=tmp_path, resume=True)
     with pytest.raises(ValueError, match="seed"):
