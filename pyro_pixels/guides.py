@@ -136,7 +136,7 @@ class LinearHead(nn.Module):
     """Eq (9): mu = W s + b, sigma = softplus(W' s + b') + 1e-4.
 
     The paper does not say how sigma is kept positive. With exp the paper preset is lost within 15 steps: a step of Adam
-    moves W' s by about 1e-3 times the sum of |s|, and sigma runs to 1e-20 (docs/decisions.md).
+    moves W' s by about 1e-3 times the sum of all absolute s, and sigma runs to 1e-20 (docs/decisions.md).
     """
 
     def __init__(self, state_size: int) -> None:
