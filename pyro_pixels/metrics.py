@@ -120,8 +120,9 @@ def paper_style_loss(images: Tensor, probabilities: Tensor) -> Tensor:
 def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tensor) -> Tensor:
     """The best guess (B, N, T, 2) of an observer who is given the true noisy positions at the observed frames.
 
-    Exact inference with the data's true parameters, so no method that sees only images can do better on average: the
-    smoothed mean of B h_t, averaged over the two launch sides with their posterior probabilities.
+    Exact inference with the data's true parameters: the smoothed mean of B h_t, averaged over the two launch sides with
+    their posterior probabilities. A floor for all practical purposes, not a proven bound: the launch is taken as a
+    Gaussian with the true first two moments, and a mean is the best guess in squared rather than absolute distance.
 
     Args:
         positions: (B, N, T, 2) in pixels, NaN where there is no object.

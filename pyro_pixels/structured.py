@@ -10,7 +10,8 @@ is correlated in time. In the bound, log q(a) - log p(a) = sum_t log N(y_t; a_t,
 in a with Gaussian noise, the true potentials would make the bound tight.
 
 The gradient of a sample flows through the Gaussian of the component that was drawn, not through the probabilities
-of the draw. It is exact for K = 1 and where z is certain, which after the first steps of learning it nearly always is.
+of the draw. It is exact for K = 1 and where z is certain, and biased where components overlap, as they still do after
+the quick preset (docs/decisions.md).
 """
 
 import math
