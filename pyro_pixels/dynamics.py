@@ -230,6 +230,14 @@ class Dynamics(nn.Module):
         """(K,) component probabilities."""
         return self.log_pi.softmax(-1)
 
+    @torch.no_grad()
+    def set_starts(self, log_pi: Tensor, mu: Tensor, Sigma: Tensor) -> None:
+        """Puts log pi_k (K,), mu_k (K, 4) and Sigma_k (K, 4, 4), positive definite, in place of what they were."""
+        self.log_pi.copy_(log_pi)
+        self.mu.copy_(mu)
+        L = torch.linalg.cholesky(Sigma)
+        self.root_Sigma.copy_(L.tril(-1) + torch.diag_embed(L.diagonal(dim1=-2, dim2=-1).log()))
+
     def lgssm(self) -> LGSSM:
         """The parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
         dtype = exact.exact_dtype(self.mu.device)

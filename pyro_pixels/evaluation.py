@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_pixels import metrics
@@ -48,6 +49,8 @@ def evaluate(
         result["affine"] = {"matrix": affine.matrix.tolist(), "offset": affine.offset.tolist(), "r2": affine.r2}
         result["dynamics"] = _dynamics_in_pixels(model, affine)
         values |= _errors(data, affine(inferred), affine(generated), affine(interpolated), ends, n_seen)
+        if data.sides is not None:
+            values["side_accuracy"] = _sides_told(model, inferred, affine(inferred), data)
 
     groups = {str(n): data.n_objects == n for n in sorted(set(data.n_objects.tolist()))}
     result["by_n_objects"] = {name: _means(values, group) for name, group in groups.items()}
@@ -123,6 +126,26 @@ def _errors(
                 error = metrics.errors(floor, target, n_objects)
                 values[f"{kind}_{name}floor_px"] = error[..., ~observed].mean(-1)
     return values
+
+
+@torch.no_grad()
+def _sides_told(model: PixelModel, inferred: Tensor, in_pixels: Tensor, data: ImageSequences) -> Tensor:
+    """(n, N) whether the most likely component tells from which side an object was launched, NaN for absent ones.
+
+    Which component stands for which side is settled once, for all sequences.
+    """
+    assert data.positions is not None
+    assert data.sides is not None
+    order = metrics.assign(in_pixels, data.positions, data.n_objects)
+    a = metrics.reorder(inferred, order).nan_to_num()
+    z = model.dynamics.component_posterior(a.to(model.dynamics.mu.device))
+    k, present = z.logits.argmax(-1).cpu(), data.sides >= 0
+    counts = torch.zeros(z.logits.shape[-1], 2)
+    counts.index_put_((k[present], data.sides[present]), torch.ones(()), accumulate=True)
+    component, side = linear_sum_assignment(-counts.numpy())
+    side_of = torch.full((len(counts),), -1)
+    side_of[torch.from_numpy(component)] = torch.from_numpy(side)
+    return torch.where(present, (side_of[k] == data.sides).double(), torch.nan)
 
 
 def _means(values: dict[str, Tensor], group: Tensor) -> dict[str, float | int | None]:

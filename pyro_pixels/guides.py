@@ -93,7 +93,8 @@ class InferenceRNN(nn.Module):
     Args:
         height, width: of the images.
         state_size: D.
-        max_objects: the largest N; s_0^n is learned separately for every N up to it (footnote 2).
+        max_objects: s_0^n is learned separately for every N up to it (footnote 2). Sequences with more objects begin
+            with what was learned for ``max_objects``, further objects as the last.
     """
 
     def __init__(self, height: int, width: int, state_size: int = 1024, max_objects: int = 3) -> None:
@@ -114,16 +115,14 @@ class InferenceRNN(nn.Module):
         """States s (B, N, T, D).
 
         Raises:
-            ValueError: if the images have another size, or more objects than ``max_objects``.
+            ValueError: if the images have another size.
         """
         check_batch(images, n_objects, (self.height, self.width))
-        N = int(n_objects.max())
-        if self.max_objects < N:
-            raise ValueError(
-                f"a sequence has {N} objects; this guide was made for at most {self.max_objects}: "
-                "build it with a larger max_objects and train it on such sequences"
-            )
-        s_0 = self.phi_s0[n_objects - 1, :N].tanh().transpose(0, 1)  # (N, B, D)
+        n = torch.arange(int(n_objects.max()), device=n_objects.device)
+        last = self.max_objects - 1
+        s_0 = (
+            self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n.clamp(max=last)].tanh().transpose(0, 1)
+        )  # (N, B, D)
         reversed_frames = images.flatten(2).transpose(0, 1).flip(0)  # (T, B, P)
         from_image = F.linear(reversed_frames, self.from_image.weight, self.from_states.bias)
         return recur(from_image, s_0, self.from_states.weight).permute(2, 0, 1, 3)
@@ -187,18 +186,22 @@ class AttentionHead(nn.Module):
 
     def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D) and images (B, T, H, W)."""
-        white, claim = self.claims(s, images)
+        white = self.white_pixels(images)
+        claim = self.claims(s, white)
         left = F.logsigmoid(-claim).cumsum(1) - F.logsigmoid(-claim)  # log of what the objects before n have left
         omega = (F.logsigmoid(claim) + left + white.v.clamp(min=1e-30).log().unsqueeze(1)).softmax(-1)
         return torch.einsum("bntk,btkc->bntc", omega, white.place), self.to_log_sigma(s).exp()
 
-    def claims(self, s: Tensor, images: Tensor) -> "tuple[WhitePixels, Tensor]":
-        """The white pixels of each frame, and Phi W^omega s_t^n (B, N, T, k) at each of them."""
+    def white_pixels(self, images: Tensor) -> "WhitePixels":
+        """The white pixels of each frame."""
         v = images.flatten(2)
         v_white, pixel = v.topk(max(1, int((v > 0).sum(-1).max())))  # (B, T, k): black pixels have no weight anyway
         seen = v_white[..., :1] > 0  # in an empty frame every place is the centre, 0
-        white = WhitePixels(v_white, self.grid[pixel] * seen.unsqueeze(-1))
-        return white, torch.einsum("bntw,btkw->bntk", self.to_claim(s), self.Phi[pixel])
+        return WhitePixels(v_white, self.grid[pixel] * seen.unsqueeze(-1), pixel)
+
+    def claims(self, s: Tensor, white: "WhitePixels") -> Tensor:
+        """Phi W^omega s_t^n (B, N, T, k) at each of the white pixels."""
+        return torch.einsum("bntw,btkw->bntk", self.to_claim(s), self.Phi[white.index])
 
 
 class WhitePixels(NamedTuple):
@@ -206,6 +209,11 @@ class WhitePixels(NamedTuple):
 
     v: Tensor  # (B, T, k), their values; 0 where there are fewer
     place: Tensor  # (B, T, k, 2), (column, row), each in [-1, 1]
+    index: Tensor  # (B, T, k), counted along the rows of the image
+
+    def at(self, frames: Tensor) -> "WhitePixels":
+        """Those of some frames."""
+        return WhitePixels(*(x[:, frames] for x in self))
 
 
 class RecurrentGuide(Guide):

@@ -1,18 +1,11 @@
-"""Learning: the bound of Eq (7) with a scaled KL, the schedule of Sec 3.2, and a training loop that can be stopped.
+"""Learning: the schedule of Sec 3.2, and a training loop that can be stopped and resumed at any step."""
 
-The bound is Pyro's: ``AnnealedELBO()(model, guide)`` is a module whose value is the loss, and `AnnealedELBO` is a
-`Trace_ELBO`, so ``pyro.infer.SVI(model, guide, optim, loss=AnnealedELBO())`` is the same objective. The KL weight is
-applied in one place, to every latent site of model and guide alike, whatever sites a guide has.
-
-Departures from the paper: <log q> is estimated with the same sample as the rest of the bound instead of in closed
-form, which has the same gradient for Eq (9)'s guide and holds for every other guide.
-"""
-
+import copy
 import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,72 +13,18 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.infer import Trace_ELBO
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from pyro_pixels.checkpoints import load_checkpoint, load_weights, save_checkpoint
-from pyro_pixels.data import ImageSequences, atomic_write
+from pyro_pixels.data import ImageSequences, atomic_write, object_mask
+from pyro_pixels.elbo import AnnealedELBO, bound
 from pyro_pixels.guides import Guide
 from pyro_pixels.model import PixelModel
+from pyro_pixels.starts import fit_starts
 
-
-class ScaleLatents(Messenger):
-    """`poutine.scale` for latent sites alone: around model and guide it multiplies the KL and leaves the data term."""
-
-    def __init__(self, weight: Tensor | float) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight
-
-
-class BoundTerms(NamedTuple):
-    """The parts of Eq (7) for each sequence of a batch, in nats; the KL without its weight."""
-
-    log_likelihood: Tensor  # (B,), <log p(v | a)>
-    kl: Tensor  # (B,), KL(q(a | v) || p(a))
-
-    @property
-    def bound(self) -> Tensor:
-        return self.log_likelihood - self.kl
-
-
-class AnnealedELBO(Trace_ELBO):
-    """Eq (7) with the KL multiplied by ``kl_weight`` (Sec 3.2's beta), a positive number or 0-dimensional tensor.
-
-    After each evaluation `terms` holds the parts of the unweighted bound (of the last particle).
-    """
-
-    def __init__(self, kl_weight: float | Tensor = 1.0, **options: Any) -> None:
-        super().__init__(**options)
-        self.kl_weight = kl_weight
-        self.terms: BoundTerms | None = None
-
-    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        with ScaleLatents(self.kl_weight):
-            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
-        for name in guide_trace.stochastic_nodes:
-            site: Any = guide_trace.nodes[name]
-            if not site["fn"].has_rsample:
-                raise ValueError(
-                    f"the guide's site '{name}' cannot be sampled with gradients; give it a distribution with rsample"
-                )
-        self.terms = _bound_terms(model_trace, guide_trace)
-        return model_trace, guide_trace
-
-
-def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
-    def total(trace: Trace, names: list[str]) -> Tensor:
-        sites: list[Any] = [trace.nodes[name] for name in names]
-        return sum((site["unscaled_log_prob"].detach() for site in sites), torch.zeros(()))
-
-    kl = total(guide_trace, guide_trace.stochastic_nodes) - total(model_trace, model_trace.stochastic_nodes)
-    return BoundTerms(total(model_trace, model_trace.observation_nodes), kl)
+FIT_STARTS_SEQUENCES = 500
+BOUND_SEQUENCES = 60  # on which candidates are compared where there are no validation sequences
 
 
 @dataclass(frozen=True)
@@ -112,6 +51,8 @@ class Schedule:
     """Batches whose sequences all have the same N, so that no work is done for absent objects; else N is mixed."""
     single_object_steps: int = 0
     """So many steps at first on sequences with N = 1 alone."""
+    fit_starts_at: tuple[int, ...] = ()
+    """Steps before which pi, mu_k and Sigma_k are put where tracks inferred from 500 sequences are likeliest."""
     clip_norm: float | None = None
     """Gradients of a larger norm are scaled down to it; in nats per sequence."""
     evaluate_every: int = 500
@@ -163,6 +104,8 @@ def fit(
     seed: int = 0,
     run_dir: str | Path | None = None,
     validation: ImageSequences | None = None,
+    candidates: Sequence[tuple[PixelModel, Guide]] = (),
+    candidate_steps: int = 200,
     resume: bool = False,
     progress: bool = True,
     on_evaluation: Callable[[dict[str, float]], None] | None = None,
@@ -174,15 +117,24 @@ def fit(
         seed: of batches and samples; the caller's random state is left as it was.
         run_dir: folder for metrics.jsonl and checkpoint.pt; None: nothing is written.
         validation: sequences whose bound is reported at each evaluation.
+        candidates: models and guides that start elsewhere. Each, and the given one, is trained for ``candidate_steps``;
+            the one with the highest bound (of the validation sequences, if there are any) goes on, in ``model`` and
+            ``guide``. No labels are used.
         resume: continue from the checkpoint in ``run_dir``; on a CPU the numbers are those of an uninterrupted run.
         on_evaluation: called with each line of metrics.
 
     Raises:
-        ValueError: if ``resume`` finds no checkpoint or one of another configuration, if the folder holds a run and
-            ``resume`` is not given, or if there is no sequence with N = 1 where the schedule asks for one.
+        ValueError: if a candidate is of another kind than ``model`` and ``guide``; if ``resume`` finds no checkpoint or
+            one of another configuration; if the folder holds a run and ``resume`` is not given; or if there is no
+            sequence with N = 1 where the schedule asks for one.
         FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
     """
-    return _Fit(model, guide, data, schedule, seed, run_dir, validation, on_evaluation).run(resume, progress)
+
+    if candidates and not 1 <= candidate_steps <= schedule.steps:
+        raise ValueError(f"candidate_steps is {candidate_steps}; wanted between 1 and steps, {schedule.steps}")
+    trainer = _Fit(model, guide, data, schedule, seed, run_dir, validation, on_evaluation)
+    starts = [_Fit(*start, data, schedule, seed + i) for i, start in enumerate([(model, guide), *candidates])]
+    return trainer.run(starts if candidates else [], candidate_steps, resume, progress)
 
 
 class _Fit:
@@ -195,16 +147,16 @@ class _Fit:
         data: ImageSequences,
         schedule: Schedule,
         seed: int,
-        run_dir: str | Path | None,
-        validation: ImageSequences | None,
-        on_evaluation: Callable[[dict[str, float]], None] | None,
+        run_dir: str | Path | None = None,
+        validation: ImageSequences | None = None,
+        on_evaluation: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
         self.schedule, self.seed, self.validation, self.on_evaluation = schedule, seed, validation, on_evaluation
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = next(model.parameters()).device
         self.model, self.guide, self.elbo = model, guide, AnnealedELBO()
         self.loss = self.elbo(model, guide)  # a module: its parameters are the model's and the guide's
-        self.images, self.n_objects = data.images.to(self.device), data.n_objects
+        self.data, self.images, self.n_objects = data, data.images.to(self.device), data.n_objects
         by_n = [(data.n_objects == n).nonzero().squeeze(1) for n in data.n_objects.unique()]
         single = (data.n_objects == 1).nonzero().squeeze(1)
         self.pools = {True: [single], False: by_n if schedule.one_n_per_batch else [torch.arange(len(data))]}
@@ -223,36 +175,55 @@ class _Fit:
         self._epoch: tuple[bool, int] | None = None
         self._batches: list[Tensor] = []
 
-    def run(self, resume: bool, progress: bool) -> FitResult:
-        learned = {name: p.requires_grad for name, p in self.parameters.items()}
+    def run(self, starts: "Sequence[_Fit]", start_steps: int, resume: bool, progress: bool) -> FitResult:
         cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False), _stop_signals() as stop:
+            torch.manual_seed(self.seed)
+            if resume:
+                self._load()
+            elif self.run_dir is not None:
+                self._refuse_to_overwrite()
+                self._write_lines([])
+            if starts and not resume:
+                self._go_on_from_best(starts, start_steps, stop, progress)
+            self._train(self.schedule.steps, stop, progress)
+            if stop.is_set():
+                self._save()
+            return FitResult(self.step, self.seconds, self.metrics, stop.is_set())
+
+    def _go_on_from_best(self, starts: "Sequence[_Fit]", steps: int, stop: threading.Event, progress: bool) -> None:
+        """Trains each for so many steps, and takes over the state of the one whose bound is the highest then."""
+        judges = self.data[:BOUND_SEQUENCES] if self.validation is None else self.validation
+        best, kept = -torch.inf, starts[0]
+        for i, start in enumerate(starts):
+            torch.manual_seed(start.seed)
+            start._train(steps, stop, progress, title=f"start {i + 1} of {len(starts)}")
+            reached = float(bound(start.model, start.guide, judges).bound.mean())
+            if reached > best:
+                best, kept, state = reached, start, start._state()
+        self._restore({**state, "seconds": sum(start.seconds for start in starts)}, f"start {starts.index(kept) + 1}")
+
+    def _train(self, steps: int, stop: threading.Event, progress: bool, title: str | None = None) -> None:
+        learned = {name: p.requires_grad for name, p in self.parameters.items()}
+        bar = tqdm(total=steps, initial=self.step, disable=not progress, unit="step", mininterval=0.5, desc=title)
         try:
-            with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False), _stop_signals() as stop:
-                torch.manual_seed(self.seed)
-                if resume:
-                    self._load()
-                elif self.run_dir is not None:
-                    self._refuse_to_overwrite()
-                    self._write_lines([])
-                bar = tqdm(
-                    total=self.schedule.steps, initial=self.step, disable=not progress, unit="step", mininterval=0.5
-                )
-                with bar:
-                    self._loop(stop, bar)
-                return FitResult(self.step, self.seconds, self.metrics, stop.is_set())
+            with bar:
+                self._loop(steps, stop, bar)
         finally:
             for name, p in self.parameters.items():
                 p.requires_grad_(learned[name])
 
-    def _loop(self, stop: threading.Event, bar: tqdm) -> None:
+    def _loop(self, steps: int, stop: threading.Event, bar: tqdm) -> None:
         schedule, n_frames = self.schedule, self.images.shape[1]
         started = time.perf_counter() - self.seconds
-        while self.step < schedule.steps and not stop.is_set():
+        while self.step < steps and not stop.is_set():
             for name, p in self.parameters.items():
                 p.requires_grad_(self.step >= _by_longest_prefix(schedule.learn_from, name, 0))
             for group in self.optimizer.param_groups:
                 group["lr"] = schedule.learning_rate_at(self.step) * group["factor"]
             self.elbo.kl_weight = schedule.kl_weight(self.step)
+            if self.step in schedule.fit_starts_at:
+                self._fit_starts()
             index = self._batch(self.step)
             loss = self.loss(self.images[index.to(self.device)], self.n_objects[index].to(self.device)) / len(index)
             self.optimizer.zero_grad()
@@ -286,8 +257,6 @@ class _Fit:
                 self._evaluate()
                 self._save()
                 started = time.perf_counter() - self.seconds
-        if stop.is_set():
-            self._save()
 
     def _batch(self, step: int) -> Tensor:
         """The sequences of a step: a function of seed and step alone. An epoch uses every sequence once, but for those
@@ -303,6 +272,17 @@ class _Fit:
             order = torch.randperm(len(batches), generator=generator).tolist()
             self._epoch, self._batches = (alone, epoch), [batches[i] for i in order]
         return self._batches[place]
+
+    @torch.no_grad()
+    def _fit_starts(self) -> None:
+        """Mixture over starts from one draw of q(a | v) for some sequences."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        tracks = []
+        for index in torch.randperm(len(self.images), generator=generator)[:FIT_STARTS_SEQUENCES].split(100):
+            n_objects = self.n_objects[index].to(self.device)
+            a = self.guide.q(self.images[index.to(self.device)], n_objects).sample()
+            tracks.append(a[object_mask(n_objects, a.shape[1])])
+        fit_starts(self.model.dynamics, torch.cat(tracks), seed=self.seed)
 
     def _evaluate(self) -> None:
         steps = self.sums["steps"]
@@ -327,22 +307,33 @@ class _Fit:
         if self.on_evaluation is not None:
             self.on_evaluation(self.metrics)
 
-    def _save(self) -> None:
-        if self.run_dir is None:
-            return
+    def _state(self) -> dict[str, Any]:
         state = {
             "step": self.step,
             "seconds": self.seconds,
             "seed": self.seed,
             "sums": self.sums,
-            "model": self.model.state_dict(),
-            "guide": self.guide.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": copy.deepcopy(self.model.state_dict()),
+            "guide": copy.deepcopy(self.guide.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "rng": torch.get_rng_state(),
         }
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        save_checkpoint(self.run_dir / "checkpoint.pt", state)
+        return state
+
+    def _restore(self, state: dict[str, Any], source: str | Path) -> None:
+        load_weights(self.model, state["model"], source)
+        load_weights(self.guide, state["guide"], source)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
+        torch.set_rng_state(state["rng"])
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def _save(self) -> None:
+        if self.run_dir is not None:
+            save_checkpoint(self.run_dir / "checkpoint.pt", self._state())
 
     def _load(self) -> None:
         if self.run_dir is None:
@@ -351,13 +342,7 @@ class _Fit:
         state = load_checkpoint(path)
         if state["seed"] != self.seed:
             raise ValueError(f"{path} was trained with seed {state['seed']}, not {self.seed}; resume with that seed")
-        load_weights(self.model, state["model"], path)
-        load_weights(self.guide, state["guide"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self._restore(state, path)
         lines = [line for line in _read_lines(self.run_dir) if line["step"] <= self.step]
         self.metrics = lines[-1] if lines else {}
         self._write_lines(lines)
@@ -383,22 +368,6 @@ class _Fit:
             f"(log p(v|a) {log_likelihood:.4g}, KL {kl:.4g} nats per frame); "
             f"{kept}. Try a smaller learning rate, clip_norm, or a larger position_noise_floor"
         )
-
-
-def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:
-    """The terms of Eq (7) for each sequence of ``data`` (n,), one sample each, in float64 nats; no gradient."""
-    device = next(model.parameters()).device
-    elbo = AnnealedELBO()
-    loss = elbo(model, guide)
-    parts = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, len(data), batch_size):
-            part = data[start : start + batch_size]
-            loss(part.images.to(device), part.n_objects.to(device))
-            assert elbo.terms is not None
-            parts.append([term.cpu().double() for term in elbo.terms])
-    return BoundTerms(*(torch.cat(terms) for terms in zip(*parts)))
 
 
 @contextmanager

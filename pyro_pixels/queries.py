@@ -62,7 +62,7 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 0
         images: (B, T, H, W) in [0, 1] or uint8; n_objects: (B,); n_samples: S, 0 for none.
 
     Raises:
-        ValueError: if the images do not fit the guide, or hold more objects than it supports.
+        ValueError: if the images do not fit the guide.
     """
     q_a = guide.q(images, n_objects)
     mean, variance = _moments(q_a)

@@ -118,7 +118,8 @@ class StructuredGuide(Guide):
     def encode_observed(
         self, images: Tensor, n_objects: Tensor, observed: Tensor
     ) -> tuple[ConditionedTracks, dist.Categorical]:
-        y, sigma = self.head(self.rnn(images, n_objects), images, n_objects)
+        seen = images * observed[:, None, None]  # identities are not to depend on what was only imagined
+        y, sigma = self.head(self.rnn(images, n_objects), seen, n_objects)
         q_a = ConditionedTracks(self.dynamics, y, torch.where(observed[:, None], sigma.square(), UNSEEN))
         return q_a, q_a.component
 

@@ -1,20 +1,28 @@
-"""Which pixel is whose: claims made where the dynamics expect each object.
+"""Which pixel is whose: the network names the objects where tracks start, the dynamics tell them apart from there on.
 
 Two objects that cross are told apart not by where they are but by where they come from (the failure of Fig 5b is to do
-the former). `TrackingHead` therefore runs a Kalman filter with the model's own dynamics along the sequence: each white
-pixel is shared among the objects by how well their forecasts explain it, and the centroid of its share is what an
-object is taken to have been measured at,
+the former). So claims of the network count only in the few frames in which tracks start; from there each object is
+followed by p(a) of the model's own dynamics, its components merged into one Gaussian. With l_t^n(x) what is known of
+object n says of a white pixel x at frame t, every pixel is shared among the objects,
 
-    r_t^n(x) proportional, over n, to exp(claim_t^n(x)) N(x; B m_{t|t-1}^n, B P_{t|t-1}^n B' + Sigma_A + rho^2 I)
-    y_t^n = centroid of the white pixels weighed by r_t^n,   R_t^n = sigma_t^n^2 (1 + 1 / mass of the share)
+    r_t^n(x) proportional, over n, to exp(l_t^n(x)),   y_t^n = centroid of the white pixels weighed by r_t^n
 
-and the filter moves on with y_t^n, by its gain times mass / (1 + mass), so that an object that nobody sees keeps its
-course. The claims are the network's, linear in s_t^n; they alone decide in the first frame, when all forecasts are the
-same, and that is where what the network learns matters most.
+in four stages:
 
-This is no part of the paper, whose network has to find such a rule by itself. The filter's recursion is not
-differentiated; gradients reach the claims and sigma.
+1. Detect. In a starting frame l is the network's claim, then the log density of a blob around y, a few times over.
+2. Follow. Along an order of all frames that begins with a starting frame, l is the log density of x under the forecast
+   from the frames already passed. A Gaussian can be forecast in any order: some tracks go forward in time first, some
+   backward.
+3. Sweep. Paths are smoothed, E[a | y]; l becomes the log density around them, and so on: EM for moving blobs.
+4. Choose. Of the tracks with different starts, those under which the white pixels are likeliest are kept: a start in
+   which two objects hide each other loses to one in which they do not.
+
+The result is y_t^n and R_t^n = sigma_t^n^2 (1 + 1 / mass of the share). This is no part of the paper, whose network has
+to find such a rule by itself. Nothing of it is differentiated but sigma, and the shares in the starting frames through
+the claims.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +32,9 @@ from pyro_pixels.data import object_mask
 from pyro_pixels.dynamics import Dynamics, collapse_components
 from pyro_pixels.guides import AttentionHead, WhitePixels
 
-CLAIM_BOUND = 3.0  # nats: what the network may say against the forecasts, about a distance of 3 pixels
+CLAIM_BOUND = 3.0  # nats: what the network may say against the dynamics, about a distance of 3 pixels
+DETECTION_ROUNDS = 10
+TRACK_NOISE = 0.02  # standard deviation of y while following and sweeping, latent units
 
 
 class TrackingHead(AttentionHead):
@@ -36,6 +46,11 @@ class TrackingHead(AttentionHead):
         state_size: D.
         rho: spread of an object's pixels around its position, a standard deviation in pixels.
         sigma, n_waves: as in `AttentionHead`.
+        n_starts: S, how many tracks are followed from different starting frames, half of them forward in time; even.
+        n_sweeps: how often pixels are shared anew among smoothed paths.
+
+    Raises:
+        ValueError: if ``n_starts`` is not even, or below 2.
     """
 
     blob: Tensor  # (2, 2), rho^2 I in latent units
@@ -50,55 +65,156 @@ class TrackingHead(AttentionHead):
         rho: float = 1.2,
         sigma: float = 0.05,
         n_waves: int = 8,
+        n_starts: int = 4,
+        n_sweeps: int = 10,
     ) -> None:
         super().__init__(height, width, state_size, sigma=sigma, n_waves=n_waves)
-        self.dynamics = dynamics
+        if n_starts < 2 or n_starts % 2:
+            raise ValueError(f"n_starts is {n_starts}; wanted an even number, at least 2: tracks go both ways in time")
+        self.dynamics, self.n_starts, self.n_sweeps = dynamics, n_starts, n_sweeps
         rho_latent = rho / torch.tensor([(width - 1) / 2, (height - 1) / 2])
         self.register_buffer("blob", torch.diag(rho_latent.square()), persistent=False)
 
     def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
         """y and the square root of R, (B, N, T, 2), from s (B, N, T, D), images (B, T, H, W) and n_objects (B,)."""
-        white, claim = self.claims(s, images)
-        present = object_mask(n_objects, s.shape[1])
+        N, white = s.shape[1], self.white_pixels(images)
+        absent = ~object_mask(n_objects, N).unsqueeze(-1)  # (B, N, 1)
+        orders = frame_orders(white, self.n_starts)
+        start = orders[:, 0]
+        claim = self.claims(s[:, :, start], white.at(start)).transpose(1, 2)  # (B, S, N, k)
         claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND)
-        claim = claim.masked_fill(~present[..., None, None], -1e9)
-        sigma = self.to_log_sigma(s).exp()
         with torch.no_grad():
-            gate = self._gates(white, claim)
-        y, mass = share(white.v.unsqueeze(1), white.place.unsqueeze(1), claim + gate)
-        return y, sigma * (1 + 1 / mass).sqrt()
+            l = self._associate(white, claim, absent, orders)  # (B, T, N, k)
+        y, mass = share(white.v, white.place, l.index_add(1, start, claim), absent.unsqueeze(1))
+        R = self.to_log_sigma(s).exp().square() * (1 + 1 / mass.transpose(1, 2))
+        return y.transpose(1, 2), R.sqrt()
 
-    def _gates(self, white: WhitePixels, claim: Tensor) -> Tensor:
-        """log N(x; forecast) (B, N, T, k), up to a constant, of the white pixels under every object's forecast."""
-        B, N, T, _ = claim.shape
-        lgssm = collapse_components(self.dynamics.lgssm(), self.dynamics.pi)
-        # Covariances and gains do not depend on the images: one filter serves every sequence and object.
-        spread = exact.kalman_filter(lgssm, torch.zeros(T, 2)).predicted_cov
-        expected = lgssm.B @ spread @ lgssm.B.mT + lgssm.Sigma_A
-        gain = torch.linalg.solve(expected, lgssm.B @ spread).mT.to(claim.dtype)  # (T, 4, 2)
-        precision = torch.linalg.inv(expected + self.blob).to(claim.dtype)  # (T, 2, 2)
-        A, u, mean = (x.to(claim.dtype) for x in (lgssm.A, lgssm.u, lgssm.mu))
-        h = mean.expand(B, N, -1)
-        gates = []
-        for t in range(T):
-            if t > 0:
-                h = h @ A.mT + u
-            offset = white.place[:, None, t] - h[:, :, None, :2]  # (B, N, k, 2)
-            gates.append(-0.5 * ((offset @ precision[t]) * offset).sum(-1))
-            y, mass = share(white.v[:, None, t], white.place[:, None, t], claim[:, :, t] + gates[-1])
-            h = h + mass / (1 + mass) * ((y - h[..., :2]) @ gain[t].mT)
-        return torch.stack(gates, 2)
+    def _associate(self, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor) -> Tensor:
+        """l (B, T, N, k) around the paths that are kept, up to a constant for each pixel."""
+        if claim.shape[2] == 1:
+            return torch.zeros_like(white.v).unsqueeze(2)  # one object has all the pixels
+        tracks = Tracks.of(self.dynamics, self.blob, white.v.shape[1], claim.dtype)
+        path = tracks.smooth(follow(tracks, white, claim, absent, orders))  # (B, S, N, T, 2)
+        for _ in range(self.n_sweeps):
+            l = tracks.log_density(white.place, path)  # (B, T, S, N, k)
+            y, mass = share(white.v.unsqueeze(2), white.place, l, absent[:, None, None])
+            path = tracks.smooth(_towards(path, y.permute(0, 2, 3, 1, 4), mass.permute(0, 2, 3, 1, 4)))
+        l = tracks.log_density(white.place, path)
+        likeliest = l.masked_fill(absent[:, None, None], -torch.inf).logsumexp(3)  # (B, T, S, k)
+        kept = torch.einsum("btk,btsk->bs", white.v, likeliest).argmax(1)
+        return l.movedim(2, 1)[torch.arange(len(kept), device=kept.device), kept]
 
 
-def share(v: Tensor, place: Tensor, log_claim: Tensor) -> tuple[Tensor, Tensor]:
-    """White pixels shared among the objects in proportion to exp(log_claim).
+class Tracks(NamedTuple):
+    """p(a_{1:T}) of one object as one Gaussian that is measured with noise, and a blob around each position."""
+
+    mean: Tensor  # (T, 2)
+    cov: Tensor  # (2T, 2T), float64, of the measurements
+    W: Tensor  # (2T, 2T), E[a | y] = mean + (y - mean) W
+    blob: Tensor  # (2, 2), rho^2 I
+    blob_precision: Tensor  # (2, 2), (rho^2 I + Sigma_A)^-1
+
+    @classmethod
+    def of(cls, dynamics: Dynamics, blob: Tensor, T: int, dtype: torch.dtype) -> "Tracks":
+        lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
+        mean, C = exact.marginal_moments(lgssm, T)
+        S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
+        W, precision = torch.linalg.solve(S, C), torch.linalg.inv(blob + lgssm.Sigma_A)
+        return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype))
+
+    def smooth(self, y: Tensor) -> Tensor:
+        """E[a | y] (..., T, 2)."""
+        return self.mean + ((y - self.mean).flatten(-2) @ self.W).unflatten(-1, self.mean.shape)
+
+    def log_density(self, place: Tensor, path: Tensor) -> Tensor:
+        """`log_density` (B, T, S, N, k) of pixels at (B, T, k, 2) around paths (B, S, N, T, 2)."""
+        centre = path.permute(0, 3, 1, 2, 4)  # (B, T, S, N, 2)
+        return log_density(place, centre.flatten(2, 3), self.blob_precision).unflatten(2, centre.shape[2:4])
+
+
+def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor) -> Tensor:
+    """Centroids (B, S, N, T, 2) of shares by forecasts, along S orders of the frames.
+
+    With L the Cholesky factor of the covariance of all measurements in their order, the forecast of the i-th is
+    mean_i + sum_{j<i} L_ij e_j, where e_j = L_jj^-1 (y_j - its forecast) are the innovations: Kalman's filter for any
+    order. What is hardly seen is taken to be near its forecast.
 
     Args:
-        v: (B, 1, ..., k), the pixels' values; place: (B, 1, ..., k, 2); log_claim: (B, N, ..., k).
+        claim: (B, S, N, k), of the pixels in the first frame of each order.
+        absent: (B, N, 1) bool.
+        orders: (S, T), each a permutation of the frames.
+    """
+    (B, S, N, _), T, dtype = claim.shape, orders.shape[1], claim.dtype
+    coordinates = (2 * orders.unsqueeze(-1) + torch.arange(2, device=orders.device)).flatten(1)  # (S, 2T)
+    L = torch.linalg.cholesky_ex(tracks.cov[coordinates.unsqueeze(-1), coordinates.unsqueeze(-2)]).L
+    frame = torch.arange(T, device=L.device)
+    L_ii = L.unflatten(-1, (T, 2)).unflatten(-3, (T, 2))[:, frame, :, frame].transpose(0, 1)  # (S, T, 2, 2)
+    precision = torch.linalg.inv(L_ii @ L_ii.mT + tracks.blob).to(dtype)
+    whiten, L_T = torch.linalg.inv(L_ii).mT.to(dtype), L.mT.to(dtype)
+    mean = tracks.mean[orders]  # (S, T, 2)
+    v, place = (x[:, orders.mT].transpose(0, 1).contiguous() for x in (white.v, white.place))  # (T, B, S, k, ...)
+    absent = absent.unsqueeze(1)
+
+    l = claim
+    for _ in range(DETECTION_ROUNDS):
+        y, _ = share(v[0], place[0], l, absent)
+        l = log_density(place[0], y, tracks.blob_precision)
+    e = claim.new_zeros(B, S, N, 2 * T)
+    ys = []
+    for i in range(T):
+        now = slice(2 * i, 2 * i + 2)
+        forecast = mean[:, None, i] + torch.einsum("bsnj,sjc->bsnc", e[..., : 2 * i], L_T[:, : 2 * i, now])
+        if i > 0:
+            l = log_density(place[i], forecast, precision[:, i])
+        y = _towards(forecast, *share(v[i], place[i], l, absent))
+        e[..., now] = torch.einsum("bsnc,scd->bsnd", y - forecast, whiten[:, i])
+        ys.append(y)
+    in_time = orders.argsort(1)[None, :, None, :, None].expand(B, S, N, T, 2)
+    return torch.stack(ys, 3).gather(3, in_time)
+
+
+def share(v: Tensor, place: Tensor, l: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+    """White pixels shared among the objects in proportion to exp(l): the centroid and the mass of each share.
+
+    Args:
+        v: (..., k), the pixels' values; place: (..., k, 2), which may lack the last batch dimensions of ``l``.
+        l: (..., N, k).
+        absent: (..., N, 1) bool, for objects that get nothing.
 
     Returns:
-        The centroid (B, N, ..., 2) of each object's share, and its mass (B, N, ..., 1) in pixels, at least 1e-4.
+        (..., N, 2) and (..., N, 1); the mass is in pixels, and at least 1e-4.
     """
-    shares = v * log_claim.softmax(1)
+    shares = v.unsqueeze(-2) * l.masked_fill(absent, -torch.inf).softmax(-2)
     mass = shares.sum(-1, keepdim=True).clamp(min=1e-4)
-    return (shares.unsqueeze(-2) @ place).squeeze(-2) / mass, mass
+    batch = place.dim() - 2
+    moment = shares.flatten(batch, -2) @ place
+    return moment.unflatten(batch, shares.shape[batch:-1]) / mass, mass
+
+
+def log_density(place: Tensor, centre: Tensor, precision: Tensor) -> Tensor:
+    """log N(x; centre, precision^-1) (..., N, k) but for what depends on x alone, which no share depends on.
+
+    Args:
+        place: (..., k, 2); centre: (..., N, 2); precision: (2, 2), or a batch of them.
+    """
+    weighed = centre @ precision
+    return weighed @ place.mT - 0.5 * (weighed * centre).sum(-1, keepdim=True)
+
+
+def frame_orders(white: WhitePixels, n_starts: int) -> Tensor:
+    """(S, T) orders of the frames: from S / 2 frames forward and then back, and the same in reversed time.
+
+    Frames that are black in every sequence come last, so that no track starts there.
+    """
+    T = white.v.shape[1]
+    frames = torch.arange(T, device=white.v.device)
+    starts = [T * i // (n_starts // 2) for i in range(n_starts // 2)]
+    forward = torch.stack([torch.cat([frames[t:], frames[:t].flip(0)]) for t in starts])
+    orders = torch.cat([forward, T - 1 - forward])
+    black = white.v[..., 0].amax(0) == 0
+    return orders.gather(1, black[orders].int().argsort(dim=1, stable=True))
+
+
+def _towards(expected: Tensor, y: Tensor, mass: Tensor) -> Tensor:
+    """y where it was seen, what was expected where it was not, between them in the ratio mass : 1."""
+    return torch.lerp(expected, y, mass / (1 + mass))

@@ -109,10 +109,19 @@ def test_states_do_not_depend_on_later_objects(n):
     assert not gradient.any()
 
 
-@pytest.mark.parametrize("n_objects", [[4, 1], [5, 5]])
-def test_more_objects_than_the_guide_was_made_for_raise(n_objects):
-    with pytest.raises(ValueError, match=f"has {max(n_objects)} objects; this guide was made for at most 3"):
-        make_rnn(max_objects=3)(make_images(2, 3), torch.tensor(n_objects))
+def test_more_objects_than_were_learned_begin_as_the_last():
+    rnn = make_rnn(max_objects=3)
+    images = make_images(2, 3)
+    s = rnn(images, torch.tensor([5, 1]))
+    assert s.shape[:2] == (2, 5)
+    with torch.no_grad():
+        larger = make_rnn(max_objects=5)
+        larger.load_state_dict({**rnn.state_dict(), "phi_s0": larger.phi_s0})
+        larger.phi_s0[:3, :3] = rnn.phi_s0
+        larger.phi_s0[4] = rnn.phi_s0[2, [0, 1, 2, 2, 2]]
+    expected = larger(images, torch.tensor([5, 1]))
+    torch.testing.assert_close(s[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(s[1, 0], expected[1, 0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import threading
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -242,6 +243,59 @@ def test_a_stopped_and_resumed_run_is_an_uninterrupted_one(small_data, tmp_path,
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "parts")
     states = [load_checkpoint(tmp_path / x / "checkpoint.pt")["optimizer"]["state"] for x in ("whole", "parts")]
     assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
+
+
+def test_the_best_of_several_starts_goes_on(small_data, tmp_path):
+    """A start with a hopeless renderer loses; what goes on is the other one, as if it had been trained alone."""
+
+    def hopeless():
+        model = make_model(seed=3)
+        with torch.no_grad():
+            model.renderer.to_v.bias.fill_(20.0)  # certain that everything is white
+        return model
+
+    options = {"seed": 1, "validation": small_data[:3], "progress": False, "candidate_steps": 2}
+    model, guide = hopeless(), make_guide(seed=3)
+    result = fit(model, guide, small_data, QUICK, candidates=[(make_model(), make_guide())], **options)
+    assert result.step == 6
+    alone = make_model(), make_guide()
+    fit(*alone, small_data, replace(QUICK, steps=2), seed=2, progress=False)  # candidates have seeds of their own
+    chosen = hopeless(), make_guide(seed=3)
+    fit(*chosen, small_data, replace(QUICK, steps=2), candidates=[(make_model(), make_guide())], **options)
+    for a, b in zip(alone, chosen):
+        assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+    kept = make_model(), make_guide()
+    fit(*kept, small_data, replace(QUICK, steps=2), candidates=[(hopeless(), make_guide(seed=3))], **options)
+    first = make_model(), make_guide()
+    fit(*first, small_data, replace(QUICK, steps=2), seed=1, progress=False)
+    for a, b in zip(kept, first):
+        assert all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_candidates_are_checked(small_data):
+    with pytest.raises(ValueError, match="candidate_steps is 7; wanted between 1 and steps, 6"):
+        fit(make_model(), make_guide(), small_data, QUICK, candidates=[(make_model(), make_guide())], candidate_steps=7)
+    other = [(make_model(state_size=9), make_guide())]
+    with pytest.raises(ValueError, match="start 2 is of another configuration"):
+        model, guide = make_model(), make_guide()
+        with torch.no_grad():
+            model.renderer.to_v.bias.fill_(20.0)
+        fit(model, guide, small_data, QUICK, candidates=other, candidate_steps=1, progress=False)
+
+
+@pytest.mark.parametrize("stop_at", [2, 3])
+def test_starts_are_fitted_once_where_the_schedule_says(small_data, tmp_path, monkeypatch, stop_at):
+    """Also where a run is stopped just before it, and resumed; the numbers are those of an uninterrupted run."""
+    steps = []
+    monkeypatch.setattr("pyro_pixels.learning.fit_starts", lambda dynamics, a, seed: steps.append(tuple(a.shape)))
+    schedule = replace(QUICK, fit_starts_at=(3,))
+    fit(make_model(), make_guide(), small_data, schedule, run_dir=tmp_path / "whole", progress=False)
+    assert steps == [(int(small_data.n_objects.sum()), 11, 2)]
+    fit(make_model(), make_guide(), small_data, replace(schedule, steps=stop_at), run_dir=tmp_path / "parts")
+    fit(make_model(), make_guide(), small_data, schedule, run_dir=tmp_path / "parts", resume=True, progress=False)
+    assert len(steps) == 2
+    assert lines_of(tmp_path / "whole")[-1] == lines_of(tmp_path / "parts")[-1]
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small_data, tmp_path):

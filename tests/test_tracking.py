@@ -1,12 +1,14 @@
-"""Pixels shared by forecasts: identities come from where objects come from."""
+"""Pixels shared by the dynamics: identities come from where objects come from."""
 
 import numpy as np
 import pytest
 import torch
 
+from pyro_pixels import lgssm as exact
 from pyro_pixels.data import render_disks
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.tracking import TrackingHead, share
+from pyro_pixels.dynamics import Dynamics, DynamicsConfig, collapse_components
+from pyro_pixels.guides import WhitePixels
+from pyro_pixels.tracking import TRACK_NOISE, TrackingHead, Tracks, follow, frame_orders, log_density, share
 
 W, T, D = 32, 16, 4
 
@@ -30,9 +32,10 @@ def crossing(rows=(14.0, 17.0)):
 
 
 def first_frame_claims():
-    """States that say left or right in the first frame, and nothing later."""
+    """States that say left or right in the first frame and the other way round in the last; nothing in between."""
     s = torch.zeros(1, 2, T, D)
     s[0, :, 0, 0] = torch.tensor([1.0, -1.0])
+    s[0, :, -1, 0] = torch.tensor([-1.0, 1.0])
     return s
 
 
@@ -63,6 +66,7 @@ def test_an_object_nobody_sees_keeps_its_course():
     y, sigma = make_head()(first_frame_claims(), images, torch.tensor([2]))
     assert bool(y.isfinite().all())
     assert float((in_pixels(y.detach()) - paths)[:, :, 10:].norm(dim=-1).max()) < 1.5
+    sigma = sigma.detach()
     assert float(sigma[:, :, 5:10].min()) > 50 * float(sigma[:, :, 10:].max())
 
 
@@ -75,13 +79,114 @@ def test_absent_objects_get_nothing():
     assert bool((sigma[0, 1] > 10 * sigma[0, 0]).all())
 
 
+def test_a_start_in_which_objects_hide_each_other_is_not_kept():
+    """Both balls at one place in the first frame, where no claim can tell them apart; later frames can."""
+    t = np.linspace(0, 1, T)
+    paths = np.stack([np.stack([4 + 20 * t, 16 + 10 * t], -1), np.stack([4 + 20 * t, 16 - 10 * t], -1)])[None]
+    images = torch.from_numpy(render_disks(paths, W, W, 2.0)).float()
+    s = torch.zeros(1, 2, T, D)
+    s[0, :, -1, 1] = torch.tensor([1.0, -1.0])
+    head = make_head()
+    with torch.no_grad():
+        head.to_claim.weight[8, 1] = -10.0  # the wave along the rows
+    y, _ = head(s, images, torch.tensor([2]))
+    assert float((in_pixels(y.detach()) - torch.from_numpy(paths)).norm(dim=-1)[..., 4:].max()) < 1.0
+
+
+def random_tracks(seed, n_frames=9):
+    torch.manual_seed(seed)
+    dynamics = Dynamics(DynamicsConfig(delta=0.2, state_noise=1e-3, position_noise=1e-2, start_velocity_spread=0.3))
+    return dynamics, Tracks.of(dynamics, 0.01 * torch.eye(2), n_frames, torch.float64)
+
+
+def one_pixel_frames(place):
+    """Sequences (B, T, 2) in which each frame has one white pixel of a weight that leaves no doubt."""
+    return WhitePixels(torch.full((*place.shape[:2], 1), 1e12), place.unsqueeze(2), torch.zeros(*place.shape[:2], 1))
+
+
+def test_following_forward_is_the_kalman_filter_and_smoothing_the_smoother():
+    """With one object that is seen without doubt, the forecasts are the filter's; shown by its innovations."""
+    dynamics, tracks = random_tracks(0)
+    y = torch.randn(3, 9, 2, dtype=torch.float64)
+    lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
+    noise = TRACK_NOISE**2 * torch.eye(2, dtype=torch.float64)
+    measured = lgssm._replace(Sigma_A=lgssm.Sigma_A + noise)
+    filtered = exact.kalman_filter(measured, y)
+    smoothed = tracks.smooth(y)  # of a, that is of B h plus what Sigma_A adds
+    a_given_h = exact.rts_smoother(measured, y).mean @ lgssm.B.mT
+    gain = lgssm.Sigma_A @ torch.linalg.inv(measured.Sigma_A)
+    torch.testing.assert_close(smoothed, a_given_h + (y - a_given_h) @ gain.mT, rtol=0, atol=1e-10)
+
+    unseen = torch.arange(9) >= 6  # weightless pixels far off: what follow gives there is its forecast
+    white = one_pixel_frames(y)
+    white = white._replace(v=white.v.double() * ~unseen[:, None])
+    claim, absent = torch.zeros(3, 1, 1, 1, dtype=torch.float64), torch.zeros(3, 1, 1, dtype=torch.bool)
+    followed = follow(tracks, white, claim, absent, torch.arange(9).unsqueeze(0))[:, 0, 0]
+    forecast = exact.rollout(measured, filtered.mean[:, 5], filtered.cov[5], 3).mean @ lgssm.B.mT
+    torch.testing.assert_close(followed[:, :6], y[:, :6], rtol=0, atol=1e-9)
+    torch.testing.assert_close(followed[:, 6:], forecast, rtol=0, atol=1e-3)  # the least mass, 1e-4, pulls a little
+
+
+def test_any_order_forecasts_from_what_it_has_passed():
+    """A frame that is passed last, and not seen, is filled with its mean given all others, whatever the order."""
+    _, tracks = random_tracks(1)
+    y = torch.randn(2, 9, 2, dtype=torch.float64)
+    for hidden in (0, 4, 8):
+        orders = torch.stack(
+            [torch.cat([p[p != hidden], torch.tensor([hidden])]) for p in (torch.randperm(9) for _ in range(3))]
+        )
+        white = one_pixel_frames(y)
+        v = white.v.double()
+        v[:, hidden] = 0
+        claim, absent = torch.zeros(2, 3, 1, 1, dtype=torch.float64), torch.zeros(2, 1, 1, dtype=torch.bool)
+        followed = follow(tracks, white._replace(v=v), claim, absent, orders)[:, :, 0, hidden]
+        known = torch.arange(18) // 2 != hidden
+        e = (y - tracks.mean).flatten(1)[:, known]
+        C = tracks.cov
+        expected = tracks.mean[hidden] + e @ torch.linalg.solve(C[known][:, known], C[known][:, ~known])
+        torch.testing.assert_close(followed, expected.unsqueeze(1).expand(-1, 3, -1), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("n_frames", [1, 2, 5, 30])
+@pytest.mark.parametrize("n_starts", [2, 4, 6])
+def test_orders_are_permutations_in_which_black_frames_come_last(n_frames, n_starts):
+    v = torch.ones(2, n_frames, 3)
+    v[:, 1::2] = 0
+    orders = frame_orders(WhitePixels(v, torch.zeros(2, n_frames, 3, 2), v), n_starts)
+    assert orders.shape == (n_starts, n_frames)
+    assert bool((orders.sort(1).values == torch.arange(n_frames)).all())
+    n_seen = -(-n_frames // 2)
+    assert bool((orders[:, :n_seen] % 2 == 0).all())
+    assert {0, 2 * (n_seen - 1)} <= set(orders[:, 0].tolist())
+
+
 def test_shares_add_up():
     torch.manual_seed(0)
-    v, place, log_claim = torch.rand(2, 1, 5, 7), torch.randn(2, 1, 5, 7, 2), torch.randn(2, 3, 5, 7)
-    centroid, mass = share(v, place, log_claim)
-    torch.testing.assert_close(mass.sum(1, keepdim=True), v.sum(-1, keepdim=True))
+    v, place, l = torch.rand(2, 5, 7), torch.randn(2, 5, 7, 2), torch.randn(2, 5, 3, 7)
+    absent = torch.tensor([False, False, True])[:, None].expand(2, 5, 3, 1)
+    centroid, mass = share(v, place, l, absent)
+    torch.testing.assert_close(mass[:, :, :2].sum(2), v.sum(-1, keepdim=True))
     whole = (v.unsqueeze(-1) * place).sum(-2)
-    torch.testing.assert_close((centroid * mass).sum(1, keepdim=True), whole)
+    torch.testing.assert_close((centroid * mass)[:, :, :2].sum(2), whole)
+    assert float(mass[:, :, 2].max()) <= 1e-4
+
+
+def test_shares_are_those_of_the_densities():
+    torch.manual_seed(0)
+    place, centre = torch.randn(4, 7, 2), torch.randn(4, 3, 2)
+    root = torch.randn(2, 2)
+    cov = root @ root.mT + torch.eye(2)
+    l = log_density(place, centre, torch.linalg.inv(cov))
+    normal = torch.distributions.MultivariateNormal(centre.unsqueeze(2), cov)
+    expected = normal.log_prob(place.unsqueeze(1))
+    torch.testing.assert_close(l.softmax(1), expected.softmax(1))
+
+
+def test_n_starts_must_be_even():
+    dynamics = Dynamics()
+    for n_starts in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"n_starts is {n_starts}; wanted an even number"):
+            TrackingHead(dynamics, W, W, D, n_starts=n_starts)
 
 
 def test_gradients_reach_the_claims_and_sigma_and_stay_finite():

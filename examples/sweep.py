@@ -1,0 +1,296 @@
+"""Many runs of one preset: seeds, ablations, guides. Each is trained and measured on fresh sequences.
+
+Every run is a process of its own with a folder of its own under --out. Give the same command again to go on: what is
+finished is kept, what was cut off resumes, what failed is tried anew. The summary, one JSON and a table for each
+suite, counts how many seeds kept position error and switch rate within the bars.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from common import TEST_SEED, device_of, environment, start
+from pyro_pixels import metrics
+from pyro_pixels.data import atomic_write, simulate
+from pyro_pixels.dynamics import DynamicsConfig
+from pyro_pixels.evaluation import evaluate
+from pyro_pixels.guides import AttentionHead, Guide
+from pyro_pixels.learning import fit
+from pyro_pixels.model import PixelModel
+from pyro_pixels.queries import infer
+from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig, build, save_config
+from pyro_pixels.structured import StructuredGuide
+
+POSITION_BAR_PX, SWITCH_BAR = 0.75, 0.02
+VALIDATION_SEED = TEST_SEED - 1
+
+Change = Callable[[RunConfig], RunConfig]
+
+
+def _structured(**head: int) -> Callable[[RunConfig, PixelModel], Guide]:
+    def make(config: RunConfig, model: PixelModel) -> Guide:
+        guide = GUIDES["structured"](config, model)
+        for name, value in head.items():
+            setattr(guide.head, name, value)
+        return guide
+
+    return make
+
+
+def _untracked(config: RunConfig, model: PixelModel) -> Guide:
+    guide = GUIDES["structured"](config, model)
+    assert isinstance(guide, StructuredGuide)
+    return StructuredGuide(
+        model.dynamics, guide.rnn, AttentionHead(config.data.height, config.data.width, config.state_size)
+    )
+
+
+GUIDES["untracked"] = _untracked
+GUIDES["one start a direction"] = _structured(n_starts=2)
+GUIDES["no sweeps"] = _structured(n_sweeps=0)
+
+
+def _run(**changes: Any) -> Change:
+    return lambda c: replace(c, **changes)
+
+
+def _dynamics(**changes: Any) -> Change:
+    return lambda c: replace(c, dynamics=replace(c.dynamics, **changes))
+
+
+def _schedule(**changes: Any) -> Change:
+    return lambda c: replace(c, schedule=replace(c.schedule, **changes))
+
+
+def _factors(**changes: float | None) -> Change:
+    """Learning-rate factors; None takes one away."""
+
+    def change(c: RunConfig) -> RunConfig:
+        factors = {**c.schedule.learning_rate_factors, **{k.replace("__", "."): v for k, v in changes.items()}}
+        kept = {k: v for k, v in factors.items() if v is not None}
+        return replace(c, schedule=replace(c.schedule, learning_rate_factors=kept))
+
+    return change
+
+
+_PAPER = DynamicsConfig()
+VARIANTS: dict[str, Change] = {
+    "quick": lambda c: c,
+    "guide: dynamics outside q (attention head)": _run(guide="attentive"),
+    "guide: dynamics inside q, attention head": _run(guide="untracked"),
+    "tracking: one start a direction": _run(guide="one start a direction"),
+    "tracking: no sweeps": _run(guide="no sweeps"),
+    "renderer: starts as the paper's": _run(renderer_input_scale=None),
+    "renderer: starts grey": _run(background_logit=0.0),
+    "renderer: learning rate not raised": _factors(model__renderer=None),
+    "dynamics: learning rate not raised": _factors(model__dynamics=None, model__dynamics__log_pi=None),
+    "dynamics: u and delta not slowed": _factors(model__dynamics__u=None, model__dynamics__log_delta=None),
+    "dynamics: delta 0.1": _dynamics(delta=_PAPER.delta),
+    "dynamics: noises start as the paper's": _dynamics(
+        state_noise=_PAPER.state_noise, position_noise=_PAPER.position_noise
+    ),
+    "dynamics: noises free from the start": _schedule(learn_from={}),
+    "dynamics: mu, Sigma start as the paper's": _dynamics(
+        start_spread=_PAPER.start_spread,
+        start_velocity_spread=_PAPER.start_velocity_spread,
+        start_variance=_PAPER.start_variance,
+    ),
+    "dynamics: starts not fitted": _schedule(fit_starts_at=()),
+    "schedule: KL weight 1 throughout": _schedule(kl_before=1.0),
+    "schedule: not one object first": _schedule(single_object_steps=0),
+    "schedule: constant learning rate": _schedule(decay_from=None),
+    "schedule: mixed N in a batch": _schedule(one_n_per_batch=False),
+}
+"""The quick preset, and the quick preset with one ingredient left out."""
+
+
+@dataclass
+class Arguments:
+    suite: Literal["seeds", "ablation", "recurrent", "small-noise"] = "seeds"
+    """seeds: the quick preset; ablation: with one ingredient left out; recurrent: the paper's guide and schedule at the
+    quick preset's size; small-noise: the quick preset on data whose 0.001 is read as a standard deviation."""
+    seeds: int = 10
+    """How many."""
+    first_seed: int = 0
+    steps: int | None = None
+    """Training steps, if not those of the preset; the paper's schedule is shortened in proportion."""
+    n_test: int = 1500
+    """Fresh sequences that every run is measured on."""
+    out: Path = Path("runs/sweep")
+    json: Path | None = None
+    """Where the summary goes; default: SUITE.json in --out."""
+    workers: int = 2
+    """Runs at a time, one CPU thread each."""
+    seed: int = TEST_SEED
+    """Of the fresh sequences."""
+    device: str = "cpu"
+    job: str | None = None
+    """Only this one run, VARIANT/SEED."""
+
+
+def variants(args: Arguments) -> dict[str, RunConfig]:
+    quick = PRESETS["quick"]
+    if args.suite == "recurrent":
+        steps = args.steps or 4_000
+        share = steps / PRESETS["paper"].schedule.steps
+        paper = PRESETS["paper"]
+        anneal = round(paper.schedule.anneal_from * max(share, 0.02))
+        schedule = replace(
+            paper.schedule, steps=steps, learn_from={"model.dynamics": anneal * 5}, anneal_from=anneal * 5,
+            anneal_steps=anneal * 5, evaluate_every=max(1, steps // 20),
+        )  # fmt: skip
+        return {"recurrent": replace(paper, state_size=quick.state_size, data=quick.data, schedule=schedule)}
+    chosen = VARIANTS if args.suite == "ablation" else {"quick": VARIANTS["quick"]}
+    configs = {name: change(quick) for name, change in chosen.items()}
+    if args.suite == "small-noise":
+        configs = {"small noise": replace(quick, data=replace(quick.data, position_noise=1e-6))}
+    if args.steps is not None:
+        configs = {name: replace(c, schedule=replace(c.schedule, steps=args.steps)) for name, c in configs.items()}
+    return configs
+
+
+def folder_of(args: Arguments, name: str, seed: int) -> Path:
+    return args.out / "".join(c if c.isalnum() else "_" for c in name) / f"seed{seed}"
+
+
+def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
+    """Trains and measures; the folder's result.json says that it is done."""
+    device = device_of(args.device)
+    torch.set_num_threads(1)
+    run = build(config)
+    run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
+    save_config(folder, config)
+    validation = simulate(config.data, 150, seed=VALIDATION_SEED)
+    curve_file = folder / "curve.json"
+    curve = json.loads(curve_file.read_text()) if curve_file.exists() else []
+
+    def measure(line: dict[str, float]) -> None:
+        curve[:] = [point for point in curve if point["step"] < line["step"]]
+        curve.append({"step": line["step"], "seconds": line["seconds"], **_position_errors(run, validation)})
+        _write(curve_file, curve)
+
+    data = simulate(config.data, config.n_sequences, seed=config.seed)
+    resume = (folder / "checkpoint.pt").exists()
+    result = fit(
+        run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, resume=resume, progress=False,
+        on_evaluation=measure,
+    )  # fmt: skip
+    if result.interrupted:
+        return
+    test = simulate(config.data, args.n_test, seed=args.seed)
+    measured = evaluate(run.model, run.guide, test)
+    about = {"train_seed": config.seed, "test_seed": args.seed, "steps": result.step, "seconds": result.seconds}
+    _write(folder / "result.json", {**about, "environment": environment(device), **measured, "curve": curve})
+
+
+def _position_errors(run: Run, data: Any) -> dict[str, float]:
+    """Position error in pixels for each N, of sequences that are used for nothing else."""
+    device = next(run.model.parameters()).device
+    a = infer(run.guide, data.images.to(device), data.n_objects.to(device)).mean.cpu()
+    in_pixels = metrics.fit_affine(a, data.positions, data.n_objects)(a)
+    matched = metrics.reorder(in_pixels, metrics.assign(in_pixels, data.positions, data.n_objects))
+    errors = metrics.errors(matched, data.positions, data.n_objects)
+    return {str(n): metrics.nan_mean(errors[data.n_objects == n]) for n in (1, 2, 3)}
+
+
+def _write(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+
+def succeeded(result: dict[str, Any]) -> bool:
+    rows = result["by_n_objects"].values()
+    return all(r["position_error_px"] <= POSITION_BAR_PX and (r["switch_rate"] or 0) <= SWITCH_BAR for r in rows)
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927)."""
+    share, z2 = successes / n, z * z
+    centre, half = (share + z2 / (2 * n)) / (1 + z2 / n), z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return centre - half / (1 + z2 / n), centre + half / (1 + z2 / n)
+
+
+def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in names:
+        results = []
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            file = folder_of(args, name, seed) / "result.json"
+            if file.exists():
+                results.append(json.loads(file.read_text()))
+        if results:
+            successes = sum(map(succeeded, results))
+            found[name] = {"successes": successes, "interval95": wilson(successes, len(results)), "runs": results}
+    bars = {"position_error_px": POSITION_BAR_PX, "switch_rate": SWITCH_BAR}
+    return {"suite": args.suite, "bars_for_each_n": bars, "variants": found}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: medians over seeds (for N = 1 / 2 / 3 where there are three), and how many seeds succeeded."""
+    lines = ["| | seeds within the bars | position error, px | switch rate, % | generation / floor | "
+             "interpolation / floor | sides told, % | bound, nats a frame | seconds |", "|---" * 9 + "|"]  # fmt: skip
+    for name, variant in result["variants"].items():
+        runs = variant["runs"]
+
+        def median(value: Callable[[dict[str, Any]], float], digits: int, runs: Any = runs) -> str:
+            return " / ".join(
+                f"{np.median([value(r['by_n_objects'][n]) for r in runs]):.{digits}f}"
+                for n in runs[0]["by_n_objects"]
+                if value(runs[0]["by_n_objects"][n]) is not None
+            )
+
+        low, high = variant["interval95"]
+        cells = [
+            f"{variant['successes']} of {len(runs)} ({100 * low:.0f} to {100 * high:.0f} %)",
+            median(lambda r: r["position_error_px"], 2),
+            median(lambda r: None if r["switch_rate"] is None else 100 * r["switch_rate"], 1),
+            median(lambda r: r["generation_error_px"] / r["generation_floor_px"], 2),
+            median(lambda r: r["interpolation_error_px"] / r["interpolation_floor_px"], 2),
+            f"{np.median([100 * r['all']['side_accuracy'] for r in runs]):.1f}",
+            f"{np.median([r['all']['bound_per_frame_nats'] for r in runs]):.1f}",
+            f"{np.median([r['seconds'] for r in runs]):.0f}",
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(args: Arguments) -> int:
+    if args.seeds < 1 or args.workers < 1:
+        raise ValueError(f"seeds is {args.seeds} and workers {args.workers}; wanted at least 1 of each")
+    configs = variants(args)
+    if args.job is not None:
+        name, _, seed = args.job.rpartition("/")
+        one_run(args, replace(configs[name], seed=int(seed)), folder_of(args, name, int(seed)))
+        return 0
+    jobs = [(name, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for name in configs]
+    jobs = [(name, seed) for name, seed in jobs if not (folder_of(args, name, seed) / "result.json").exists()]
+
+    def launch(job: tuple[str, int]) -> bool:
+        options = ["--suite", args.suite, "--out", args.out, "--n-test", args.n_test, "--seed", args.seed]
+        options += ["--device", args.device, "--job", f"{job[0]}/{job[1]}"]
+        options += [] if args.steps is None else ["--steps", args.steps]
+        done = subprocess.run([sys.executable, __file__, *map(str, options)], check=False)
+        print(f"{job[0]}, seed {job[1]}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        fine = all(list(pool.map(launch, jobs)))
+    result = summary(args, list(configs))
+    out = args.json or args.out / f"{args.suite}.json"
+    _write(out, result)
+    print(table(result))
+    print(f"  {out}")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)
