@@ -4,9 +4,10 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyro
@@ -17,7 +18,7 @@ from torch import Tensor
 from pyro_pixels import metrics, plotting
 from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, simulate
 from pyro_pixels.queries import Prediction, generate, infer, interpolate, reconstruct
-from pyro_pixels.runs import Run
+from pyro_pixels.runs import Run, load_pretrained, load_run
 
 Arguments = TypeVar("Arguments")
 TEST_SEED = 1_000_003  # fresh sequences for figures and tables; training seeds are small numbers
@@ -49,6 +50,45 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+@dataclass
+class QueryArguments:
+    """What every script that asks a trained run takes."""
+
+    run: Path = Path("runs/quick")
+    """Folder of a trained run."""
+    pretrained: bool = False
+    """Ask the weights that come with the package instead."""
+    data: Path | None = None
+    """An .npz of image sequences; default: fresh ones, simulated as the run's were."""
+    out: Path | None = None
+    """Where results go; default: in the run's folder, or runs/pretrained."""
+    n_sequences: int = 60
+    """How many sequences at most."""
+    seed: int = TEST_SEED
+    """Of simulated sequences and of samples."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto."""
+
+    @property
+    def home(self) -> Path:
+        """The folder that results go to by default."""
+        return Path("runs/pretrained") if self.pretrained else self.run
+
+
+class Asked(NamedTuple):
+    run: Run
+    data: ImageSequences
+    device: torch.device
+
+
+def ask(args: QueryArguments) -> Asked:
+    """The run and the sequences of a query, and where to work."""
+    device = device_of(args.device)
+    torch.manual_seed(args.seed)
+    run = load_pretrained(device=device) if args.pretrained else load_run(args.run, device)
+    return Asked(run, sequences_for(run, args.data, args.n_sequences, args.seed), device)
+
+
 def environment(device: torch.device) -> dict[str, str | int | None]:
     """What a number was measured with."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -73,6 +113,18 @@ def sequences_for(run: Run, data: Path | None, n_sequences: int, seed: int) -> I
             f"this run was trained on {wanted[0]} x {wanted[1]}"
         )
     return found
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def per_n(result: dict[str, Any], value: Callable[[dict[str, Any]], float | None], digits: int) -> str:
+    """A value for each N of an evaluation, such as "0.14 / 0.18 / 0.22", without those that do not apply."""
+    values = [value(row) for row in result["by_n_objects"].values()]
+    return " / ".join(f"{v:.{digits}f}" for v in values if v is not None) or "-"
 
 
 def new_folder(path: Path) -> Path:

@@ -1,38 +1,22 @@
 """What happened in between? Fills missing frames from those at both ends (Sec 3.5); a picture like Fig 9."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-from common import TEST_SEED, Shown, device_of, draw_interpolation, new_folder, save_arrays, sequences_for, start
+from common import QueryArguments, Shown, ask, draw_interpolation, new_folder, save_arrays, start
 from pyro_pixels.evaluation import N_SEEN
-from pyro_pixels.runs import load_run
 
 
 @dataclass
-class Arguments:
-    run: Path = Path("runs/quick")
-    """Folder of a trained run."""
-    data: Path | None = None
-    """An .npz of image sequences; default: fresh ones, simulated as the run's were."""
-    out: Path | None = None
-    """Folder for the figure and interpolation.npz; default: interpolate in the run's folder."""
-    n_sequences: int = 60
+class Arguments(QueryArguments):
     n_seen: int = N_SEEN
     """Frames seen at either end."""
     n_samples: int = 0
     """Sampled fillings to save as well."""
-    seed: int = TEST_SEED
-    device: str = "auto"
 
 
 def main(args: Arguments) -> None:
-    device = device_of(args.device)
-    torch.manual_seed(args.seed)
-    run = load_run(args.run, device)
-    data = sequences_for(run, args.data, args.n_sequences, args.seed)
-    out = new_folder(args.out or args.run / "interpolate")
+    run, data, device = ask(args)
+    out = new_folder(args.out or args.home / "interpolate")
     shown = Shown(run, data, device, n_seen=args.n_seen)
     prediction = shown.interpolation(args.n_samples)
     last = data.images.shape[1] - args.n_seen

@@ -18,12 +18,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from common import TEST_SEED, device_of, environment, start
+from common import TEST_SEED, device_of, environment, markdown, per_n, start
 from pyro_pixels import metrics
 from pyro_pixels.data import atomic_write, simulate
 from pyro_pixels.dynamics import DynamicsConfig
 from pyro_pixels.evaluation import evaluate
-from pyro_pixels.guides import AttentionHead, Guide
+from pyro_pixels.guides import Guide, RecurrentGuide
+from pyro_pixels.health import check_health
 from pyro_pixels.learning import fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import infer
@@ -36,27 +37,20 @@ VALIDATION_SEED = TEST_SEED - 1
 Change = Callable[[RunConfig], RunConfig]
 
 
-def _structured(**head: int) -> Callable[[RunConfig, PixelModel], Guide]:
-    def make(config: RunConfig, model: PixelModel) -> Guide:
-        guide = GUIDES["structured"](config, model)
-        for name, value in head.items():
-            setattr(guide.head, name, value)
-        return guide
-
-    return make
+def _two_starts(config: RunConfig, model: PixelModel) -> Guide:
+    guide = GUIDES["structured"](config, model)
+    guide.head.n_starts = 2
+    return guide
 
 
 def _untracked(config: RunConfig, model: PixelModel) -> Guide:
-    guide = GUIDES["structured"](config, model)
-    assert isinstance(guide, StructuredGuide)
-    return StructuredGuide(
-        model.dynamics, guide.rnn, AttentionHead(config.data.height, config.data.width, config.state_size)
-    )
+    guide = GUIDES["attentive"](config, model)
+    assert isinstance(guide, RecurrentGuide)
+    return StructuredGuide(model.dynamics, guide.rnn, guide.head)
 
 
 GUIDES["untracked"] = _untracked
-GUIDES["one start a direction"] = _structured(n_starts=2)
-GUIDES["no sweeps"] = _structured(n_sweeps=0)
+GUIDES["two starts"] = _two_starts
 
 
 def _run(**changes: Any) -> Change:
@@ -87,8 +81,7 @@ VARIANTS: dict[str, Change] = {
     "quick": lambda c: c,
     "guide: dynamics outside q (attention head)": _run(guide="attentive"),
     "guide: dynamics inside q, attention head": _run(guide="untracked"),
-    "tracking: one start a direction": _run(guide="one start a direction"),
-    "tracking: no sweeps": _run(guide="no sweeps"),
+    "tracking: from the first and the last frame alone": _run(guide="two starts"),
     "renderer: starts as the paper's": _run(renderer_input_scale=None),
     "renderer: starts grey": _run(background_logit=0.0),
     "renderer: learning rate not raised": _factors(model__renderer=None),
@@ -189,6 +182,7 @@ def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
     test = simulate(config.data, args.n_test, seed=args.seed)
     measured = evaluate(run.model, run.guide, test)
     about = {"train_seed": config.seed, "test_seed": args.seed, "steps": result.step, "seconds": result.seconds}
+    about["health"] = check_health(run.model, run.guide, test[:300])._asdict()
     _write(folder / "result.json", {**about, "environment": environment(device), **measured, "curve": curve})
 
 
@@ -236,31 +230,28 @@ def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: medians over seeds (for N = 1 / 2 / 3 where there are three), and how many seeds succeeded."""
-    lines = ["| | seeds within the bars | position error, px | switch rate, % | generation / floor | "
-             "interpolation / floor | sides told, % | bound, nats a frame | seconds |", "|---" * 9 + "|"]  # fmt: skip
+    header = ["", "seeds within the bars", "position error, px", "switch rate, %", "generation / floor",
+              "interpolation / floor", "sides told, %", "bound, nats a frame", "seconds"]  # fmt: skip
+    rows = []
     for name, variant in result["variants"].items():
         runs = variant["runs"]
-
-        def median(value: Callable[[dict[str, Any]], float], digits: int, runs: Any = runs) -> str:
-            return " / ".join(
-                f"{np.median([value(r['by_n_objects'][n]) for r in runs]):.{digits}f}"
-                for n in runs[0]["by_n_objects"]
-                if value(runs[0]["by_n_objects"][n]) is not None
-            )
-
-        low, high = variant["interval95"]
-        cells = [
-            f"{variant['successes']} of {len(runs)} ({100 * low:.0f} to {100 * high:.0f} %)",
-            median(lambda r: r["position_error_px"], 2),
-            median(lambda r: None if r["switch_rate"] is None else 100 * r["switch_rate"], 1),
-            median(lambda r: r["generation_error_px"] / r["generation_floor_px"], 2),
-            median(lambda r: r["interpolation_error_px"] / r["interpolation_floor_px"], 2),
-            f"{np.median([100 * r['all']['side_accuracy'] for r in runs]):.1f}",
-            f"{np.median([r['all']['bound_per_frame_nats'] for r in runs]):.1f}",
+        middle = {"by_n_objects": {n: _medians([r["by_n_objects"][n] for r in runs]) for n in runs[0]["by_n_objects"]}}
+        every = _medians([r["all"] for r in runs])
+        low, high = (100 * x for x in variant["interval95"])
+        rows.append([
+            name, f"{variant['successes']} of {len(runs)} ({low:.0f} to {high:.0f} %)",
+            per_n(middle, lambda r: r["position_error_px"], 2),
+            per_n(middle, lambda r: None if r["switch_rate"] is None else 100 * r["switch_rate"], 1),
+            per_n(middle, lambda r: r["generation_error_px"] / r["generation_floor_px"], 2),
+            per_n(middle, lambda r: r["interpolation_error_px"] / r["interpolation_floor_px"], 2),
+            f"{100 * every['side_accuracy']:.1f}", f"{every['bound_per_frame_nats']:.1f}",
             f"{np.median([r['seconds'] for r in runs]):.0f}",
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def _medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: None if rows[0][key] is None else float(np.median([row[key] for row in rows])) for key in rows[0]}
 
 
 def main(args: Arguments) -> int:

@@ -15,9 +15,13 @@ import torch
 from common import TEST_SEED, device_of, new_folder, save, start
 from pyro_pixels import plotting
 from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, simulate
+from pyro_pixels.health import START_FRAMES, check_health, format_health
 from pyro_pixels.learning import fit
 from pyro_pixels.queries import infer
 from pyro_pixels.runs import PRESETS, Run, RunConfig, build, load_config, save_config
+
+SEEDS_APART = 1_000  # between the starting weights of --starts
+JUDGES = 60  # sequences for the health check
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Arguments:
     steps: int | None = None
     """Training steps, if not the preset's."""
     seed: int = 0
+    starts: int = 1
+    """Train so many starting weights for 200 steps, and go on with the one of the highest bound."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     threads: int | None = None
@@ -116,8 +122,10 @@ def main(args: Arguments) -> int:
         raise ValueError(
             f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run"
         )
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"threads is {args.threads}; wanted at least 1")
+    for name in ("threads", "starts"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; wanted at least 1")
     torch.set_num_threads(args.threads or (1 if config.state_size <= 256 else os.cpu_count() or 1))
     folder = new_folder(args.run)
     run = build(config)
@@ -130,9 +138,12 @@ def main(args: Arguments) -> int:
     snapshots = Snapshots(
         folder / "snapshots.npz", run, data if validation is None else validation, device, args.resume
     )
+    others = [build(replace(config, seed=config.seed + SEEDS_APART * (i + 1))) for i in range(args.starts - 1)]
     result = fit(
         run.model.to(device), run.guide.to(device), data, config.schedule, seed=config.seed, run_dir=folder,
-        validation=validation, resume=args.resume, progress=args.progress, on_evaluation=snapshots.take,
+        validation=validation, candidates=[(other.model.to(device), other.guide.to(device)) for other in others],
+        candidate_steps=min(200, config.schedule.steps), resume=args.resume, progress=args.progress,
+        on_evaluation=snapshots.take,
     )  # fmt: skip
     if result.interrupted:
         print(
@@ -147,6 +158,9 @@ def main(args: Arguments) -> int:
     save(plotting.plot_training(lines), folder / "training.png")
     if snapshots.means:
         save(plotting.plot_inference_means(snapshots.stages()), folder / "inference_means.png")
+    judges = data[:JUDGES] if validation is None or len(validation) < JUDGES else validation
+    if judges.images.shape[1] > START_FRAMES + 1:
+        print(format_health(check_health(run.model, run.guide, judges)))
     return 0
 
 

@@ -55,11 +55,17 @@ class CannonballConfig:
     start_x: tuple[float, float] = (-0.5, -0.1)
     """Where balls start on the left; those on the right start 0.9 max_x further."""
     start_y: tuple[float, float] = (-0.5, 0.5)
+    n_frames_in_view: int | None = None
+    """Frames for which the image has room, if not all; the world is that of so many frames, and balls may leave it."""
 
     def __post_init__(self) -> None:
         if not _is_whole(self.n_frames) or self.n_frames < 2:
             raise ValueError(
                 f"n_frames is {self.n_frames}; wanted a whole number of at least 2: one frame shows no motion"
+            )
+        if self.n_frames_in_view is not None and not (_is_whole(self.n_frames_in_view) and self.n_frames_in_view >= 2):
+            raise ValueError(
+                f"n_frames_in_view is {self.n_frames_in_view}; wanted a whole number of at least 2, or None"
             )
         if not self.n_objects or not all(_is_whole(n) and n >= 1 for n in self.n_objects):
             raise ValueError(f"n_objects is {self.n_objects}; wanted one or more whole numbers, each at least 1")
@@ -393,8 +399,9 @@ def _is_whole(n: object) -> bool:
 
 
 def _max_x(config: CannonballConfig) -> float:
-    """The largest displacement in x between the first and the last frame."""
-    return config.speed[1] * float(np.cos(np.radians(config.angle[0]))) * config.delta * (config.n_frames - 1)
+    """The largest displacement in x between the first and the last frame in view."""
+    n_frames = config.n_frames_in_view or config.n_frames
+    return config.speed[1] * float(np.cos(np.radians(config.angle[0]))) * config.delta * (n_frames - 1)
 
 
 def _motion(config: CannonballConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -406,12 +413,13 @@ def _motion(config: CannonballConfig) -> tuple[NDArray[np.float64], NDArray[np.f
 
 def _to_pixels(config: CannonballConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scale (2,), offset (2,): pixels (column, row) = scale * (x, y) + offset, all paths inside [R, size - 1 - R]."""
-    t = config.delta * np.arange(config.n_frames)
+    n_frames = config.n_frames_in_view or config.n_frames
+    t = config.delta * np.arange(n_frames)
     x = np.asarray(config.start_x)
     low_x = [x[0], x[0] + 0.9 * _max_x(config) - _max_x(config)]
     high_x = [x[1] + _max_x(config), x[1] + 0.9 * _max_x(config)]
     rise = [v * np.sin(np.radians(a)) * t - 0.5 * config.gravity * t**2 for v, a in zip(config.speed, config.angle)]
-    steps = np.arange(config.n_frames - 1)
+    steps = np.arange(n_frames - 1)
     noise = config.position_noise + config.state_noise * np.sum(1 + (config.delta * steps) ** 2)
     margin = NOISE_MARGIN * np.sqrt(noise)
     low = np.array([min(low_x), config.start_y[0] + rise[0].min()]) - margin

@@ -4,6 +4,7 @@ Latent positions are found up to an affine map (Sec 3.3), so one map, fitted by 
 single object and used for all, takes them to pixels. Which latent object is which true one is settled per sequence.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -133,6 +134,48 @@ def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tenso
     z = (exact.log_likelihood(lgssm, a, observed) + dynamics.pi.log()).softmax(-1)
     mean = exact.rts_smoother(lgssm, a, observed).mean @ lgssm.B.mT
     return (z[..., None, None] * mean).sum(-3)
+
+
+def likeliest_labels(dynamics: TrueDynamics, positions: Tensor, n_objects: Tensor, *, reach: float = 4.0) -> Tensor:
+    """Positions (B, N, T, 2) with the labels that an observer finds likeliest who is given them without labels.
+
+    Exact likelihoods with the data's true parameters, Eq (10). The observer starts from the true labels and exchanges
+    two objects over an interval of frames as long as that raises the likelihood, the best exchange first. What
+    `switches` counts in the result is therefore a floor: not even exact positions tell these objects apart. Only
+    objects that come within ``reach`` pixels of each other are tried.
+
+    Args:
+        positions: in pixels, NaN where there is no object.
+    """
+    a, T = positions.clone(), positions.shape[2]
+    mean, C = exact.marginal_moments(dynamics.lgssm, T)
+    P, log_det = torch.linalg.inv(C), torch.logdet(C)
+
+    def log_p(tracks: Tensor) -> Tensor:
+        e = tracks.flatten(-2).unsqueeze(-2) - mean
+        distance = torch.einsum("bki,kij,bkj->bk", e, P, e)
+        return (dynamics.pi.log() - 0.5 * (distance + log_det)).logsumexp(-1)  # up to a constant
+
+    intervals = [(t, end) for t in range(T) for end in range(t + 1, T + 1) if (t, end) != (0, T)]
+    improved = n_objects > 1
+    while bool(improved.any()):
+        best, exchanged = torch.full((len(a),), 1e-9, dtype=a.dtype), a.clone()
+        for j, i in itertools.combinations(range(a.shape[1]), 2):
+            near = improved & ((a[:, i] - a[:, j]).norm(dim=-1).amin(1) < reach)  # False where one of them is NaN
+            x, y = a[near, i], a[near, j]
+            before = log_p(x) + log_p(y)
+            for t, end in intervals:
+                x_new, y_new = x.clone(), y.clone()
+                x_new[:, t:end], y_new[:, t:end] = y[:, t:end], x[:, t:end]
+                gain = log_p(x_new) + log_p(y_new) - before
+                better = gain > best[near]
+                rows = near.nonzero()[better, 0]
+                best[rows] = gain[better]
+                exchanged[rows] = a[rows]
+                exchanged[rows, i], exchanged[rows, j] = x_new[better], y_new[better]
+        improved = improved & (best > 1e-9)
+        a = exchanged
+    return a
 
 
 def nan_mean(x: Tensor) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+import numpy as np
 import torch
 
 from pyro_pixels.checkpoints import load_checkpoint, load_weights
@@ -30,7 +31,9 @@ class RunConfig:
     guide: str = "recurrent"
     """A name in `GUIDES`."""
     state_size: int = 1024
-    """Length of the states of inference network and renderer."""
+    """Length of the states x of the renderer, and of s of the inference network."""
+    guide_state_size: int | None = None
+    """Length of s, if it is another."""
     max_objects: int = 3
     """The largest N."""
     background_logit: float = 0.0
@@ -64,7 +67,8 @@ def _recurrent(config: RunConfig, model: PixelModel) -> Guide:
 
 
 def _attentive(config: RunConfig, model: PixelModel) -> Guide:
-    return RecurrentGuide(_rnn(config), AttentionHead(config.data.height, config.data.width, config.state_size))
+    rnn = _rnn(config)
+    return RecurrentGuide(rnn, AttentionHead(rnn.height, rnn.width, rnn.state_size))
 
 
 def _structured(config: RunConfig, model: PixelModel) -> Guide:
@@ -72,7 +76,8 @@ def _structured(config: RunConfig, model: PixelModel) -> Guide:
 
 
 def _rnn(config: RunConfig) -> InferenceRNN:
-    return InferenceRNN(config.data.height, config.data.width, config.state_size, config.max_objects)
+    state_size = config.guide_state_size or config.state_size
+    return InferenceRNN(config.data.height, config.data.width, state_size, config.max_objects)
 
 
 GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
@@ -90,6 +95,7 @@ PRESETS: dict[str, RunConfig] = {
     "quick": RunConfig(
         guide="structured",
         state_size=256,
+        guide_state_size=64,
         background_logit=-4.5,
         renderer_input_scale=12.0,
         dynamics=DynamicsConfig(
@@ -182,6 +188,46 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     load_weights(run.model, state["model"], path)
     load_weights(run.guide, state["guide"], path)
     return run._replace(model=run.model.to(device), guide=run.guide.to(device), step=state["step"])
+
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+
+
+def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> Run:
+    """Weights that come with the package: the run that docs/reproduction.md shows, ready for queries.
+
+    Args:
+        name: a folder in pyro_pixels/pretrained; its about.json says what made it, and how good it is.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    folder = PRETRAINED / name
+    names = sorted(path.name for path in PRETRAINED.glob("*") if path.is_dir())
+    if name not in names:
+        raise ValueError(f"there are no pretrained weights '{name}'; wanted one of {names}")
+    run = build(load_config(folder))
+    with np.load(folder / "weights.npz", allow_pickle=False) as file:
+        weights = {key: torch.from_numpy(file[key]) for key in file.files}
+    for part, module in (("model", run.model), ("guide", run.guide)):
+        own = {key.removeprefix(f"{part}."): x for key, x in weights.items() if key.startswith(f"{part}.")}
+        load_weights(module, own, folder / "weights.npz")
+    step = json.loads((folder / "about.json").read_text())["step"]
+    return run._replace(model=run.model.to(device), guide=run.guide.to(device), step=step)
+
+
+def export_weights(run: Run, folder: str | Path, about: Mapping[str, Any]) -> None:
+    """Writes config.json, weights.npz (float32, nothing executable) and about.json, what `load_pretrained` reads."""
+    weights = {
+        f"{part}.{key}": x.float().cpu().numpy()
+        for part, module in (("model", run.model), ("guide", run.guide))
+        for key, x in module.state_dict().items()
+    }
+    save_config(folder, run.config)
+    with atomic_write(Path(folder) / "weights.npz") as file:
+        np.savez_compressed(file, **weights)  # type: ignore[arg-type]
+    with atomic_write(Path(folder) / "about.json") as file:
+        file.write(json.dumps({"step": run.step, **about}, indent=2).encode() + b"\n")
 
 
 def _from_dict(kind: type, values: Any, where: str) -> Any:

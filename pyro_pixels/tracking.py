@@ -14,8 +14,8 @@ in four stages:
    from the frames already passed. A Gaussian can be forecast in any order: some tracks go forward in time first, some
    backward.
 3. Sweep. Paths are smoothed, E[a | y]; l becomes the log density around them, and so on: EM for moving blobs.
-4. Choose. Of the tracks with different starts, those under which the white pixels are likeliest are kept: a start in
-   which two objects hide each other loses to one in which they do not.
+4. Choose. Of the tracks with different starts, those under which the white pixels are likeliest are kept, two after a
+   few sweeps and one at the end: a start in which two objects hide each other loses to one in which they do not.
 
 The result is y_t^n and R_t^n = sigma_t^n^2 (1 + 1 / mass of the share). This is no part of the paper, whose network has
 to find such a rule by itself. Nothing of it is differentiated but sigma, and the shares in the starting frames through
@@ -33,8 +33,9 @@ from pyro_pixels.dynamics import Dynamics, collapse_components
 from pyro_pixels.guides import AttentionHead, WhitePixels
 
 CLAIM_BOUND = 3.0  # nats: what the network may say against the dynamics, about a distance of 3 pixels
-DETECTION_ROUNDS = 10
 TRACK_NOISE = 0.02  # standard deviation of y while following and sweeping, latent units
+DETECTION_ROUNDS = 10
+FIRST_SWEEPS, LAST_SWEEPS = 3, 8  # of all tracks, and of the two that are kept then
 
 
 class TrackingHead(AttentionHead):
@@ -44,10 +45,9 @@ class TrackingHead(AttentionHead):
         dynamics: of the model; positions are in the units of `AttentionHead`.
         height, width: of the images.
         state_size: D.
-        rho: spread of an object's pixels around its position, a standard deviation in pixels.
+        rho: spread of an object's pixels around its position, a standard deviation in pixels; R / 2 for a disk.
         sigma, n_waves: as in `AttentionHead`.
         n_starts: S, how many tracks are followed from different starting frames, half of them forward in time; even.
-        n_sweeps: how often pixels are shared anew among smoothed paths.
 
     Raises:
         ValueError: if ``n_starts`` is not even, or below 2.
@@ -62,16 +62,15 @@ class TrackingHead(AttentionHead):
         width: int,
         state_size: int,
         *,
-        rho: float = 1.2,
+        rho: float = 1.0,
         sigma: float = 0.05,
         n_waves: int = 8,
-        n_starts: int = 4,
-        n_sweeps: int = 10,
+        n_starts: int = 8,
     ) -> None:
         super().__init__(height, width, state_size, sigma=sigma, n_waves=n_waves)
         if n_starts < 2 or n_starts % 2:
             raise ValueError(f"n_starts is {n_starts}; wanted an even number, at least 2: tracks go both ways in time")
-        self.dynamics, self.n_starts, self.n_sweeps = dynamics, n_starts, n_sweeps
+        self.dynamics, self.n_starts = dynamics, n_starts
         rho_latent = rho / torch.tensor([(width - 1) / 2, (height - 1) / 2])
         self.register_buffer("blob", torch.diag(rho_latent.square()), persistent=False)
 
@@ -95,14 +94,13 @@ class TrackingHead(AttentionHead):
             return torch.zeros_like(white.v).unsqueeze(2)  # one object has all the pixels
         tracks = Tracks.of(self.dynamics, self.blob, white.v.shape[1], claim.dtype)
         path = tracks.smooth(follow(tracks, white, claim, absent, orders))  # (B, S, N, T, 2)
-        for _ in range(self.n_sweeps):
-            l = tracks.log_density(white.place, path)  # (B, T, S, N, k)
-            y, mass = share(white.v.unsqueeze(2), white.place, l, absent[:, None, None])
-            path = tracks.smooth(_towards(path, y.permute(0, 2, 3, 1, 4), mass.permute(0, 2, 3, 1, 4)))
-        l = tracks.log_density(white.place, path)
-        likeliest = l.masked_fill(absent[:, None, None], -torch.inf).logsumexp(3)  # (B, T, S, k)
-        kept = torch.einsum("btk,btsk->bs", white.v, likeliest).argmax(1)
-        return l.movedim(2, 1)[torch.arange(len(kept), device=kept.device), kept]
+        for keep, n_sweeps in ((2, FIRST_SWEEPS), (1, LAST_SWEEPS)):
+            for _ in range(n_sweeps):
+                l = tracks.log_density(white.place, path)  # (B, T, S, N, k)
+                y, mass = share(white.v.unsqueeze(2), white.place, l, absent[:, None, None])
+                path = tracks.smooth(_towards(path, y.permute(0, 2, 3, 1, 4), mass.permute(0, 2, 3, 1, 4)))
+            path = tracks.likeliest(white, path, absent, keep)
+        return tracks.log_density(white.place, path).squeeze(2)
 
 
 class Tracks(NamedTuple):
@@ -130,6 +128,13 @@ class Tracks(NamedTuple):
         """`log_density` (B, T, S, N, k) of pixels at (B, T, k, 2) around paths (B, S, N, T, 2)."""
         centre = path.permute(0, 3, 1, 2, 4)  # (B, T, S, N, 2)
         return log_density(place, centre.flatten(2, 3), self.blob_precision).unflatten(2, centre.shape[2:4])
+
+    def likeliest(self, white: WhitePixels, path: Tensor, absent: Tensor, keep: int) -> Tensor:
+        """Those ``keep`` of the S paths (B, S, N, T, 2) of a sequence under which its white pixels are likeliest."""
+        l = self.log_density(white.place, path).masked_fill(absent[:, None, None], -torch.inf)
+        likelihood = torch.einsum("btk,btsk->bs", white.v, l.logsumexp(3))
+        best = likelihood.topk(keep, 1).indices
+        return path[torch.arange(len(path), device=path.device).unsqueeze(1), best]
 
 
 def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor) -> Tensor:

@@ -462,3 +462,15 @@ def test_simulating_no_sequences_raises(n):
 def test_configs_and_sequences_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SMALL.n_frames = 3
+
+
+def test_a_longer_look_at_the_same_world():
+    """More frames than there is room for: the first ones are those of the shorter set, and gravity is the same."""
+    short = CannonballConfig(n_frames=10, position_noise=0.0)
+    long = dataclasses.replace(short, n_frames=16, n_frames_in_view=10)
+    a, b = simulate(short, 6, seed=3), simulate(long, 6, seed=3)
+    assert torch.equal(a.images, b.images[:, :10])
+    torch.testing.assert_close(a.paths, b.paths[:, :, :10], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(a.dynamics.lgssm.u, b.dynamics.lgssm.u, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="n_frames_in_view is 1; wanted"):
+        CannonballConfig(n_frames_in_view=1)

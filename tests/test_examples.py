@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart"}
+SCRIPTS = {
+    "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
+    "reproduce_paper", "export_pretrained",
+}  # fmt: skip
 
 
 def script(name, *arguments, cwd):
@@ -55,7 +58,9 @@ def trained(tmp_path_factory):
 def test_help(name, tmp_path):
     done = script(name, "--help", cwd=tmp_path)
     assert done.returncode == 0
-    for option in ("--seed", *(("--device", "--data") if name != "simulate" else ())):
+    for option in {"simulate": ["--seed"], "sweep": ["--seeds", "--device"], "export_pretrained": ["--run"]}.get(
+        name, ["--seed", "--device", "--data"]
+    ):
         assert option in done.stdout
 
 
@@ -176,3 +181,52 @@ def test_cuda_is_asked_for_where_there_is_none(trained):
     done = script("train", "--run", "new", "--device", "cuda", cwd=trained)
     assert done.returncode == 2
     assert "no cuda device" in done.stderr
+
+
+def test_a_run_becomes_pretrained_weights_and_a_page(trained, tmp_path):
+    """Evaluated, exported, and shown: the paper's figures and the tables between the markers of a page."""
+    for name, arguments in {
+        "evaluate": ("--n-sequences", 12),
+        "export_pretrained": ("--folder", tmp_path / "weights"),
+        "reproduce_paper": ("--run", "runs/quick", "--docs", tmp_path / "docs", "--n-test", 12),
+    }.items():
+        if name == "reproduce_paper":
+            (tmp_path / "docs").mkdir()
+            parts = ("model", "baselines", "generalisation", "sweeps")
+            page = "\n".join(f"<!-- begin {part} -->\nnothing yet\n<!-- end {part} -->\nkept" for part in parts)
+            (tmp_path / "docs" / "reproduction.md").write_text(page)
+        done = script(name, *arguments, cwd=trained)
+        assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "weights/quick/about.json").read_text())
+    assert about["step"] == 6
+    assert "metrics" in about
+    page = (tmp_path / "docs/reproduction.md").read_text()
+    assert page.count("kept") == 4
+    assert page.count("nothing yet") == 1  # there are no sweeps
+    assert "| 3 |" in page
+    figures = {path.stem for path in (tmp_path / "docs/figures/paper").glob("*.png")}
+    assert figures >= {"fig3", "fig5a", "fig5b", "fig6", "fig8", "fig9", "fig10_last", "fig12", "fig13"}
+    done = script("reproduce_paper", "--docs", tmp_path / "nowhere", cwd=trained)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path):
+    command = ("sweep", "--seeds", 2, "--steps", 2, "--n-test", 12, "--out", "s")
+    done = script(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "s/seeds.json").read_text())
+    assert [run["train_seed"] for run in result["variants"]["quick"]["runs"]] == [0, 1]
+    (tmp_path / "s/quick/seed1/result.json").unlink()
+    again = script(*command, cwd=tmp_path)
+    assert "seed 1: done" in again.stdout
+    assert "seed 0" not in again.stdout
+    assert json.loads((tmp_path / "s/seeds.json").read_text())["variants"]["quick"]["successes"] == 0
+
+
+def test_an_edlstm_is_trained_and_measured(tmp_path):
+    options = ("--run", "e", "--state-size", 8, "--n-sequences", 30, "--n-test", 6, "--no-progress")
+    done = script("train_edlstm", *options, "--steps", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "e/metrics.json").read_text())["all"]
+    assert row["nll_per_frame_nats"] > 0
+    assert script("train_edlstm", *options, "--steps", 2, cwd=tmp_path).returncode == 2

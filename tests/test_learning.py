@@ -277,10 +277,10 @@ def test_candidates_are_checked(small_data):
     with pytest.raises(ValueError, match="candidate_steps is 7; wanted between 1 and steps, 6"):
         fit(make_model(), make_guide(), small_data, QUICK, candidates=[(make_model(), make_guide())], candidate_steps=7)
     other = [(make_model(state_size=9), make_guide())]
+    model, guide = make_model(), make_guide()
+    with torch.no_grad():
+        model.renderer.to_v.bias.fill_(20.0)
     with pytest.raises(ValueError, match="start 2 is of another configuration"):
-        model, guide = make_model(), make_guide()
-        with torch.no_grad():
-            model.renderer.to_v.bias.fill_(20.0)
         fit(model, guide, small_data, QUICK, candidates=other, candidate_steps=1, progress=False)
 
 

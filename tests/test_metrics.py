@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pyro_pixels import metrics
+from pyro_pixels import lgssm, metrics
 from pyro_pixels.data import CannonballConfig, simulate
 
 
@@ -105,3 +105,35 @@ def test_floor_is_that_of_the_findings():
     per_track = per_track[~per_track.isnan()]
     assert float(per_track.mean()) == pytest.approx(1.9, abs=0.05 + 6 * float(per_track.std()) / len(per_track) ** 0.5)
     assert metrics.nan_mean(error[..., -1]) > metrics.nan_mean(error[..., 10])
+
+
+def test_likeliest_labels_against_all_labels():
+    """Two objects that stay close: the likeliest of all 2^T labels, by enumeration, and the true ones where they are
+    far apart."""
+    config = CannonballConfig(n_frames=7, height=32, width=32, n_objects=(2,), position_noise=1e-2)
+    data = simulate(config, 40, seed=1)
+    assert data.positions is not None
+    assert data.dynamics is not None
+    positions = data.positions.clone()
+    positions[:20, 1] = positions[:20, 0] + torch.randn(20, 7, 2, dtype=torch.float64)  # on top of each other
+    positions[20:, 0, :, 0] = positions[20:, 0, :, 0] - 40
+    found = metrics.likeliest_labels(data.dynamics, positions, data.n_objects)
+    mean, C = lgssm.marginal_moments(data.dynamics.lgssm, 7)
+    normal = torch.distributions.MultivariateNormal(mean, C)
+
+    def log_p(a):
+        each = normal.log_prob(a.flatten(-2).unsqueeze(-2)) + data.dynamics.pi.log()
+        return each.logsumexp(-1).sum(-1)
+
+    assert torch.equal(found[20:], positions[20:])
+    changed = 0
+    for b in range(20):
+        every = []
+        for labels in itertools.product((False, True), repeat=6):
+            flip = torch.tensor((False, *labels))[None, :, None]
+            every.append(torch.where(flip, positions[b].flip(0), positions[b]))
+        best = log_p(torch.stack(every)).max()
+        changed += float(best) > float(log_p(positions[b])) + 1e-9
+        assert float(log_p(found[b])) <= float(best) + 1e-9
+        assert float(log_p(found[b])) >= float(best) - 0.5  # one exchange at a time may miss the best by a little
+    assert changed > 10

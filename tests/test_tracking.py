@@ -193,7 +193,7 @@ def test_gradients_reach_the_claims_and_sigma_and_stay_finite():
     _, images = crossing()
     images[:, 3] = 0
     head = make_head()
-    s = first_frame_claims().requires_grad_()
+    s = (first_frame_claims() + 0.1 * torch.randn(1, 2, T, D)).requires_grad_()
     y, sigma = head(s, images, torch.tensor([2]))
     (y.sum() + sigma.sum()).backward()
     for gradient in (s.grad, head.to_claim.weight.grad, head.to_log_sigma.weight.grad):

@@ -1,0 +1,34 @@
+"""Puts the weights of a trained run, with its configuration and measures, where `load_pretrained` finds them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import start
+from pyro_pixels.runs import PRETRAINED, export_weights, load_run
+
+
+@dataclass
+class Arguments:
+    run: Path = Path("runs/quick")
+    """Folder of a run that was trained and evaluated."""
+    name: str = "quick"
+    command: str = "python examples/quickstart.py"
+    """What made the run; goes into about.json."""
+    folder: Path = PRETRAINED
+    """Where to put the folder of that name."""
+
+
+def main(args: Arguments) -> None:
+    run = load_run(args.run)
+    measured = args.run / "metrics.json"
+    if not measured.exists():
+        raise ValueError(f"{measured} is missing; measure the run first with examples/evaluate.py --run {args.run}")
+    metrics = json.loads(measured.read_text())
+    export_weights(run, args.folder / args.name, {"command": args.command, "seed": run.config.seed, "metrics": metrics})
+    size = (args.folder / args.name / "weights.npz").stat().st_size
+    print(f"  {args.folder / args.name} ({size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)

@@ -1,0 +1,169 @@
+"""Trains the paper's baseline, an encoder-decoder LSTM (Sec 3.4, Fig 7), and measures it on fresh sequences.
+
+Leaves config.json, metrics.jsonl, checkpoint.pt, metrics.json and generated_images.png in a folder. Ctrl-C and SIGTERM
+save first; --resume then goes on as if nothing had happened.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common import TEST_SEED, device_of, environment, new_folder, save, start
+from pyro_pixels import plotting
+from pyro_pixels.baselines import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm
+from pyro_pixels.data import CannonballConfig, ImageSequences, atomic_write, load_sequences, simulate
+from pyro_pixels.evaluation import N_SEEN
+from pyro_pixels.runs import PRESETS, _from_dict
+
+
+@dataclass
+class Arguments:
+    run: Path = Path("runs/edlstm")
+    """Folder of the run."""
+    preset: Literal["quick", "paper"] = "quick"
+    """Whose data configuration, number of sequences and number of steps."""
+    state_size: int = 2048
+    """Length of the LSTM's state and of the hidden layers."""
+    layers: int = 1
+    """Fully connected layers of the encoder, and of the decoder."""
+    own_predictions: bool = False
+    """Train on its own predictions after 5 frames, as it is tested; default: on the true frames, as the paper does."""
+    data: Path | None = None
+    """An .npz of image sequences to learn from, a tenth (at most 60) held out to measure on; default: simulated."""
+    n_sequences: int | None = None
+    """How many sequences to simulate, if not the preset's number."""
+    n_test: int = 300
+    """How many fresh sequences to simulate and measure on."""
+    steps: int | None = None
+    """Training steps, if not the preset's."""
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, mps, or auto."""
+    threads: int | None = None
+    """CPU threads; default: one a core."""
+    resume: bool = False
+    """Go on with the run in the folder, on its own data and with its own configuration; only --steps may change it."""
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that makes a run, as config.json holds it."""
+
+    net: EDLSTMConfig
+    own_predictions: bool
+    data: CannonballConfig
+    """What to simulate, where there is no file."""
+    data_file: str | None
+    n_sequences: int
+    steps: int
+    seed: int
+
+
+def configure(args: Arguments) -> Config:
+    """The preset's data with what the arguments change; the network's images are those of a file if there is one."""
+    preset = PRESETS[args.preset]
+    size = (preset.data.height, preset.data.width) if args.data is None else load_sequences(args.data).size
+    return Config(
+        net=EDLSTMConfig(height=size[0], width=size[1], state_size=args.state_size, n_layers=args.layers),
+        own_predictions=args.own_predictions,
+        data=preset.data,
+        data_file=None if args.data is None else str(args.data.resolve()),
+        n_sequences=preset.n_sequences if args.n_sequences is None else args.n_sequences,
+        steps=preset.schedule.steps,
+        seed=args.seed,
+    )
+
+
+def read_config(folder: Path) -> Config:
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); train a run first, without --resume") from None
+    return _from_dict(Config, values, str(path))
+
+
+def sequences(config: Config, n_test: int) -> tuple[ImageSequences, ImageSequences]:
+    """Sequences to learn from, and others to measure on."""
+    if config.data_file is None:
+        return (
+            simulate(config.data, config.n_sequences, seed=config.seed),
+            simulate(config.data, n_test, seed=TEST_SEED),
+        )
+    data = load_sequences(config.data_file)
+    if len(data) < 2:
+        raise ValueError(
+            f"{config.data_file} has 1 sequence; wanted at least 2, one to learn from and one to measure on"
+        )
+    held_out = min(60, -(-len(data) // 10))
+    return data[: len(data) - held_out], data[len(data) - held_out :]
+
+
+def draw(net: EDLSTM, data: ImageSequences, path: Path) -> None:
+    """generated_images.png, like the bottom row of Fig 6: two sequences of each N, the largest N first."""
+    values = sorted(set(data.n_objects.tolist()), reverse=True)
+    rows = torch.cat([(data.n_objects == n).nonzero().squeeze(1)[:2] for n in values])
+    truth = data.images[rows]
+    drawn = net.generate(truth[:, :N_SEEN].to(next(net.parameters())), truth.shape[1]).cpu()
+    save(plotting.plot_generated_images(drawn[:, N_SEEN:], truth[:, N_SEEN:], rows=2), path)
+
+
+def main(args: Arguments) -> int:
+    device = device_of(args.device)
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"threads is {args.threads}; wanted at least 1")
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    if not args.resume and (args.run / "checkpoint.pt").exists():
+        raise ValueError(
+            f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run"
+        )
+    config = read_config(args.run) if args.resume else configure(args)
+    if args.steps is not None:
+        config = replace(config, steps=args.steps)
+    data, test = sequences(config, args.n_test)
+    if data.images.shape[1] <= N_SEEN:
+        raise ValueError(f"sequences have {data.images.shape[1]} frames; wanted more than the {N_SEEN} that are seen")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        net = EDLSTM(config.net).to(device)
+    folder = new_folder(args.run)
+    with atomic_write(folder / "config.json") as file:
+        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
+    print(
+        f"training {folder}: ED-LSTM, {sum(p.numel() for p in net.parameters()):,} parameters, {len(data)} sequences "
+        f"{tuple(data.images.shape[1:])}, {config.steps:,} steps on {device}, after {N_SEEN} frames on "
+        + ("its own predictions" if config.own_predictions else "the true frames")
+    )
+    result = fit_edlstm(
+        net, data, steps=config.steps, own_predictions=config.own_predictions, seed=config.seed, run_dir=folder,
+        resume=args.resume, progress=args.progress,
+    )  # fmt: skip
+    if result.interrupted:
+        print(
+            f"stopped and saved at step {result.step:,}; "
+            f"go on with: python examples/train_edlstm.py --run {folder} --resume"
+        )
+        return 130
+    loss = result.metrics.get("nll_per_frame", float("nan"))
+    print(f"trained {result.step:,} steps in {result.seconds:.0f} s: nll_per_frame {loss:.4g}")
+
+    table = evaluate_edlstm(net, test, radius=config.data.radius)
+    table |= {"step": result.step, "train_seed": config.seed, "own_predictions": config.own_predictions}
+    table |= {"test_seed": TEST_SEED if config.data_file is None else None, "environment": environment(device)}
+    with atomic_write(folder / "metrics.json") as file:
+        file.write(json.dumps(table, indent=2).encode() + b"\n")
+    for name, row in {**{f"N = {n}": row for n, row in table["by_n_objects"].items()}, "all": table["all"]}.items():
+        print(f"{name:<6} " + ", ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
+    print(f"  {folder / 'metrics.json'}")
+    draw(net, test, folder / "generated_images.png")
+    return 0
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)
