@@ -232,8 +232,9 @@ class Text:
         predictions = [f"{q}_{kind}_px" for q in ("generation", "interpolation") for kind in ("error", "floor")]
         rows = [
             [
-                name, f"{row['position_error_px']:.2f}", _percent(row["switch_rate"]),
-                _percent(row["switch_floor"]), _percent(row["side_accuracy"]), *(f"{row[key]:.2f}" for key in predictions), f"{row['bound_per_frame_nats']:.1f}",
+                name, f"{row['position_error_px']:.2f}",
+                *(_percent(row[key]) for key in ("switch_rate", "switch_floor", "side_accuracy")),
+                *(f"{row[key]:.2f}" for key in predictions), f"{row['bound_per_frame_nats']:.1f}",
             ]
             for name, row in {**r["by_n_objects"], "all": r["all"]}.items()
         ]  # fmt: skip

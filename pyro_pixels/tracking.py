@@ -84,7 +84,9 @@ class TrackingHead(AttentionHead):
         claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND)
         with torch.no_grad():
             l = self._associate(white, claim, absent, orders)  # (B, T, N, k)
-        y, mass = share(white.v, white.place, l.index_add(1, start, claim), absent.unsqueeze(1))
+        times = torch.bincount(start, minlength=images.shape[1])  # a frame in which several tracks start counts once
+        l = l.index_add(1, start, claim / times[start, None, None])
+        y, mass = share(white.v, white.place, l, absent.unsqueeze(1))
         R = self.to_log_sigma(s).exp().square() * (1 + 1 / mass.transpose(1, 2))
         return y.transpose(1, 2), R.sqrt()
 

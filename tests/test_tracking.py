@@ -13,11 +13,11 @@ from pyro_pixels.tracking import TRACK_NOISE, TrackingHead, Tracks, follow, fram
 W, T, D = 32, 16, 4
 
 
-def make_head():
+def make_head(n_starts=8):
     """A head whose first state unit claims the left half (above 0) or the right half (below 0) of the image."""
     torch.manual_seed(0)
     dynamics = Dynamics(DynamicsConfig(delta=0.2, state_noise=1e-6, position_noise=2e-3, start_spread=0.1))
-    head = TrackingHead(dynamics, W, W, D)
+    head = TrackingHead(dynamics, W, W, D, n_starts=n_starts)
     with torch.no_grad():
         head.to_claim.weight.zero_()
         head.to_claim.weight[1, 0] = 10.0  # the wave that falls from 1 at the left edge to -1 at the right
@@ -180,6 +180,15 @@ def test_shares_are_those_of_the_densities():
     normal = torch.distributions.MultivariateNormal(centre.unsqueeze(2), cov)
     expected = normal.log_prob(place.unsqueeze(1))
     torch.testing.assert_close(l.softmax(1), expected.softmax(1))
+
+
+def test_a_frame_in_which_many_tracks_start_has_its_claims_counted_once():
+    """With one frame that is not black all tracks start there; the shares are those of one start."""
+    _, images = crossing()
+    images[:, 1:] = 0
+    images[:, 0] = torch.from_numpy(render_disks(np.array([[[[14.0, 15.0]], [[17.0, 15.0]]]]), W, W, 2.0))[0, 0]
+    y = [make_head(n_starts)(first_frame_claims(), images, torch.tensor([2]))[0][0, :, 0] for n_starts in (2, 8)]
+    torch.testing.assert_close(y[0], y[1])
 
 
 def test_n_starts_must_be_even():
