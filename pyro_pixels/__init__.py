@@ -18,7 +18,7 @@ from pyro_pixels.learning import AnnealedELBO, Schedule, fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.renderer import Renderer
-from pyro_pixels.runs import PRESETS, build, load_run
+from pyro_pixels.runs import PRESETS, build, load_pretrained, load_run
 from pyro_pixels.structured import StructuredGuide
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "generate",
     "infer",
     "interpolate",
+    "load_pretrained",
     "load_run",
     "load_sequences",
     "reconstruct",

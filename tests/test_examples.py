@@ -210,6 +210,13 @@ def test_a_run_becomes_pretrained_weights_and_a_page(trained, tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
+def test_the_pretrained_weights_answer_without_training(tmp_path):
+    for name, made in {"infer": "infer/positions.png", "generate": "generate/generation.gif"}.items():
+        done = script(name, "--pretrained", "--n-sequences", 9, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs/pretrained" / made).stat().st_size > 1000
+
+
 def test_a_sweep_goes_on_where_it_was(tmp_path):
     command = ("sweep", "--seeds", 2, "--steps", 2, "--n-test", 12, "--out", "s")
     done = script(*command, cwd=tmp_path)

@@ -8,8 +8,21 @@ import torch
 from conftest import SMALL
 
 import pyro_pixels
+from pyro_pixels.data import simulate
+from pyro_pixels.evaluation import evaluate
 from pyro_pixels.learning import Schedule, fit
-from pyro_pixels.runs import GUIDES, PRESETS, RunConfig, build, load_config, load_run, save_config
+from pyro_pixels.runs import (
+    GUIDES,
+    PRESETS,
+    PRETRAINED,
+    RunConfig,
+    build,
+    export_weights,
+    load_config,
+    load_pretrained,
+    load_run,
+    save_config,
+)
 
 TINY = RunConfig(state_size=8, data=SMALL, schedule=Schedule(steps=2, batch_size=4, evaluate_every=1))
 
@@ -119,3 +132,31 @@ def test_a_gpu_gives_the_bound_of_the_cpu(small_data):
         on_cpu = run.guide.cpu().q(images, n_objects).mean
         torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=1e-4)
         assert bool(bound(run.model.cpu(), run.guide, small_data).bound.isfinite().all())
+
+
+def test_the_pretrained_weights_are_small_and_good():
+    """90 fresh sequences; the limits are far from what was measured, and out of reach without training."""
+    run = load_pretrained()
+    folder = PRETRAINED / "quick"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+    about = json.loads((folder / "about.json").read_text())
+    assert run.step == about["step"] > 100
+    assert {"command", "seed", "metrics"} <= about.keys()
+    result = evaluate(run.model, run.guide, simulate(run.config.data, 90, seed=31))
+    for row in result["by_n_objects"].values():
+        assert row["position_error_px"] < 0.75
+        assert row["generation_error_px"] < 1.5 * row["generation_floor_px"]
+        assert row["interpolation_error_px"] < 1.5 * row["interpolation_floor_px"]
+        assert row["side_accuracy"] > 0.95
+    assert result["all"]["bound_per_frame_nats"] > -35
+    with pytest.raises(ValueError, match="no pretrained weights 'huge'; wanted one of"):
+        load_pretrained("huge")
+
+
+def test_exported_weights_come_back(tmp_path, monkeypatch):
+    run = build(dataclasses.replace(PRESETS["quick"], seed=5, state_size=8, guide_state_size=4))
+    export_weights(run, tmp_path / "mine", {"command": "none"})
+    monkeypatch.setattr("pyro_pixels.runs.PRETRAINED", tmp_path)
+    back = load_pretrained("mine")
+    for own, loaded in ((run.model, back.model), (run.guide, back.guide)):
+        assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in own.state_dict().items())
