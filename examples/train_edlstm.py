@@ -18,7 +18,7 @@ from pyro_pixels import plotting
 from pyro_pixels.baselines import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm
 from pyro_pixels.data import CannonballConfig, ImageSequences, atomic_write, load_sequences, simulate
 from pyro_pixels.evaluation import N_SEEN
-from pyro_pixels.runs import PRESETS, _from_dict
+from pyro_pixels.runs import PRESETS, load_config
 
 
 @dataclass
@@ -80,15 +80,6 @@ def configure(args: Arguments) -> Config:
     )
 
 
-def read_config(folder: Path) -> Config:
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); train a run first, without --resume") from None
-    return _from_dict(Config, values, str(path))
-
-
 def sequences(config: Config, n_test: int) -> tuple[ImageSequences, ImageSequences]:
     """Sequences to learn from, and others to measure on."""
     if config.data_file is None:
@@ -123,7 +114,7 @@ def main(args: Arguments) -> int:
         raise ValueError(
             f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run"
         )
-    config = read_config(args.run) if args.resume else configure(args)
+    config = load_config(args.run, Config) if args.resume else configure(args)
     if args.steps is not None:
         config = replace(config, steps=args.steps)
     data, test = sequences(config, args.n_test)

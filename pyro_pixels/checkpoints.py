@@ -1,7 +1,15 @@
-"""Checkpoints: written whole or not at all, read without running any code that a file may bring."""
+"""What a training loop needs that may be stopped at any time: checkpoints, a file of metrics, and a kind way to stop.
 
+Files are written whole or not at all, and read without running any code that a file may bring.
+"""
+
+import json
 import pickle
+import signal
+import threading
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +67,39 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Any], path: str | P
             "use the configuration it was trained with (config.json beside it) or another folder"
         )
     module.load_state_dict(weights)
+
+
+def read_lines(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; none if there is no such file."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_lines(run_dir: Path, lines: Sequence[dict[str, float]]) -> None:
+    """Writes a run's metrics.jsonl; an older file stays until the new one is whole."""
+    with atomic_write(run_dir / "metrics.jsonl") as file:
+        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set instead of killing; a second Ctrl-C kills. Handlers are put back."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may have handlers
+        return
+
+    def request_stop(signum: int, _frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    old = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
 
 
 def _first_line(error: BaseException) -> str:

@@ -48,14 +48,11 @@ def evaluate(
         affine = metrics.fit_affine(inferred, data.positions, data.n_objects)
         result["affine"] = {"matrix": affine.matrix.tolist(), "offset": affine.offset.tolist(), "r2": affine.r2}
         result["dynamics"] = _dynamics_in_pixels(model, affine)
-        values |= _errors(data, affine(inferred), affine(generated), affine(interpolated), ends, n_seen)
+        values |= errors_in_pixels(data, affine(inferred), affine(generated), affine(interpolated), ends, n_seen)
         if data.sides is not None:
             values["side_accuracy"] = _sides_told(model, inferred, affine(inferred), data)
 
-    groups = {str(n): data.n_objects == n for n in sorted(set(data.n_objects.tolist()))}
-    result["by_n_objects"] = {name: _means(values, group) for name, group in groups.items()}
-    result["all"] = _means(values, torch.ones(len(data), dtype=torch.bool))
-    return result
+    return result | means_by_n(values, data.n_objects)
 
 
 @torch.no_grad()
@@ -91,10 +88,10 @@ def _query(
     return inferred, generated, interpolated, values
 
 
-def _errors(
+def errors_in_pixels(
     data: ImageSequences, inferred: Tensor, generated: Tensor, interpolated: Tensor, ends: Tensor, n_seen: int
 ) -> dict[str, Tensor]:
-    """Mean error in pixels of each object (n, N), and whether identities switched (n,).
+    """Mean error in pixels of each object (n, N), and whether identities switched (n,), of positions (n, N, T, 2).
 
     Objects are matched to the true ones over all frames for inference, and over the frames that were seen for
     generation and interpolation.
@@ -146,6 +143,15 @@ def _sides_told(model: PixelModel, inferred: Tensor, in_pixels: Tensor, data: Im
     side_of = torch.full((len(counts),), -1)
     side_of[torch.from_numpy(component)] = torch.from_numpy(side)
     return torch.where(present, (side_of[k] == data.sides).double(), torch.nan)
+
+
+def means_by_n(values: dict[str, Tensor], n_objects: Tensor) -> dict[str, Any]:
+    """Means of measures (n, ...), NaN where they do not apply, over the sequences of each N and over all."""
+    groups = {str(n): n_objects == n for n in sorted(set(n_objects.tolist()))}
+    return {
+        "by_n_objects": {name: _means(values, group) for name, group in groups.items()},
+        "all": _means(values, torch.ones(len(n_objects), dtype=torch.bool)),
+    }
 
 
 def _means(values: dict[str, Tensor], group: Tensor) -> dict[str, float | int | None]:

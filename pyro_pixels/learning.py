@@ -1,12 +1,9 @@
 """Learning: the schedule of Sec 3.2, and a training loop that can be stopped and resumed at any step."""
 
 import copy
-import json
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +13,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_pixels.checkpoints import load_checkpoint, load_weights, save_checkpoint
-from pyro_pixels.data import ImageSequences, atomic_write, object_mask
+from pyro_pixels.checkpoints import (
+    load_checkpoint,
+    load_weights,
+    read_lines,
+    save_checkpoint,
+    stop_signals,
+    write_lines,
+)
+from pyro_pixels.data import ImageSequences, object_mask
 from pyro_pixels.elbo import AnnealedELBO, bound
 from pyro_pixels.guides import Guide
 from pyro_pixels.model import PixelModel
@@ -177,13 +181,13 @@ class _Fit:
 
     def run(self, starts: "Sequence[_Fit]", start_steps: int, resume: bool, progress: bool) -> FitResult:
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False), _stop_signals() as stop:
+        with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False), stop_signals() as stop:
             torch.manual_seed(self.seed)
             if resume:
                 self._load()
             elif self.run_dir is not None:
                 self._refuse_to_overwrite()
-                self._write_lines([])
+                write_lines(self.run_dir, [])
             if starts and not resume:
                 self._go_on_from_best(starts, start_steps, stop, progress)
             self._train(self.schedule.steps, stop, progress)
@@ -303,7 +307,7 @@ class _Fit:
             self.metrics["validation_kl_per_frame"] = float(terms.kl.sum()) / frames
         self.sums = dict.fromkeys(self.sums, 0.0)
         if self.run_dir is not None:
-            self._write_lines([*_read_lines(self.run_dir), self.metrics])
+            write_lines(self.run_dir, [*read_lines(self.run_dir), self.metrics])
         if self.on_evaluation is not None:
             self.on_evaluation(self.metrics)
 
@@ -343,9 +347,9 @@ class _Fit:
         if state["seed"] != self.seed:
             raise ValueError(f"{path} was trained with seed {state['seed']}, not {self.seed}; resume with that seed")
         self._restore(state, path)
-        lines = [line for line in _read_lines(self.run_dir) if line["step"] <= self.step]
+        lines = [line for line in read_lines(self.run_dir) if line["step"] <= self.step]
         self.metrics = lines[-1] if lines else {}
-        self._write_lines(lines)
+        write_lines(self.run_dir, lines)
 
     def _refuse_to_overwrite(self) -> None:
         assert self.run_dir is not None
@@ -353,11 +357,6 @@ class _Fit:
             raise ValueError(
                 f"{self.run_dir} holds a trained run; give resume=True to go on with it, or another folder"
             )
-
-    def _write_lines(self, lines: list[dict[str, float]]) -> None:
-        assert self.run_dir is not None
-        with atomic_write(self.run_dir / "metrics.jsonl") as file:
-            file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 
     def _diverged(self, log_likelihood: float, kl: float) -> str:
         kept = "no checkpoint had been written"
@@ -370,32 +369,6 @@ class _Fit:
         )
 
 
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set instead of killing; a second Ctrl-C kills. Handlers are put back."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may have handlers
-        return
-
-    def request_stop(signum: int, _frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    old = {s: signal.signal(s, request_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-
 def _by_longest_prefix(table: Mapping[str, Any], name: str, default: Any) -> Any:
     fitting = [prefix for prefix in table if name.startswith(prefix)]
     return table[max(fitting, key=len)] if fitting else default
-
-
-def _read_lines(run_dir: Path) -> list[dict[str, float]]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

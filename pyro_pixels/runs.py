@@ -158,8 +158,8 @@ def save_config(folder: str | Path, config: RunConfig) -> None:
         file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
 
 
-def load_config(folder: str | Path) -> RunConfig:
-    """Reads a run's config.json.
+def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
+    """Reads a run's config.json, a dataclass of that kind.
 
     Raises:
         ValueError: if it is missing, not JSON, or has fields that this version does not know.
@@ -173,7 +173,7 @@ def load_config(folder: str | Path) -> RunConfig:
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({error}); restore it, or train again") from None
-    return _from_dict(RunConfig, values, str(path))  # type: ignore[no-any-return]
+    return _from_dict(kind, values, str(path))
 
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
