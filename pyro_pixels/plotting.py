@@ -189,6 +189,35 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
     return _legend(figure, (), axes[0].lines)
 
 
+def plot_learning_curves(
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], marks: Named | None = None
+) -> Figure:
+    """Errors in pixels against seconds of training, both logarithmic, a line a seed; ``marks`` are points to compare.
+
+    Args:
+        curves: name -> for each seed the (seconds, error) of its evaluations.
+        marks: name -> (seconds, error); in the colour of the curve whose name it begins with, if there is one.
+    """
+    if not any(len(seed) for seeds in curves.values() for seed in seeds):
+        raise ValueError("there are no evaluations to draw; wanted at least one (seconds, error)")
+    figure, [(ax,)] = _grid(1, 1, 4.8, [2.8])
+    names = [*curves]
+    for i, seeds in enumerate(curves.values()):
+        for seed in seeds:
+            ax.plot(*np.array(seed).reshape(-1, 2).T, color=_colour("", i), linewidth=1.0, alpha=0.7)
+    crosses = []
+    for name, point in (marks or {}).items():
+        i = next((i for i, curve in enumerate(names) if name.startswith(curve)), len(names))
+        crosses += ax.plot(*np.reshape(point, (2, 1)), "x", color=_colour("", i), markersize=6, label=name)
+    ax.set(xscale="log", yscale="log")
+    _style(ax, "seconds of training", "mean error (pixels)")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+    return _legend(
+        figure, (), [*(Line2D([], [], color=_colour("", i), label=n) for i, n in enumerate(names)), *crosses]
+    )
+
+
 def gif(
     path: str | Path, panels: Named, *, scale: int = 6, frames_per_second: float = 12, mark: Named | None = None
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.cluster.vq import kmeans2
+from scipy.cluster import vq
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -166,5 +166,5 @@ def _split(pixels: NDArray[np.float64], k: int) -> NDArray[np.float64]:
         while len(chosen) < k:
             nearest = ((pixels[:, None] - chosen) ** 2).sum(-1).min(1)
             chosen = np.concatenate([chosen, pixels[[nearest.argmax()]]])
-        centres, _ = kmeans2(pixels, chosen, minit="matrix")
+        centres, _ = vq.kmeans2(pixels, chosen, minit="matrix")
     return centres

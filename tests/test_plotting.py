@@ -184,3 +184,14 @@ def test_settings_and_pyplot_are_left_alone(data, tmp_path):
     before = dict(matplotlib.rcParams)
     plotting.save_figure(plotting.plot_trajectories(data.positions, size=data.size), tmp_path / "a.png")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_learning_curves_have_a_line_a_seed_and_marks_in_their_colour():
+    curves = {"N = 1": [[(1.0, 3.0), (10.0, 0.5)], [(1.0, 2.0)]], "N = 2": [[(2.0, 4.0), (20.0, 1.0)]]}
+    figure = plotting.plot_learning_curves(curves, {"N = 2, others": (300.0, 1.4)})
+    (ax,) = figure.axes
+    assert len(ax.lines) == 4
+    assert ax.lines[-1].get_color() == ax.lines[2].get_color()
+    assert ax.lines[-1].get_xydata().tolist() == [[300.0, 1.4]]
+    with pytest.raises(ValueError, match="no evaluations"):
+        plotting.plot_learning_curves({"N = 1": []})
