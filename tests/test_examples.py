@@ -227,7 +227,9 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
     again = script(*command, cwd=tmp_path)
     assert "seed 1: done" in again.stdout
     assert "seed 0" not in again.stdout
-    assert json.loads((tmp_path / "s/seeds.json").read_text())["variants"]["quick"]["successes"] == 0
+    first, second = json.loads((tmp_path / "s/seeds.json").read_text())["variants"]["quick"]["runs"]
+    assert first == result["variants"]["quick"]["runs"][0]
+    assert second == json.loads((tmp_path / "s/quick/seed1/result.json").read_text())
 
 
 def test_an_edlstm_is_trained_and_measured(tmp_path):

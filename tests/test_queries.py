@@ -169,7 +169,6 @@ def test_a_distribution_without_moments_is_sampled(small_data):
 BAD = {
     "as many seen as there are": lambda m, g, v, n: generate(m, g, v, n, n_frames=11),
     "other image size": lambda m, g, v, n: infer(g, v[..., 1:], n),
-    "too many objects": lambda m, g, v, n: infer(g, v, n + 1),
     "no object": lambda m, g, v, n: infer(g, v, n * 0),
     "objects for other sequences": lambda m, g, v, n: infer(g, v, n[1:]),
     "first frame missing": lambda m, g, v, n: interpolate(m, g, v, n, torch.arange(11) > 2),

@@ -63,11 +63,11 @@ def test_nothing_else_changes_and_the_likelihood_of_the_tracks_rises_to_that_of_
     a, _ = draw(truth, 2_000)
     dynamics = make_dynamics(seed=3)
     before = {name: p.detach().clone() for name, p in dynamics.named_parameters()}
-    start = dynamics.positions(12).log_prob(a).mean()
+    start = dynamics.positions(12).log_prob(a).mean().detach()
     fit_starts(dynamics, a)
     changed = {name for name, p in dynamics.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"log_pi", "mu", "root_Sigma"}
-    reached, true = (d.positions(12).log_prob(a).mean() for d in (dynamics, truth))
+    reached, true = (d.positions(12).log_prob(a).mean().detach() for d in (dynamics, truth))
     assert float(reached) > float(start) + 1
     assert float(reached) > float(true) - 0.002  # maximum likelihood beats the truth but for the floor of the variance
 
