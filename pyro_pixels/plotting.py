@@ -213,9 +213,9 @@ def plot_learning_curves(
     _style(ax, "seconds of training", "mean error (pixels)")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}")
-    return _legend(
-        figure, (), [*(Line2D([], [], color=_colour("", i), label=n) for i, n in enumerate(names)), *crosses]
-    )
+        axis.set_minor_formatter("{x:g}")
+    lines = [Line2D([], [], color=_colour("", i), label=name) for i, name in enumerate(names)]
+    return _legend(figure, (), [*lines, *crosses])
 
 
 def gif(
