@@ -49,8 +49,6 @@ class Arguments:
     """Fresh sequences for the tables."""
     seed: int = TEST_SEED
     device: str = "auto"
-    data: Path | None = None
-    """Not used: the paper's figures are of cannonballs."""
     again: bool = False
     """Do everything anew."""
 

@@ -118,11 +118,9 @@ class InferenceRNN(nn.Module):
             ValueError: if the images have another size.
         """
         check_batch(images, n_objects, (self.height, self.width))
-        n = torch.arange(int(n_objects.max()), device=n_objects.device)
         last = self.max_objects - 1
-        s_0 = (
-            self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n.clamp(max=last)].tanh().transpose(0, 1)
-        )  # (N, B, D)
+        n = torch.arange(int(n_objects.max()), device=n_objects.device).clamp(max=last)
+        s_0 = self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n].tanh().transpose(0, 1)  # (N, B, D)
         reversed_frames = images.flatten(2).transpose(0, 1).flip(0)  # (T, B, P)
         from_image = F.linear(reversed_frames, self.from_image.weight, self.from_states.bias)
         return recur(from_image, s_0, self.from_states.weight).permute(2, 0, 1, 3)

@@ -204,7 +204,7 @@ class _Fit:
             start._train(steps, stop, progress, title=f"start {i + 1} of {len(starts)}")
             reached = float(bound(start.model, start.guide, judges).bound.mean())
             if reached > best:
-                best, kept, state = reached, start, start._state()
+                best, kept, state = reached, start, copy.deepcopy(start._state())
         self._restore({**state, "seconds": sum(start.seconds for start in starts)}, f"start {starts.index(kept) + 1}")
 
     def _train(self, steps: int, stop: threading.Event, progress: bool, title: str | None = None) -> None:
@@ -317,9 +317,9 @@ class _Fit:
             "seconds": self.seconds,
             "seed": self.seed,
             "sums": self.sums,
-            "model": copy.deepcopy(self.model.state_dict()),
-            "guide": copy.deepcopy(self.guide.state_dict()),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "model": self.model.state_dict(),
+            "guide": self.guide.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
         }
         if self.device.type == "cuda":

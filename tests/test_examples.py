@@ -58,9 +58,12 @@ def trained(tmp_path_factory):
 def test_help(name, tmp_path):
     done = script(name, "--help", cwd=tmp_path)
     assert done.returncode == 0
-    for option in {"simulate": ["--seed"], "sweep": ["--seeds", "--device"], "export_pretrained": ["--run"]}.get(
-        name, ["--seed", "--device", "--data"]
-    ):
+    for option in {
+        "simulate": ["--seed"],
+        "sweep": ["--seeds", "--device"],
+        "export_pretrained": ["--run"],
+        "reproduce_paper": ["--run", "--seed", "--device"],
+    }.get(name, ["--seed", "--device", "--data"]):
         assert option in done.stdout
 
 
