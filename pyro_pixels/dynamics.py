@@ -5,10 +5,11 @@ distribution of one object's positions with the states h and the component z int
 
     p(a_{1:T}) = sum_k pi_k p(a_{1:T} | z = k)
 
-a `MixtureSameFamily(Categorical(pi), components)`, where the components are either Pyro's `GaussianHMM`
-(`hmm_components`, the model as one would state it) or the dense Gaussian over all 2 T coordinates
-(`dense_components`: the same density, 10 to 20 times faster at T = 30). Both are computed in float64: in float32
-Pyro's GaussianHMM is wrong by nats, silently, when Sigma_H is small.
+a `MixtureSameFamily(Categorical(pi), components)`, where the components are Pyro's `GaussianHMM` (`hmm_components`, the
+model as one would state it) or the same density many times faster: the dense Gaussian over all 2 T coordinates
+(`dense_components`), a filter that takes many frames at a time (`block_components`), or whichever of the two suits T
+(`exact_components`). All are computed in float64: in float32 Pyro's GaussianHMM is wrong by nats, silently, when
+Sigma_H is small. docs/performance.md measures them.
 
 Departures from the paper: none in the density. Sigma_A is kept above a floor (`DynamicsConfig.position_noise_floor`)
 so that its Cholesky factor exists. Sigma_H, Sigma_A and Sigma_k are full covariances; the paper does not say.
@@ -17,16 +18,16 @@ so that its Cholesky factor exists. Sigma_H, Sigma_A and Sigma_k are full covari
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.lgssm import LGSSM
+from pyro_pixels.tracks import BlockTracks, DenseTracks, StatePath
+
+DENSE_FRAMES = 64  # up to this many frames `exact_components` are dense
 
 
 @dataclass(frozen=True)
@@ -82,91 +83,23 @@ class TrackMixture(dist.MixtureSameFamily):
         return dist.Categorical(logits=log_joint, validate_args=False)
 
 
-class DenseTracks(TorchDistribution):
-    """Positions (T, 2) with a dense joint Gaussian: what Eq (3) leaves when h is integrated out.
-
-    Args:
-        mean: (K, 2 T) and
-        cov: (K, 2 T, 2 T), the stacked positions' moments (`lgssm.marginal_moments`). One Cholesky factor a component
-            serves every sequence and object, since the covariance does not depend on the data.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
-    has_rsample = True
-
-    def __init__(self, mean: Tensor, cov: Tensor, *, batch_shape: torch.Size | None = None) -> None:
-        self._mean, self._cov, self._L = mean, cov, torch.linalg.cholesky_ex(cov).L
-        self._set_shapes(mean.shape[:-1] if batch_shape is None else batch_shape)
-
-    def _set_shapes(self, batch_shape: torch.Size) -> None:
-        super().__init__(batch_shape, torch.Size((self._mean.shape[-1] // 2, 2)), validate_args=False)
-
-    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DenseTracks":
-        new = object.__new__(type(self))
-        new._mean, new._cov, new._L = self._mean, self._cov, self._L  # kept small: they broadcast
-        new._set_shapes(torch.Size(batch_shape))
-        return new
-
-    @property
-    def stacked_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (K, 2 T), covariance and its Cholesky factor (K, 2 T, 2 T) of the stacked positions."""
-        return self._mean, self._cov, self._L
-
-    @property
-    def mean(self) -> Tensor:
-        return self._mean.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
-
-    @property
-    def variance(self) -> Tensor:
-        variance = self._L.square().sum(-1)
-        return variance.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        identity = torch.eye(self._L.shape[-1], dtype=self._L.dtype, device=self._L.device)
-        whiten = torch.linalg.solve_triangular(self._L, identity, upper=False)  # L^-1, (K, 2T, 2T)
-        log_det = self._L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        white = torch.einsum("...ki,kji->...kj", value.flatten(-2) - self._mean, whiten)
-        return -0.5 * white.square().sum(-1) - log_det - 0.5 * white.shape[-1] * math.log(2 * math.pi)
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        shape = torch.Size(sample_shape) + self.batch_shape + self._mean.shape[-1:]
-        noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
-        return (self._mean + torch.einsum("...kj,kij->...ki", noise, self._L)).unflatten(-1, self.event_shape)
-
-
-class StatePath(TorchDistribution):
-    """p(h_{1:T} | z): the states of Eq (5), event shape (T, d), batch shape that of the LGSSM's starts.
-
-    Needs positive definite Sigma_H and Sigma for `log_prob`; sampling needs neither.
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
-    has_rsample = True
-
-    def __init__(self, lgssm: LGSSM, n_frames: int) -> None:
-        self._lgssm = lgssm
-        super().__init__(lgssm.mu.shape[:-1], torch.Size((n_frames, lgssm.mu.shape[-1])), validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        A, _, u, Sigma_H, _, mu, Sigma = self._lgssm
-        h = value.to(A.dtype)
-        start = dist.MultivariateNormal(mu, Sigma, validate_args=False).log_prob(h[..., 0, :])
-        step = dist.MultivariateNormal(h[..., :-1, :] @ A.mT + u, Sigma_H, validate_args=False)
-        return start + step.log_prob(h[..., 1:, :]).sum(-1)
-
-    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        return exact.sample(self._lgssm, self.event_shape[0], tuple(sample_shape))[0]
-
-
 Components = Callable[[LGSSM, int], dist.TorchDistribution]
 """(LGSSM with a batch of K, T) -> p(a_{1:T} | z = k), batch shape (K,), event shape (T, 2)."""
 
 
+def exact_components(lgssm: LGSSM, n_frames: int) -> DenseTracks | BlockTracks:
+    """The fastest of the exact components: dense for short sequences, by blocks for longer ones."""
+    return (dense_components if n_frames <= DENSE_FRAMES else block_components)(lgssm, n_frames)
+
+
 def dense_components(lgssm: LGSSM, n_frames: int) -> DenseTracks:
-    """The components as dense Gaussians: fastest up to a few hundred frames, O(T^3) beyond."""
+    """The components as dense Gaussians over all 2 T coordinates: O(T^3), the fastest for short sequences."""
     return DenseTracks(*exact.marginal_moments(lgssm, n_frames))
+
+
+def block_components(lgssm: LGSSM, n_frames: int) -> BlockTracks:
+    """The components as filters that take many frames at a time: O(T)."""
+    return BlockTracks(lgssm, n_frames)
 
 
 def hmm_components(lgssm: LGSSM, n_frames: int) -> dist.GaussianHMM:
@@ -203,10 +136,10 @@ class Dynamics(nn.Module):
 
     Args:
         config: starting values. mu_k is drawn when constructed; u = 0 and pi is uniform.
-        components: how p(a_{1:T} | z = k) is represented, `dense_components` or `hmm_components`.
+        components: how p(a_{1:T} | z = k) is computed: one of the `*_components` above, or your own.
     """
 
-    def __init__(self, config: DynamicsConfig = DynamicsConfig(), *, components: Components = dense_components) -> None:
+    def __init__(self, config: DynamicsConfig = DynamicsConfig(), *, components: Components = exact_components) -> None:
         super().__init__()
         K = config.n_components
         self.config, self.components = config, components

@@ -209,6 +209,16 @@ class WhitePixels(NamedTuple):
     place: Tensor  # (B, T, k, 2), (column, row), each in [-1, 1]
     index: Tensor  # (B, T, k), counted along the rows of the image
 
+    @property
+    def homogeneous(self) -> Tensor:
+        """(B, T, k, 3), (column, row, 1)."""
+        return F.pad(self.place, (0, 1), value=1.0)
+
+    @property
+    def weighed(self) -> Tensor:
+        """(B, T, k, 3), v (column, row, 1): their sum holds the moments and the mass of the pixels."""
+        return self.v.unsqueeze(-1) * self.homogeneous
+
     def at(self, frames: Tensor) -> "WhitePixels":
         """Those of some frames."""
         return WhitePixels(*(x[:, frames] for x in self))

@@ -240,13 +240,9 @@ def _largest_rms(second_moment: Tensor, whiten: Tensor) -> float:
 
 def _path_residuals(dynamics: Dynamics, a: Tensor) -> Tensor:
     """Tracks a (M, T, 2) minus the nearest path, by least squares over h_1, that the dynamics take without noise."""
-    lgssm = dynamics.lgssm()
-    identity = torch.eye(4, dtype=lgssm.A.dtype, device=lgssm.A.device)
-    h_1 = torch.cat([torch.zeros_like(identity[:1]), identity])
-    after = exact.rollout(lgssm, h_1, torch.zeros_like(identity), a.shape[-2] - 1).mean
-    paths = (torch.cat([h_1.unsqueeze(1), after], 1) @ lgssm.B.mT).flatten(1)  # (5, 2T): from 0, from each unit vector
-    Q = torch.linalg.qr((paths[1:] - paths[0]).mT).Q  # (2T, 4), an orthonormal basis of what h_1 can add to the drift
-    e = a.flatten(1) - paths[0]
+    F, drift, _ = exact.response(dynamics.lgssm(), a.shape[-2])
+    Q = torch.linalg.qr(F).Q  # (2T, 4), an orthonormal basis of what h_1 can add to the drift
+    e = a.flatten(1) - drift
     return (e - e @ Q @ Q.mT).unflatten(1, a.shape[1:])
 
 

@@ -185,23 +185,34 @@ def observation_moments(lgssm: LGSSM, states: Gaussians, noise: bool = True) -> 
     return Gaussians(states.mean @ lgssm.B.mT, cov + lgssm.Sigma_A if noise else cov)
 
 
-def marginal_moments(lgssm: LGSSM, n_steps: int) -> tuple[Tensor, Tensor]:
-    """Mean (..., T p), covariance (..., T p, T p) of the stacked a_{1:T}: Eq (3) with h integrated out, no loop over T.
+class Response(NamedTuple):
+    """How the stacked observations answer to the first state: a_{1:T} = F h_1 + drift + N(0, V)."""
 
-    With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise, so the covariance is
-    F Sigma F' + G Sigma_H G' + Sigma_A on the diagonal, where G is the block-Toeplitz matrix of the F_j.
+    F: Tensor  # (T p, d)
+    drift: Tensor  # (T p,)
+    V: Tensor  # (T p, T p)
+
+
+def response(lgssm: LGSSM, n_steps: int) -> Response:
+    """The a_{1:T} that follow h_1, Eq (3) with all later states integrated out, no loop over T.
+
+    With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise, so V is G Sigma_H G' + Sigma_A on the
+    diagonal, where G is the block-Toeplitz matrix of the F_j. The starts of ``lgssm`` play no part.
     """
-    A, B, u, Sigma_H, Sigma_A, mu, Sigma = lgssm
+    A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
     T, p, d = n_steps, B.shape[-2], A.shape[-1]
     F = B @ _powers(A, T)  # (T, p, d)
     drift = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]) @ u  # (T, p)
-    mean = mu @ F.reshape(T * p, d).mT + drift.reshape(T * p)
     lag = torch.arange(T, device=A.device)[:, None] - torch.arange(1, T, device=A.device)  # (T, T - 1)
     G = torch.where((lag >= 0)[..., None, None], F[lag.clamp(min=0)], 0.0)  # (T, T - 1, p, d)
-    noise = torch.einsum("ikpd,de,jkqe->ipjq", G, Sigma_H, G).reshape(T * p, T * p)
-    noise = noise + torch.block_diag(*[Sigma_A] * T)
-    F = F.reshape(T * p, d)
-    return mean, F @ Sigma @ F.mT + noise
+    V = torch.einsum("ikpd,de,jkqe->ipjq", G, Sigma_H, G).reshape(T * p, T * p)
+    return Response(F.reshape(T * p, d), drift.reshape(T * p), V + torch.block_diag(*[Sigma_A] * T))
+
+
+def marginal_moments(lgssm: LGSSM, n_steps: int) -> tuple[Tensor, Tensor]:
+    """Mean (..., T p) and covariance (..., T p, T p) of the stacked a_{1:T}: Eq (3) with h integrated out."""
+    F, drift, V = response(lgssm, n_steps)
+    return lgssm.mu @ F.mT + drift, F @ lgssm.Sigma @ F.mT + V
 
 
 def semidefinite_cholesky(Sigma: Tensor) -> Tensor:

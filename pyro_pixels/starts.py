@@ -65,11 +65,7 @@ def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterati
 
 def _seen_starts(dynamics: Dynamics, a: Tensor) -> tuple[Tensor, Tensor]:
     """m (n, 4) and P (4, 4) of tracks a (n, T, 2)."""
-    lgssm = dynamics.lgssm()
-    identity = torch.eye(4, dtype=lgssm.A.dtype, device=lgssm.A.device)
-    unit_starts = torch.cat([torch.zeros_like(identity[:1]), identity])
-    means, V = exact.marginal_moments(lgssm._replace(mu=unit_starts, Sigma=torch.zeros_like(identity)), a.shape[1])
-    drift, F = means[0], (means[1:] - means[0]).mT  # (2T,), (2T, 4)
+    F, drift, V = exact.response(dynamics.lgssm(), a.shape[1])
     V_inv_F = torch.linalg.solve(V, F)
     P = torch.linalg.inv(F.mT @ V_inv_F)
     return (a.to(V.dtype).flatten(1) - drift) @ V_inv_F @ P, P

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.data import render_disks
@@ -120,7 +121,7 @@ def test_following_forward_is_the_kalman_filter_and_smoothing_the_smoother():
     unseen = torch.arange(9) >= 6  # weightless pixels far off: what follow gives there is its forecast
     white = one_pixel_frames(y)
     white = white._replace(v=white.v.double() * ~unseen[:, None])
-    claim, absent = torch.zeros(3, 1, 1, 1, dtype=torch.float64), torch.zeros(3, 1, 1, dtype=torch.bool)
+    claim, absent = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.bool)
     followed = follow(tracks, white, claim, absent, torch.arange(9).unsqueeze(0))[:, 0, 0]
     forecast = exact.rollout(measured, filtered.mean[:, 5], filtered.cov[5], 3).mean @ lgssm.B.mT
     torch.testing.assert_close(followed[:, :6], y[:, :6], rtol=0, atol=1e-9)
@@ -138,8 +139,8 @@ def test_any_order_forecasts_from_what_it_has_passed():
         white = one_pixel_frames(y)
         v = white.v.double()
         v[:, hidden] = 0
-        claim, absent = torch.zeros(2, 3, 1, 1, dtype=torch.float64), torch.zeros(2, 1, 1, dtype=torch.bool)
-        followed = follow(tracks, white._replace(v=v), claim, absent, orders)[:, :, 0, hidden]
+        claim, absent = torch.zeros(2, 3, 1, 1, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.bool)
+        followed = follow(tracks, white._replace(v=v), claim, absent, orders)[:, 0, :, hidden]
         known = torch.arange(18) // 2 != hidden
         e = (y - tracks.mean).flatten(1)[:, known]
         C = tracks.cov
@@ -163,8 +164,8 @@ def test_orders_are_permutations_in_which_black_frames_come_last(n_frames, n_sta
 def test_shares_add_up():
     torch.manual_seed(0)
     v, place, l = torch.rand(2, 5, 7), torch.randn(2, 5, 7, 2), torch.randn(2, 5, 3, 7)
-    absent = torch.tensor([False, False, True])[:, None].expand(2, 5, 3, 1)
-    centroid, mass = share(v, place, l, absent)
+    l[:, :, 2] = -1e30
+    centroid, mass = (x.squeeze(3) for x in share(WhitePixels(v, place, v).weighed, l.unsqueeze(3)))
     torch.testing.assert_close(mass[:, :, :2].sum(2), v.sum(-1, keepdim=True))
     whole = (v.unsqueeze(-1) * place).sum(-2)
     torch.testing.assert_close((centroid * mass)[:, :, :2].sum(2), whole)
@@ -176,10 +177,12 @@ def test_shares_are_those_of_the_densities():
     place, centre = torch.randn(4, 7, 2), torch.randn(4, 3, 2)
     root = torch.randn(2, 2)
     cov = root @ root.mT + torch.eye(2)
-    l = log_density(place, centre, torch.linalg.inv(cov))
+    absent = torch.tensor([False, False, True]).expand(4, 3)
+    l = log_density(F.pad(place, (0, 1), value=1.0), centre.unsqueeze(2), torch.linalg.inv(cov), absent).squeeze(2)
     normal = torch.distributions.MultivariateNormal(centre.unsqueeze(2), cov)
     expected = normal.log_prob(place.unsqueeze(1))
-    torch.testing.assert_close(l.softmax(1), expected.softmax(1))
+    torch.testing.assert_close(l[:, :2].softmax(1), expected[:, :2].softmax(1))
+    assert float(l[:, 2].max()) < -1e29
 
 
 def test_a_frame_in_which_many_tracks_start_has_its_claims_counted_once():
