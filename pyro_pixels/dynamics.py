@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.lgssm import LGSSM
-from pyro_pixels.tracks import BlockTracks, DenseTracks, StatePath
+from pyro_pixels.tracks import BlockTracks, DenseTracks
 
 DENSE_FRAMES = 64  # up to this many frames `exact_components` are dense
 

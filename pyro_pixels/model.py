@@ -15,8 +15,9 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
 from pyro_pixels.data import check_batch, check_objects, object_mask
-from pyro_pixels.dynamics import Dynamics, StatePath, select_component
+from pyro_pixels.dynamics import Dynamics, select_component
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.tracks import StatePath
 
 
 class PixelModel(nn.Module):

@@ -1,7 +1,7 @@
 """Distributions over the path of one object, with the LGSSM's batch of starts in front (Sec 2.1.2).
 
-`DenseTracks` and `BlockTracks` are the same p(a_{1:T} | z) of Eq (3) with h integrated out: as one Gaussian over all 2 T
-coordinates, O(T^3), and as a Kalman filter that takes many frames at a time, O(T). `StatePath` is p(h_{1:T} | z).
+`DenseTracks` and `BlockTracks` are the same p(a_{1:T} | z) of Eq (3) with h integrated out: as one Gaussian over all
+2 T coordinates, O(T^3), and as a Kalman filter that takes many frames at a time, O(T). `StatePath` is p(h_{1:T} | z).
 
 Departures from the paper: none. The density does not depend on how it is computed.
 """
@@ -118,7 +118,7 @@ class BlockTracks(TorchDistribution):
         return exact.observation_moments(self._lgssm, exact.Gaussians(*states))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        (A, B, _, _, Sigma_A, m, P), b = self._lgssm, self._block
+        (_, B, _, _, Sigma_A, m, P), b = self._lgssm, self._block
         F, drift, V = exact.response(_states_observed(self._lgssm), b + 1)  # of the block's states and the next one
         to_a = torch.block_diag(*[B] * b)  # (2b, 4b)
         F_a, drift_a = to_a @ F[:-4], drift[:-4] @ to_a.mT

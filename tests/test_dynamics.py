@@ -11,8 +11,8 @@ from pyro_pixels.data import CannonballConfig, simulate
 from pyro_pixels.dynamics import (
     Dynamics,
     DynamicsConfig,
-    StatePath,
     dense_components,
+    exact_components,
     hmm_components,
     select_component,
 )
@@ -20,8 +20,14 @@ from pyro_pixels.guides import InferenceRNN, RecurrentGuide
 from pyro_pixels.learning import Schedule, fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.tracks import BlockTracks, DenseTracks, StatePath
 
-every_components = pytest.mark.parametrize("components", [dense_components, hmm_components])
+
+def blocks_of_three(lgssm, n_frames):
+    return BlockTracks(lgssm, n_frames, block=3)
+
+
+every_components = pytest.mark.parametrize("components", [dense_components, blocks_of_three, hmm_components])
 
 # Pyro's GaussianHMM loses digits when Sigma_H is small, also in float64. The largest absolute errors in nats at T = 30
 # for Sigma_H = state_noise I in findings.md (2e-9, 3e-9, 3e-7, 3e-5), times 30 for other starts and machines.
@@ -92,8 +98,9 @@ def test_paper_defaults():
 
 @pytest.mark.parametrize("T", [1, 2, 30])
 @pytest.mark.parametrize("state_noise", HMM_TOLERANCE)
-def test_dense_p_a_equals_the_brute_force_mixture_of_dense_gaussians(T, state_noise):
-    dynamics = make_dynamics(state_noise=state_noise)
+@pytest.mark.parametrize("components", [dense_components, blocks_of_three])
+def test_p_a_equals_the_brute_force_mixture_of_dense_gaussians(T, state_noise, components):
+    dynamics = make_dynamics(state_noise=state_noise, components=components)
     a = draw_positions(dynamics, T)
     assert oracles.relative_error(dynamics.positions(T).log_prob(a), brute_force_p_a(dynamics, a)) < 1e-8
 
@@ -135,10 +142,29 @@ def test_log_prob_is_float64_also_for_float32_positions():
     assert oracles.relative_error(log_prob, brute_force_p_a(dynamics, a)) < 1e-8
 
 
+@pytest.mark.parametrize("deterministic", ["Sigma_H", "Sigma"])
+def test_blocks_are_exact_for_deterministic_motion_and_known_starts(deterministic):
+    lgssm = make_dynamics().lgssm()
+    lgssm = lgssm._replace(**{deterministic: torch.zeros_like(getattr(lgssm, deterministic))})
+    a = torch.randn(5, 1, 10, 2, dtype=torch.float64)
+    wanted = dense_components(lgssm, 10).log_prob(a)
+    torch.testing.assert_close(blocks_of_three(lgssm, 10).log_prob(a), wanted, rtol=1e-9, atol=0)
+
+
+def test_long_sequences_go_by_blocks_and_agree_with_the_dense_gaussian():
+    lgssm = make_dynamics().lgssm()
+    assert isinstance(exact_components(lgssm, 30), DenseTracks)
+    blocks = exact_components(lgssm, 150)
+    assert isinstance(blocks, BlockTracks)
+    a = blocks.sample((4,))
+    torch.testing.assert_close(blocks.log_prob(a), dense_components(lgssm, 150).log_prob(a), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("T", [1, 2, 30])
-def test_dense_and_hmm_gradients_of_all_parameters_agree(T):
+@pytest.mark.parametrize("other", [hmm_components, blocks_of_three])
+def test_gradients_of_all_parameters_agree(T, other):
     gradients = {}
-    for components in (dense_components, hmm_components):
+    for components in (dense_components, other):
         dynamics = make_dynamics(position_noise=1.0).double()
         a = draw_positions(dynamics, T)
         dynamics.components = components
@@ -148,7 +174,7 @@ def test_dense_and_hmm_gradients_of_all_parameters_agree(T):
         }
     wanted = gradients[dense_components]
     assert all(gradient.any() for gradient in wanted.values()) or T == 1
-    for name, gradient in gradients[hmm_components].items():
+    for name, gradient in gradients[other].items():
         scale = wanted[name].abs().max().clamp(min=1.0)
         assert (gradient - wanted[name]).abs().max() < 1e-6 * scale, name
 
@@ -248,8 +274,9 @@ def test_sample_moments_of_positions(components):
     assert (np.abs(products.mean(0) - second) / (products.std(0) / np.sqrt(n))).max() < 6  # sigma
 
 
-def test_mean_and_variance_of_dense_positions_equal_the_mixtures():
-    dynamics = make_dynamics(position_noise=0.5)
+@pytest.mark.parametrize("components", [dense_components, blocks_of_three])
+def test_mean_and_variance_of_positions_equal_the_mixtures(components):
+    dynamics = make_dynamics(position_noise=0.5, components=components)
     T, pi = 3, pi_of(dynamics)
     p_a = dynamics.positions(T).expand([2])
     places = oracles.a_index(range(T), T, 4, 2)
