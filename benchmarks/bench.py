@@ -50,7 +50,7 @@ class Arguments:
     """The steps also at the sizes of the paper's preset (minutes, and 1 GB a program)."""
     rounds: int = 15
     """How often each call is timed."""
-    seconds: float = 15.0
+    seconds: float = 12.0
     """A comparison ends after so many seconds, though not before 3 rounds."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
@@ -86,10 +86,15 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def fill(page: Path, name: str, found: dict[str, Any]) -> None:
-    """Puts the tables between the page's markers."""
+    """Puts the tables between the page's markers, and the figure beside it."""
     text = page.read_text()
     for part, result in found.items():
-        text = insert(text, f"{name} {part}", report.describe(part, result))
+        shown = report.describe(part, result)
+        if part == "growth":
+            figure = page.parent / "figures" / "performance" / f"{name}_growth.png"
+            save(report.plot_growth(result, found.get("density")), figure)
+            shown += f"\n\n![growth]({figure.relative_to(page.parent)})"
+        text = insert(text, f"{name} {part}", shown)
     with atomic_write(page) as out:
         out.write(text.encode())
     print(f"  {page}")
@@ -115,13 +120,10 @@ def main(args: Arguments) -> None:
             out.write(json.dumps(found, indent=1).encode() + b"\n")
         print(f"\n{report.describe(part, found[part])}\n")
     print(f"  {file}")
-    figures = [args.out / f"{name}_growth.png"]
+    if "growth" in found:
+        save(report.plot_growth(found["growth"], found.get("density")), args.out / f"{name}_growth.png")
     if args.page is not None:
         fill(args.page, name, found)
-        figures.append(args.page.parent / "figures" / "performance" / f"{name}_growth.png")
-    if "growth" in found:
-        for path in figures:
-            save(report.plot_growth(found["growth"], found.get("density")), path)
 
 
 if __name__ == "__main__":

@@ -19,22 +19,24 @@ GUIDES = {"frames": "recurrent guide", "frames, structured guide": "structured g
 
 def step(r: Results) -> str:
     seconds, flops = dict(r["seconds"]), dict(r["flops"])
+    shown = [LITERAL, OURS]
     for name in (OURS, STRUCTURED):
         alone = [key for key in seconds if key.startswith(f"{name}, N = ")]
         if alone:
             mean = f"{name}, one N a batch, mean"
             seconds[mean] = [statistics.fmean(times) for times in zip(*(seconds[key] for key in alone))]
             flops[mean] = statistics.fmean(flops[key] for key in alone)
+            shown += [mean, *alone]
     machine = flops[PRODUCT] / statistics.median(seconds[PRODUCT])
     rows = []
-    for name in sorted(seconds, key=_place):
+    for name in [*shown, PRODUCT]:
         rate = flops[name] / statistics.median(seconds[name])
-        compared = name == LITERAL or (name.startswith(OURS) and not name.startswith(STRUCTURED))
+        other_work = name.startswith((STRUCTURED, PRODUCT))
         rows.append(
             [
                 name,
                 milliseconds(seconds[name]),
-                f"{ratio(seconds[name], seconds[LITERAL]):.2f}" if compared else "-",
+                "-" if other_work else f"{ratio(seconds[name], seconds[LITERAL]):.2f}",
                 f"{flops[name] / GIGA:.2f}",
                 f"{rate / GIGA:.0f}",
                 f"{100 * rate / machine:.0f} %",
@@ -43,12 +45,6 @@ def step(r: Results) -> str:
     sizes = ", ".join(f"{symbol} = {value:,}" for symbol, value in r["sizes"].items())
     header = ["step", "ms", "times as fast as literal", "GFLOP", "GFLOP/s", "of the matrix product's"]
     return f"{markdown(header, rows)}\n\n{sizes}."
-
-
-def _place(name: str) -> tuple[int, str]:
-    """Literal first, the matrix product last; means before what they are of."""
-    groups = [LITERAL, OURS, f"{OURS}, one N", f"{OURS}, N", f"{STRUCTURED}, one N", f"{STRUCTURED}, N", PRODUCT]
-    return max(i for i, group in enumerate(groups) if name.startswith(group)), name
 
 
 def density(r: Results) -> str:

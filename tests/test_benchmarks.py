@@ -1,7 +1,13 @@
 """The yardstick computes what pyro_pixels computes; operations and densities are counted and checked. No timings."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import oracles
@@ -12,17 +18,28 @@ from conftest import SMALL, make_guide, make_model
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
+import asking
+import bench
 import densities
+import growth
 from literal_pyro import LiteralProgram, in_literal_names
 from pyro_pixels.data import simulate
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.learning import Schedule, fit
 from pyro_pixels.runs import Run, RunConfig, build
-from steps import KL_WEIGHT, LiteralStep, OurStep, make_step
-from timing import MATRIX_SIZE, Stopwatch, exponent, matrix_product, product_flops, ratio
+from steps import KL_WEIGHT, LITERAL, OURS, PRODUCT, STRUCTURED, LiteralStep, OurStep, make_step
+from timing import MatrixProduct, Stopwatch, exponent, product_flops, ratio
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+def in_new_process(*command, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -175,4 +192,100 @@ def test_ratio_and_exponent():
 
 
 def test_operations_of_a_matrix_product():
-    assert product_flops(matrix_product(CPU)) == 2 * MATRIX_SIZE**3
+    assert product_flops(MatrixProduct(CPU)) == 2 * 1536**3
+
+
+def test_queries_are_asked():
+    found = asking.measure(Stopwatch(CPU, rounds=1), n_sequences=3)
+    assert {"infer", "reconstruct", "smooth", "generate", "interpolate"} < found["seconds"].keys()
+    assert all(len(times) == 1 for times in found["seconds"].values())
+
+
+def test_peak_memory_is_that_of_the_process_itself(tmp_path):
+    """100 MB more, though the process that starts this one has used more than that before."""
+    code = """
+import numpy, memory
+before = memory.peak_of_process()
+x = numpy.ones(100_000_000, numpy.uint8)
+print((memory.peak_of_process() - before) / 1e6)
+"""
+    done = in_new_process("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 90 < float(done.stdout) < 130
+
+
+def some_steps(watch):
+    names = [LITERAL, OURS, f"{OURS}, N = 1", f"{OURS}, N = 3", f"{STRUCTURED}, N = 1", PRODUCT]
+    seconds = dict(zip(names, ([4.0, 6.0], [2.0, 2.0], [0.5, 0.5], [1.5, 1.5], [1.0, 1.0], [0.25, 0.25])))
+    return {"sizes": {"T": 30}, "flops": dict.fromkeys(names, 10**9), "seconds": seconds}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Parts that take no time."""
+    axes = {"frames": growth.Axis((4, 5, 6), growth.AXES["frames"].change)}
+    monkeypatch.setitem(bench.PARTS, "step", some_steps)
+    monkeypatch.setitem(bench.PARTS, "density", partial(densities.measure, frames=(4, 5, 6)))
+    monkeypatch.setitem(bench.PARTS, "growth", partial(growth.measure, axes=axes, base=tiny(n_objects=(2,))))
+
+
+def arguments(tmp_path, **changes):
+    return bench.Arguments(device="cpu", rounds=2, seconds=0.0, out=tmp_path / "results", **changes)
+
+
+def test_parts_join_those_that_are_there(short, tmp_path, capsys):
+    bench.main(arguments(tmp_path, only=("step", "density")))
+    file = tmp_path / "results" / "cpu.json"
+    before = json.loads(file.read_text())
+    bench.main(arguments(tmp_path, only=("growth",)))
+    after = json.loads(file.read_text())
+    assert after.keys() == {"step", "density", "growth"}
+    assert after["step"] == before["step"]
+    assert after["growth"]["environment"]["threads"] == torch.get_num_threads()
+    assert (tmp_path / "results" / "cpu_growth.png").stat().st_size > 1000
+    assert "Kalman loop" in capsys.readouterr().out
+
+
+def test_the_table_of_steps(short, tmp_path, capsys):
+    bench.main(arguments(tmp_path, only=("step",)))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    table = {row[0]: row[1:] for row in rows if len(row) == 6}
+    assert table[LITERAL][1] == "1.00"
+    assert table[OURS][1:] == ["2.50", "1.00", "0", "12 %"]  # the median of 4 / 2 and 6 / 2; 0.5 of 4 GFLOP/s
+    assert table[f"{OURS}, one N a batch, mean"][1] == "5.00"
+    assert table[f"{STRUCTURED}, N = 1"][1] == table[PRODUCT][1] == "-"
+
+
+def test_a_page_is_filled_from_the_file(short, tmp_path):
+    bench.main(arguments(tmp_path, only=("growth", "step")))
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- begin cpu growth -->\nold\n<!-- end cpu growth -->\nb\n")
+    with pytest.raises(ValueError, match="begin cpu step"):
+        bench.main(arguments(tmp_path, only=(), page=page))
+    page.write_text(page.read_text() + "<!-- begin cpu step -->\n<!-- end cpu step -->\n")
+    bench.main(arguments(tmp_path, only=(), page=page))
+    text = page.read_text()
+    assert "old" not in text
+    assert "| frames | 4: " in text
+    assert (tmp_path / "figures" / "performance" / "cpu_growth.png").exists()
+    assert "](figures/performance/cpu_growth.png)" in text
+
+
+def test_the_page_of_the_documentation_has_a_place_for_every_part():
+    text = (ROOT / "docs" / "performance.md").read_text()
+    for part in bench.PARTS:
+        assert f"<!-- begin cpu {part} -->\n" in text
+        assert f"<!-- end cpu {part} -->\n" in text
+
+
+def test_wrong_input_is_one_line(tmp_path):
+    done = in_new_process(str(ROOT / "benchmarks" / "bench.py"), "--rounds", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: --rounds is 0; wanted at least 1\n"
+
+
+def test_a_broken_file_of_results_is_told(tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "cpu.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cpu\.json cannot be read"):
+        bench.main(arguments(tmp_path, only=()))
