@@ -160,7 +160,7 @@ class LiteralProgram(nn.Module):
 
 
 def in_literal_names(
-    model: PixelModel, guide: RecurrentGuide, read: Callable[[nn.Parameter], Tensor] = torch.detach
+    model: PixelModel, guide: RecurrentGuide, read: Callable[[Tensor], Tensor] = torch.detach
 ) -> dict[str, Tensor]:
     """What ``read`` finds in our parameters (their values, or their gradients), under the literal program's names."""
     if not isinstance(guide.head, LinearHead):

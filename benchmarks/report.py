@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from common import markdown
 from pyro_pixels.plotting import FONT, OBJECTS
@@ -112,25 +113,32 @@ def plot_growth(steps: Results, densities: Results | None) -> Figure:
         panels["frames, p(a) alone"] = {m: {T: row[m] for T, row in by_frames.items()} for m in methods}
     columns = 3
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.2 * rows), layout="constrained")
+    figure = Figure(figsize=(2.7 * columns, 2.3 * rows), layout="constrained")
     for i, (name, curves) in enumerate(panels.items()):
         _panel(figure.add_subplot(rows, columns, i + 1), name, curves)
     return figure
 
 
 def _panel(ax: Axes, name: str, curves: dict[str, dict[str, Times]]) -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.margins(y=0.3)
     for (label, sweep), colour in zip(curves.items(), OBJECTS):
         sizes, times = _curve(sweep)
         low, high = zip(*([1e3 * q for q in quartiles(t)] for t in times))
         ax.fill_between(sizes, low, high, color=colour, alpha=0.25, linewidth=0)
         named = f"{label}: {exponent(sizes, times):.2f}".removeprefix(": ")
         ax.plot(sizes, [1e3 * statistics.median(t) for t in times], "o-", ms=3, lw=1, color=colour, label=named)
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
+    ticks = sorted({int(size) for sweep in curves.values() for size in sweep})
+    ax.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel(name, fontsize=FONT)
     ax.set_ylabel("ms", fontsize=FONT)
-    ax.tick_params(labelsize=FONT)
-    ax.legend(fontsize=FONT - 1, frameon=False)
+    ax.tick_params(labelsize=FONT - 1)
+    ax.legend(fontsize=FONT - 1, frameon=False, loc="upper left")
 
 
 def _axes(r: Results) -> dict[str, dict[str, Times]]:
