@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow test-gpu lint docs clean
+.PHONY: quickstart test test-slow test-gpu bench lint docs clean
 
 quickstart: $(STAMP)  ## simulate, train, evaluate and draw; everything lands in runs/quick
 	$(PY) examples/quickstart.py $(ARGS)
@@ -17,6 +17,9 @@ test-slow: $(STAMP)  ## the tests that take minutes
 
 test-gpu: $(STAMP)  ## the tests that need CUDA
 	$(PY) -m pytest -q -m gpu $(ARGS)
+
+bench: $(STAMP)  ## measures speed and memory; results land in benchmarks/results
+	$(PY) benchmarks/bench.py $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

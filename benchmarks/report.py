@@ -1,0 +1,149 @@
+"""What was measured, as tables and as a figure. Medians, and in brackets the quartiles over rounds."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+from common import markdown
+from pyro_pixels.plotting import FONT, OBJECTS
+from steps import LITERAL, OURS, PRODUCT, STRUCTURED
+from timing import Times, exponent, quartiles, ratio
+
+Results = dict[str, Any]
+MEGA, GIGA = 1e6, 1e9
+GUIDES = {"frames": "recurrent guide", "frames, structured guide": "structured guide"}
+
+
+def step(r: Results) -> str:
+    seconds, flops = dict(r["seconds"]), dict(r["flops"])
+    shown = [LITERAL, OURS]
+    for name in (OURS, STRUCTURED):
+        alone = [key for key in seconds if key.startswith(f"{name}, N = ")]
+        if alone:
+            mean = f"{name}, one N a batch, mean"
+            seconds[mean] = [statistics.fmean(times) for times in zip(*(seconds[key] for key in alone))]
+            flops[mean] = statistics.fmean(flops[key] for key in alone)
+            shown += [mean, *alone]
+    machine = flops[PRODUCT] / statistics.median(seconds[PRODUCT])
+    rows = []
+    for name in [*shown, PRODUCT]:
+        rate = flops[name] / statistics.median(seconds[name])
+        other_work = name.startswith((STRUCTURED, PRODUCT))
+        rows.append(
+            [
+                name,
+                milliseconds(seconds[name]),
+                "-" if other_work else f"{ratio(seconds[name], seconds[LITERAL]):.2f}",
+                f"{flops[name] / GIGA:.2f}",
+                f"{rate / GIGA:.0f}",
+                f"{100 * rate / machine:.0f} %",
+            ]
+        )
+    sizes = ", ".join(f"{symbol} = {value:,}" for symbol, value in r["sizes"].items())
+    header = ["step", "ms", "times as fast as literal", "GFLOP", "GFLOP/s", "of the matrix product's"]
+    return f"{markdown(header, rows)}\n\n{sizes}."
+
+
+def density(r: Results) -> str:
+    methods = list(next(iter(r["seconds"].values())))
+    times = [[T, *(milliseconds(row[m]) for m in methods)] for T, row in r["seconds"].items()]
+    errors = [
+        [T, *(f"{r['value_error'][T][m]:.0e} / {r['gradient_error'][T][m]:.0e}" for m in methods)] for T in r["seconds"]
+    ]
+    return f"{markdown(['T, ms', *methods], times)}\n\n{markdown(['T, value / worst gradient', *methods], errors)}"
+
+
+def queries(r: Results) -> str:
+    n = r["n_sequences"]
+    rows = [[name, milliseconds(times), f"{n / statistics.median(times):,.0f}"] for name, times in r["seconds"].items()]
+    return markdown(["query", f"ms for {n} sequences", "sequences per second"], rows)
+
+
+def memory(r: Results) -> str:
+    rows = [
+        [name, f"{x['peak'] / MEGA:,.0f}", f"{(x['peak'] - x['before']) / MEGA:,.0f}"]
+        for name, x in r.items()
+        if "peak" in x
+    ]
+    return markdown(["step", "MB at the peak", "MB more than before"], rows)
+
+
+def growth(r: Results) -> str:
+    rows = []
+    for name, sweep in _axes(r).items():
+        sizes, times = _curve(sweep)
+        cells = ", ".join(f"{size:,}: {1e3 * statistics.median(t):.0f}" for size, t in zip(sizes, times))
+        rows.append([name, cells, f"{exponent(sizes, times):.2f}"])
+    return markdown(["size", "ms", "exponent"], rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "step": step, "density": density, "queries": queries, "memory": memory, "growth": growth,
+    "paper_step": step, "paper_memory": memory,
+}  # fmt: skip
+
+
+def describe(part: str, r: Results) -> str:
+    """A part's table, and what it was measured with."""
+    e = r["environment"]
+    where = e["processor"] if e["device"] == "cpu" else e["device"]
+    about = f"{where}, {e['threads']} threads, Python {e['python']}, torch {e['torch']}, pyro {e['pyro']}, {e['date']}."
+    return f"{TABLES[part](r)}\n\n{about}"
+
+
+def milliseconds(times: Times) -> str:
+    """The median and the quartiles, such as "52.1 (50.0 to 55.3)"."""
+    low, high = quartiles(times)
+    digits = 0 if low > 1 else 1 if low > 0.01 else 2
+    return f"{1e3 * statistics.median(times):,.{digits}f} ({1e3 * low:,.{digits}f} to {1e3 * high:,.{digits}f})"
+
+
+def plot_growth(steps: Results, densities: Results | None) -> Figure:
+    """Time of a training step with each size, and of p(a) with T, on logarithmic axes with fitted exponents."""
+    panels: dict[str, dict[str, dict[str, Times]]] = {}
+    for name, sweep in _axes(steps).items():
+        panels.setdefault(name.split(",")[0], {})[GUIDES.get(name, "")] = sweep
+    if densities is not None:
+        by_frames = densities["seconds"]
+        methods = next(iter(by_frames.values()))
+        panels["frames, p(a) alone"] = {m: {T: row[m] for T, row in by_frames.items()} for m in methods}
+    columns = 3
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.7 * columns, 2.3 * rows), layout="constrained")
+    for i, (name, curves) in enumerate(panels.items()):
+        _panel(figure.add_subplot(rows, columns, i + 1), name, curves)
+    return figure
+
+
+def _panel(ax: Axes, name: str, curves: dict[str, dict[str, Times]]) -> None:
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.margins(y=0.3)
+    for (label, sweep), colour in zip(curves.items(), OBJECTS):
+        sizes, times = _curve(sweep)
+        low, high = zip(*([1e3 * q for q in quartiles(t)] for t in times))
+        ax.fill_between(sizes, low, high, color=colour, alpha=0.25, linewidth=0)
+        named = f"{label}: {exponent(sizes, times):.2f}".removeprefix(": ")
+        ax.plot(sizes, [1e3 * statistics.median(t) for t in times], "o-", ms=3, lw=1, color=colour, label=named)
+    ticks = sorted({int(size) for sweep in curves.values() for size in sweep})
+    ax.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel(name, fontsize=FONT)
+    ax.set_ylabel("ms", fontsize=FONT)
+    ax.tick_params(labelsize=FONT - 1)
+    ax.legend(fontsize=FONT - 1, frameon=False, loc="upper left")
+
+
+def _axes(r: Results) -> dict[str, dict[str, Times]]:
+    return {name: sweep for name, sweep in r.items() if name != "environment"}
+
+
+def _curve(sweep: dict[str, Times]) -> tuple[Sequence[int], Sequence[Times]]:
+    return [int(size) for size in sweep], list(sweep.values())

@@ -1,0 +1,119 @@
+"""A whole training step, from the choice of the batch to the update: pyro_pixels and the literal Pyro program."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from torch import Tensor
+
+from literal_pyro import LiteralProgram
+from pyro_pixels.data import ImageSequences, simulate
+from pyro_pixels.elbo import AnnealedELBO
+from pyro_pixels.guides import RecurrentGuide
+from pyro_pixels.runs import PRESETS, Run, RunConfig, build
+from timing import MatrixProduct, Stopwatch, product_flops
+
+KL_WEIGHT = 2.0  # not 1, so that the work of weighing is not left out
+LITERAL, OURS, STRUCTURED, PRODUCT = "literal Pyro", "pyro_pixels", "pyro_pixels, quick preset", "matrix product"
+
+
+class Step(ABC):
+    """One training step of a program; call it to take the next."""
+
+    def __init__(self, data: ImageSequences, batch_size: int, device: torch.device) -> None:
+        self._images, self._n_objects = data.images.to(device), data.n_objects
+        self._batch_size, self._device = batch_size, device
+        self._generator = torch.Generator().manual_seed(0)
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        index = torch.randperm(len(self._images), generator=self._generator)[: self._batch_size]
+        return self._images[index.to(self._device)], self._n_objects[index].to(self._device)
+
+    @abstractmethod
+    def __call__(self) -> None: ...
+
+
+class OurStep(Step):
+    """What `pyro_pixels.fit` does in a step when all parameters are learned at one rate."""
+
+    def __init__(self, run: Run, data: ImageSequences, device: torch.device) -> None:
+        super().__init__(data, run.config.schedule.batch_size, device)
+        self._elbo = AnnealedELBO(KL_WEIGHT)
+        self._loss = self._elbo(run.model, run.guide)
+        self._optimizer = torch.optim.Adam(self._loss.parameters(), lr=run.config.schedule.learning_rate, fused=True)
+
+    def __call__(self) -> None:
+        with pyro.validation_enabled(False):
+            images, n_objects = self._batch()
+            loss = self._loss(images, n_objects) / len(images)
+            self._optimizer.zero_grad()
+            loss.backward()
+            self._optimizer.step()
+            assert self._elbo.terms is not None
+            for term in self._elbo.terms:  # what fit sums up for its metrics
+                float(term.sum())
+
+
+class LiteralStep(Step):
+    """``SVI.step`` of the literal program. Parameters are in Pyro's global store, so only one can be in use."""
+
+    def __init__(self, run: Run, data: ImageSequences, device: torch.device) -> None:
+        super().__init__(data, run.config.schedule.batch_size, device)
+        assert isinstance(run.guide, RecurrentGuide)
+        pyro.clear_param_store()
+        program = LiteralProgram(run.model, run.guide).to(device)
+        adam = pyro.optim.Adam({"lr": run.config.schedule.learning_rate})  # type: ignore[attr-defined]
+        self._svi = SVI(program.model, program.guide, adam, loss=Trace_ELBO())
+
+    def __call__(self) -> None:
+        with pyro.validation_enabled(True):
+            images, n_objects = self._batch()
+            self._svi.step(images.float(), n_objects, KL_WEIGHT)
+
+
+def make_step(kind: type[OurStep] | type[LiteralStep], config: RunConfig, device: torch.device) -> Step:
+    """A step on simulated sequences of a configuration."""
+    run = build(config)
+    run.model.to(device)
+    run.guide.to(device)
+    return kind(run, simulate(config.data, 3 * config.schedule.batch_size, seed=0), device)
+
+
+def programs(preset: str, device: torch.device) -> dict[str, Callable[[], Step]]:
+    """What makes each of the steps that are compared, at the sizes of a preset.
+
+    All but the last have the paper's guide, its state as long as the renderer's. N = 1, 2, 3 in one batch, or one N.
+    """
+    config = replace(PRESETS[preset], guide="recurrent", guide_state_size=None)
+    found = {
+        LITERAL: partial(make_step, LiteralStep, config, device),
+        OURS: partial(make_step, OurStep, config, device),
+    }
+    alone = {OURS: config} | ({STRUCTURED: PRESETS[preset]} if preset == "quick" else {})
+    for name, of in alone.items():
+        for N in config.data.n_objects:
+            found[f"{name}, N = {N}"] = partial(make_step, OurStep, with_objects(of, N), device)
+    return found
+
+
+def with_objects(config: RunConfig, N: int) -> RunConfig:
+    """The configuration with N objects in every sequence."""
+    return replace(config, data=replace(config.data, n_objects=(N,)))
+
+
+def measure(watch: Stopwatch, preset: str) -> dict[str, Any]:
+    """Times and operations of each step at the sizes of a preset, and of a matrix product."""
+    calls: dict[str, Callable[[], object]] = {name: make() for name, make in programs(preset, watch.device).items()}
+    calls[PRODUCT] = MatrixProduct(watch.device)
+    config = PRESETS[preset]
+    sizes = {
+        "H": config.data.height, "W": config.data.width, "T": config.data.n_frames,
+        "B": config.schedule.batch_size, "D": config.state_size,
+    }  # fmt: skip
+    flops = {name: product_flops(call) for name, call in calls.items()}
+    return {"sizes": sizes, "flops": flops, "seconds": watch.compare(calls)}

@@ -1,0 +1,90 @@
+"""Times of calls that take turns, so that whatever else the machine does falls on all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+FEWEST_ROUNDS = 3
+
+Times = list[float]
+"""Seconds, one a round."""
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Where and how long to measure."""
+
+    device: torch.device
+    rounds: int = 15
+    """How often each call is timed."""
+    seconds: float = 12.0
+    """A comparison that takes longer ends after so many, though not before `FEWEST_ROUNDS` (or ``rounds``) rounds."""
+
+    def compare(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
+        """Seconds of each call, which take turns (A B A B ...), after one untimed round."""
+        for call in calls.values():
+            self.time(call)
+        times: dict[str, Times] = {name: [] for name in calls}
+        stop = time.perf_counter() + self.seconds
+        for i in range(self.rounds):
+            if i >= FEWEST_ROUNDS and time.perf_counter() > stop:
+                break
+            for name, call in calls.items():
+                times[name].append(self.time(call))
+        return times
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Seconds of one call, until the device has done all of its work."""
+        self._wait()
+        start = time.perf_counter()
+        call()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+class MatrixProduct:
+    """A float32 product of two square matrices, to measure what the machine can do."""
+
+    def __init__(self, device: torch.device) -> None:
+        size = 1536 if device.type == "cpu" else 8192  # a GPU would be done with less before it is busy
+        self._X = torch.randn(size, size, device=device)
+        self._out = torch.empty_like(self._X)
+
+    def __call__(self) -> None:
+        torch.mm(self._X, self._X, out=self._out)
+
+
+def product_flops(call: Callable[[], object]) -> int:
+    """Floating point operations of all matrix products in a call, those of its backward pass included."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float]:
+    """Between which the middle half of the times lies."""
+    low, high = np.percentile(times, (25, 75))
+    return float(low), float(high)
+
+
+def ratio(times: Times, reference: Times) -> float:
+    """How many times as long the reference takes: the median over rounds."""
+    return statistics.median(r / t for t, r in zip(times, reference))
+
+
+def exponent(sizes: Sequence[float], times: Sequence[Times]) -> float:
+    """p where time grows as size^p: least squares in logarithms over the upper half of the sizes."""
+    half = (len(sizes) - 1) // 2
+    medians = [statistics.median(t) for t in times]
+    return float(np.polyfit(np.log(sizes[half:]), np.log(medians[half:]), 1)[0])
