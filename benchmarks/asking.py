@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from pyro_pixels.data import CannonballConfig, simulate
+from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.runs import load_pretrained
+from pyro_pixels.simulation import simulate
 from timing import Stopwatch
 
 N_SEEN = 5  # frames at the start, and for interpolation at the end

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.dynamics import Components, Dynamics, dense_components, hmm_components
+from pyro_pixels.dynamics import Components, Dynamics, block_components, dense_components, hmm_components
 from pyro_pixels.runs import PRESETS
 from timing import Stopwatch
 
@@ -37,6 +37,7 @@ def kalman_loop(dynamics: Dynamics, a: Tensor) -> Tensor:
 
 METHODS: dict[str, Density] = {
     "dense Gaussian": partial(mixture, dense_components),
+    "blocks of frames": partial(mixture, block_components),
     "Pyro's GaussianHMM": partial(mixture, hmm_components),
     "Kalman loop": kalman_loop,
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from pyro_pixels.data import CannonballConfig
+from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.learning import Schedule
 from pyro_pixels.runs import RunConfig
 from steps import OurStep, make_step, with_objects

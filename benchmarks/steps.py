@@ -12,10 +12,11 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from literal_pyro import LiteralProgram
-from pyro_pixels.data import ImageSequences, simulate
+from pyro_pixels.data import ImageSequences
 from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.guides import RecurrentGuide
 from pyro_pixels.runs import PRESETS, Run, RunConfig, build
+from pyro_pixels.simulation import simulate
 from timing import MatrixProduct, Stopwatch, product_flops
 
 KL_WEIGHT = 2.0  # not 1, so that the work of weighing is not left out

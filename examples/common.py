@@ -16,9 +16,10 @@ import tyro
 from torch import Tensor
 
 from pyro_pixels import metrics, plotting
-from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, simulate
+from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
 from pyro_pixels.queries import Prediction, generate, infer, interpolate, reconstruct
 from pyro_pixels.runs import Run, load_pretrained, load_run
+from pyro_pixels.simulation import simulate
 
 Arguments = TypeVar("Arguments")
 TEST_SEED = 1_000_003  # fresh sequences for figures and tables; training seeds are small numbers

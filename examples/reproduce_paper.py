@@ -21,10 +21,11 @@ import sweep
 from common import TEST_SEED, Shown, device_of, environment, markdown, per_n, save, start
 from pyro_pixels import metrics, plotting
 from pyro_pixels.baselines import evaluate_edlstm, load_edlstm
-from pyro_pixels.data import ImageSequences, atomic_write, simulate
+from pyro_pixels.data import ImageSequences, atomic_write
 from pyro_pixels.evaluation import N_SEEN, evaluate
 from pyro_pixels.queries import infer
 from pyro_pixels.runs import load_pretrained, load_run
+from pyro_pixels.simulation import simulate
 from pyro_pixels.tracker import evaluate_tracker
 
 # Error after 300 CPU-seconds, measured beforehand on the same kind of data: 32 x 32, small noise; untuned, three seeds.

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from common import save, start
 from pyro_pixels import plotting
-from pyro_pixels.data import CannonballConfig, save_sequences, simulate
+from pyro_pixels.cannonballs import CannonballConfig
+from pyro_pixels.data import save_sequences
+from pyro_pixels.simulation import simulate
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 
 from common import TEST_SEED, device_of, environment, markdown, per_n, start
 from pyro_pixels import metrics
-from pyro_pixels.data import atomic_write, simulate
+from pyro_pixels.data import atomic_write
 from pyro_pixels.dynamics import DynamicsConfig
 from pyro_pixels.evaluation import evaluate
 from pyro_pixels.guides import Guide, RecurrentGuide
@@ -29,6 +29,7 @@ from pyro_pixels.learning import fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import infer
 from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig, build, save_config
+from pyro_pixels.simulation import simulate
 from pyro_pixels.structured import StructuredGuide
 
 POSITION_BAR_PX, SWITCH_BAR = 0.75, 0.02

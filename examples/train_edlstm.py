@@ -16,9 +16,11 @@ import torch
 from common import TEST_SEED, device_of, environment, new_folder, save, start
 from pyro_pixels import plotting
 from pyro_pixels.baselines import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm
-from pyro_pixels.data import CannonballConfig, ImageSequences, atomic_write, load_sequences, simulate
+from pyro_pixels.cannonballs import CannonballConfig
+from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
 from pyro_pixels.evaluation import N_SEEN
 from pyro_pixels.runs import PRESETS, load_config
+from pyro_pixels.simulation import simulate
 
 
 @dataclass

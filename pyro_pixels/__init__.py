@@ -10,7 +10,8 @@ Shapes, everywhere: B sequences, N objects, K components, T time steps, H x W pi
     s           (B, N, T, D)   states of the inference network
 """
 
-from pyro_pixels.data import CannonballConfig, load_sequences, save_sequences, simulate
+from pyro_pixels.cannonballs import CannonballConfig
+from pyro_pixels.data import load_sequences, save_sequences
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.evaluation import evaluate
 from pyro_pixels.guides import Guide, InferenceRNN, RecurrentGuide
@@ -19,6 +20,7 @@ from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.renderer import Renderer
 from pyro_pixels.runs import PRESETS, build, load_pretrained, load_run
+from pyro_pixels.simulation import simulate
 from pyro_pixels.structured import StructuredGuide
 
 __all__ = [

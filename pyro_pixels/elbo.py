@@ -67,6 +67,19 @@ class AnnealedELBO(Trace_ELBO):
         self.terms = _bound_terms(model_trace, guide_trace)
         return model_trace, guide_trace
 
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the weighed bound, summed over sequences. Every latent site is sampled with gradients, so that it is its
+        own surrogate; unlike `Trace_ELBO`'s it is computed without waiting for the device."""
+        loss = torch.zeros(())
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            loss = loss + _log_prob_sum(guide_trace) - _log_prob_sum(model_trace)
+        return loss / self.num_particles
+
+
+def _log_prob_sum(trace: Trace) -> Tensor:
+    sites: list[Any] = [trace.nodes[name] for name in (*trace.stochastic_nodes, *trace.observation_nodes)]
+    return sum((site["log_prob_sum"] for site in sites), torch.zeros(()))
+
 
 def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
     def total(trace: Trace, names: list[str]) -> Tensor:

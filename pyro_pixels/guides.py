@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_pixels.data import check_batch, object_mask
+from pyro_pixels.data import check_batch, most_objects, most_white, object_mask
 from pyro_pixels.model import announce_parameters
 from pyro_pixels.recurrence import recur
 from pyro_pixels.renderer import init_as_paper
@@ -63,7 +63,7 @@ class Guide(nn.Module, ABC):
         """
         check_batch(images, n_objects)
         q_a = self.encode(images.to(self.dtype), n_objects)
-        batch, event = (len(images), int(n_objects.max())), (images.shape[1], 2)
+        batch, event = (len(images), most_objects(n_objects)), (images.shape[1], 2)
         if q_a.batch_shape != batch or q_a.event_shape != event:
             raise ValueError(
                 f"{type(self).__name__}.encode gave batch shape {tuple(q_a.batch_shape)} and event shape "
@@ -119,7 +119,7 @@ class InferenceRNN(nn.Module):
         """
         check_batch(images, n_objects, (self.height, self.width))
         last = self.max_objects - 1
-        n = torch.arange(int(n_objects.max()), device=n_objects.device).clamp(max=last)
+        n = torch.arange(most_objects(n_objects), device=n_objects.device).clamp(max=last)
         s_0 = self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n].tanh().transpose(0, 1)  # (N, B, D)
         reversed_frames = images.flatten(2).transpose(0, 1).flip(0)  # (T, B, P)
         from_image = F.linear(reversed_frames, self.from_image.weight, self.from_states.bias)
@@ -193,7 +193,7 @@ class AttentionHead(nn.Module):
     def white_pixels(self, images: Tensor) -> "WhitePixels":
         """The white pixels of each frame."""
         v = images.flatten(2)
-        v_white, pixel = v.topk(max(1, int((v > 0).sum(-1).max())))  # (B, T, k): black pixels have no weight anyway
+        v_white, pixel = v.topk(most_white(v))  # (B, T, k): black pixels have no weight anyway
         seen = v_white[..., :1] > 0  # in an empty frame every place is the centre, 0
         return WhitePixels(v_white, self.grid[pixel] * seen.unsqueeze(-1), pixel)
 

@@ -14,7 +14,7 @@ import pyro.distributions as dist
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
-from pyro_pixels.data import check_batch, check_objects, object_mask
+from pyro_pixels.data import check_batch, check_objects, most_objects, object_mask
 from pyro_pixels.dynamics import Dynamics, select_component
 from pyro_pixels.renderer import Renderer
 from pyro_pixels.tracks import StatePath
@@ -80,7 +80,7 @@ class PixelModel(nn.Module):
                 raise ValueError(f"n_frames is {n_frames} but the images have {images.shape[1]}; leave n_frames out")
         if n_frames is None or n_frames < 1:
             raise ValueError(f"n_frames is {n_frames}; without images say how many frames to draw, at least 1")
-        return len(n_objects), int(n_objects.max()), n_frames
+        return len(n_objects), most_objects(n_objects), n_frames
 
 
 def announce_parameters(prefix: str, module: nn.Module) -> None:

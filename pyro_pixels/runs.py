@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 import torch
 
+from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.checkpoints import load_checkpoint, load_weights
-from pyro_pixels.data import CannonballConfig, atomic_write
+from pyro_pixels.data import atomic_write
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, RecurrentGuide
 from pyro_pixels.learning import Schedule

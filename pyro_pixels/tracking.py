@@ -95,8 +95,8 @@ class TrackingHead(AttentionHead):
         claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + _nothing(absent)[:, None, :, None, None]
         with torch.no_grad():
             l, nobody = self._associate(white, claim, absent, orders)  # (B, T, N, 1, k), (B, T, k)
-        times = torch.bincount(start, minlength=images.shape[1])  # a frame in which several tracks start counts once
-        l = l.index_add(1, start, claim / times[start, None, None, None])
+        same = (start.unsqueeze(1) == start).sum(1)  # a frame in which several tracks start counts once
+        l = l.index_add(1, start, claim / same[:, None, None, None])
         y, mass = (x.squeeze(3).transpose(1, 2) for x in share(white.weighed, l, nobody))
         return y, (self.to_log_sigma(s).exp().square() * (1 + 1 / mass)).sqrt()
 
@@ -132,7 +132,8 @@ class Tracks(NamedTuple):
         lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
         mean, C = exact.marginal_moments(lgssm, T)
         S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
-        W, precision = torch.linalg.solve(S, C), torch.linalg.inv(blob + lgssm.Sigma_A)
+        W = torch.cholesky_solve(C, torch.linalg.cholesky_ex(S).L)
+        precision = torch.linalg.inv_ex(blob + lgssm.Sigma_A).inverse
         return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype), clutter)
 
     def smooth(self, y: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ import pyro
 import pytest
 import torch
 
-from pyro_pixels.data import CannonballConfig, simulate
+from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.guides import InferenceRNN, RecurrentGuide
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.simulation import simulate
 
 torch.set_num_threads(1)  # the tests run in parallel processes
 

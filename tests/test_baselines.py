@@ -15,8 +15,9 @@ from pyro_pixels.baselines import (
     fit_edlstm,
     load_edlstm,
 )
+from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.checkpoints import load_checkpoint, read_lines, save_checkpoint
-from pyro_pixels.data import CannonballConfig, simulate
+from pyro_pixels.simulation import simulate
 
 QUICK = CannonballConfig(height=32, width=32)
 

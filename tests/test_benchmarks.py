@@ -23,11 +23,11 @@ import bench
 import densities
 import growth
 from literal_pyro import LiteralProgram, in_literal_names
-from pyro_pixels.data import simulate
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.learning import Schedule, fit
 from pyro_pixels.runs import Run, RunConfig, build
+from pyro_pixels.simulation import simulate
 from steps import KL_WEIGHT, LITERAL, OURS, PRODUCT, STRUCTURED, LiteralStep, OurStep, make_step
 from timing import MatrixProduct, Stopwatch, exponent, product_flops, ratio
 

@@ -5,17 +5,9 @@ import oracles
 import pytest
 import torch
 
-from pyro_pixels.data import (
-    CannonballConfig,
-    ImageSequences,
-    atomic_write,
-    load_sequences,
-    object_mask,
-    render_disks,
-    save_sequences,
-    simulate,
-    true_dynamics,
-)
+from pyro_pixels.cannonballs import CannonballConfig, true_dynamics
+from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, object_mask, save_sequences
+from pyro_pixels.simulation import render_disks, simulate
 
 SMALL = CannonballConfig(n_frames=5, height=16, width=20)
 FIELDS = ("images", "n_objects", "positions", "paths", "sides")

@@ -7,7 +7,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 
-from pyro_pixels.data import CannonballConfig, simulate
+from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.dynamics import (
     Dynamics,
     DynamicsConfig,
@@ -20,6 +20,7 @@ from pyro_pixels.guides import InferenceRNN, RecurrentGuide
 from pyro_pixels.learning import Schedule, fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.simulation import simulate
 from pyro_pixels.tracks import BlockTracks, DenseTracks, StatePath
 
 

@@ -8,12 +8,13 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 
-from pyro_pixels.data import CannonballConfig, simulate
+from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.dynamics import Dynamics
 from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, LinearHead, RecurrentGuide
 from pyro_pixels.learning import Schedule, fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.simulation import simulate
 
 H, W, D = 4, 5, 6
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pyro_pixels import lgssm, metrics
-from pyro_pixels.data import CannonballConfig, simulate
+from pyro_pixels.cannonballs import CannonballConfig
+from pyro_pixels.simulation import simulate
 
 
 @pytest.fixture(scope="module")

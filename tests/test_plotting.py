@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pyro_pixels import plotting
-from pyro_pixels.data import CannonballConfig, simulate
+from pyro_pixels.cannonballs import CannonballConfig
+from pyro_pixels.simulation import simulate
 
 B, N, T, H, W = 3, 3, 30, 32, 32
 

@@ -7,12 +7,13 @@ from conftest import SMALL, make_guide, make_model
 from torch import nn
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.data import CannonballConfig, simulate
+from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.guides import Guide
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.simulation import simulate
 
 
 class Oracle(Guide):

@@ -8,7 +8,6 @@ import torch
 from conftest import SMALL
 
 import pyro_pixels
-from pyro_pixels.data import simulate
 from pyro_pixels.evaluation import evaluate
 from pyro_pixels.learning import Schedule, fit
 from pyro_pixels.runs import (
@@ -23,6 +22,7 @@ from pyro_pixels.runs import (
     load_run,
     save_config,
 )
+from pyro_pixels.simulation import simulate
 
 TINY = RunConfig(state_size=8, data=SMALL, schedule=Schedule(steps=2, batch_size=4, evaluate_every=1))
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.data import render_disks
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig, collapse_components
 from pyro_pixels.guides import WhitePixels
+from pyro_pixels.simulation import render_disks
 from pyro_pixels.tracking import TRACK_NOISE, TrackingHead, Tracks, follow, frame_orders, log_density, share
 
 W, T, D = 32, 16, 4
