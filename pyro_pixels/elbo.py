@@ -68,8 +68,8 @@ class AnnealedELBO(Trace_ELBO):
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the weighed bound, summed over sequences. Every latent site is sampled with gradients, so that it is its
-        own surrogate; unlike `Trace_ELBO`'s it is computed without waiting for the device."""
+        """Minus the weighed bound, summed over sequences. Every latent site is sampled with gradients, so that it is
+        its own surrogate; unlike `Trace_ELBO`'s it is computed without waiting for the device."""
         loss = torch.zeros(())
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             loss = loss + _log_prob_sum(guide_trace) - _log_prob_sum(model_trace)

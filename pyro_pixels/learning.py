@@ -1,15 +1,18 @@
 """Learning: the schedule of Sec 3.2, and a training loop that can be stopped and resumed at any step."""
 
 import copy
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyro
 import torch
+import torch.distributed as processes
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -21,69 +24,17 @@ from pyro_pixels.checkpoints import (
     stop_signals,
     write_lines,
 )
-from pyro_pixels.data import ImageSequences, object_mask
+from pyro_pixels.data import ImageSequences, Known, object_mask
 from pyro_pixels.elbo import AnnealedELBO, bound
 from pyro_pixels.guides import Guide
 from pyro_pixels.model import PixelModel
+from pyro_pixels.schedule import Schedule, by_longest_prefix
 from pyro_pixels.starts import fit_starts
+from pyro_pixels.steps import Batch, CapturedSteps, DistributedSteps, Steps
 
 FIT_STARTS_SEQUENCES = 500
 BOUND_SEQUENCES = 60  # on which candidates are compared where there are no validation sequences
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How to train; the defaults are Sec 3.2's to the letter where it has one."""
-
-    steps: int = 200_000
-    batch_size: int = 20
-    learning_rate: float = 1e-3
-    """Adam's, with beta_1 = 0.9, beta_2 = 0.999, epsilon = 1e-8."""
-    learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
-    """Prefix of parameter names -> factor on their learning rate, such as {"model.dynamics": 3.0}."""
-    decay_from: int | None = None
-    """Step from which the learning rate falls linearly to a twentieth of itself at the end; None: constant."""
-    learn_from: Mapping[str, int] = field(default_factory=lambda: {"model.dynamics": 10_000})
-    """Prefix of parameter names -> step before which they are frozen. The longest prefix that fits decides."""
-    kl_start: float = 100.0
-    """beta when annealing begins."""
-    anneal_from: int = 10_000
-    anneal_steps: int = 10_000
-    """beta falls geometrically from kl_start to 1 in so many steps from anneal_from on; it is kl_before until then."""
-    kl_before: float = 1.0
-    one_n_per_batch: bool = False
-    """Batches whose sequences all have the same N, so that no work is done for absent objects; else N is mixed."""
-    single_object_steps: int = 0
-    """So many steps at first on sequences with N = 1 alone."""
-    fit_starts_at: tuple[int, ...] = ()
-    """Steps before which pi, mu_k and Sigma_k are put where tracks inferred from 500 sequences are likeliest."""
-    clip_norm: float | None = None
-    """Gradients of a larger norm are scaled down to it; in nats per sequence."""
-    evaluate_every: int = 500
-    """Steps between evaluations, each with a line in metrics.jsonl and a checkpoint."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
-        for name in ("learning_rate", "kl_start", "kl_before"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number above 0")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; wanted a number above 0, or None")
-
-    def kl_weight(self, step: int) -> float:
-        """beta at a step."""
-        if step < self.anneal_from:
-            return self.kl_before
-        done = min(1.0, (step - self.anneal_from) / self.anneal_steps) if self.anneal_steps else 1.0
-        return self.kl_start ** (1.0 - done)
-
-    def learning_rate_at(self, step: int) -> float:
-        if self.decay_from is None or step <= self.decay_from:
-            return self.learning_rate
-        left = max(0.0, 1.0 - (step - self.decay_from) / max(1, self.steps - self.decay_from))
-        return self.learning_rate * (0.05 + 0.95 * left)
+LOOK_EVERY = 20  # steps between looks at the loss, for each of which the device is waited for
 
 
 class FitResult(NamedTuple):
@@ -116,6 +67,9 @@ def fit(
 ) -> FitResult:
     """Maximises Eq (7) over the parameters of model and guide, in place, on the device they are on.
 
+    On a CUDA device steps are replayed as CUDA graphs (`steps.CapturedSteps`). In each process of a `torchrun` the same
+    call shares every batch with the others (`steps.DistributedSteps`); the first process writes the files.
+
     Args:
         data: what to learn from; ``positions`` are never looked at.
         seed: of batches and samples; the caller's random state is left as it was.
@@ -129,20 +83,56 @@ def fit(
 
     Raises:
         ValueError: if a candidate is of another kind than ``model`` and ``guide``; if ``resume`` finds no checkpoint or
-            one of another configuration; if the folder holds a run and ``resume`` is not given; or if there is no
-            sequence with N = 1 where the schedule asks for one.
+            one of another configuration; if the folder holds a run and ``resume`` is not given; if there is no
+            sequence with N = 1 where the schedule asks for one; or if there are candidates, or ``schedule.parts`` is no
+            multiple of the number of processes, where there are several.
         FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
     """
 
     if candidates and not 1 <= candidate_steps <= schedule.steps:
         raise ValueError(f"candidate_steps is {candidate_steps}; wanted between 1 and steps, {schedule.steps}")
-    trainer = _Fit(model, guide, data, schedule, seed, run_dir, validation, on_evaluation)
-    starts = [_Fit(*start, data, schedule, seed + i) for i, start in enumerate([(model, guide), *candidates])]
-    return trainer.run(starts if candidates else [], candidate_steps, resume, progress)
+    if candidates and _n_processes() > 1:
+        raise ValueError("candidates are compared in one process; leave them out of a torchrun")
+    training = Training(
+        model, guide, data, schedule, seed=seed, run_dir=run_dir, validation=validation, on_evaluation=on_evaluation
+    )
+    others = [Training(*start, data, schedule, seed=seed + i + 1) for i, start in enumerate(candidates)]
+    with _prepared([training], resume) as stop:
+        if others and not resume:
+            training.start_from_best(others, candidate_steps, stop, progress)
+        training.train(stop, progress=progress)
+        return training.result(stop)
 
 
-class _Fit:
-    """One training run; `fit` is its face."""
+def fit_together(trainings: "Sequence[Training]", *, resume: bool = False, progress: bool = True) -> list[FitResult]:
+    """Trains several models at once, one step of each after the other.
+
+    On a CUDA device each has a stream of its own, and small models share the card: several seeds take little longer
+    than one. Each has its own random numbers; on a CPU the results are those of one `fit` after the other, to the bit.
+    Arguments and errors as in `fit`; all must have equally many steps.
+    """
+    if len({t.schedule.steps for t in trainings}) != 1:
+        raise ValueError("trainings differ in their numbers of steps; wanted at least one, and the same for all")
+    with _prepared(trainings, resume) as stop:
+        total, first = trainings[0].schedule.steps, min(t.step for t in trainings)
+        with tqdm(total=total, initial=first, disable=not progress, unit="step", mininterval=0.5) as bar:
+            for _ in zip_longest(*(t.advance(total, stop) for t in trainings)):
+                bar.update()
+        return [t.result(stop) for t in trainings]
+
+
+@contextmanager
+def _prepared(trainings: "Sequence[Training]", resume: bool) -> Iterator[threading.Event]:
+    """Global state as training needs it, trainings loaded or begun; gives an event that stops them."""
+    cuda = [t.device for t in trainings if t.device.type == "cuda"][:1]
+    with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False), stop_signals() as stop:
+        for t in trainings:
+            t.begin(resume)
+        yield stop
+
+
+class Training:
+    """One training run, which `fit` or `fit_together` takes from step to step. Arguments as in `fit`."""
 
     def __init__(
         self,
@@ -150,7 +140,8 @@ class _Fit:
         guide: Guide,
         data: ImageSequences,
         schedule: Schedule,
-        seed: int,
+        *,
+        seed: int = 0,
         run_dir: str | Path | None = None,
         validation: ImageSequences | None = None,
         on_evaluation: Callable[[dict[str, float]], None] | None = None,
@@ -158,109 +149,139 @@ class _Fit:
         self.schedule, self.seed, self.validation, self.on_evaluation = schedule, seed, validation, on_evaluation
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = next(model.parameters()).device
-        self.model, self.guide, self.elbo = model, guide, AnnealedELBO()
-        self.loss = self.elbo(model, guide)  # a module: its parameters are the model's and the guide's
-        self.data, self.images, self.n_objects = data, data.images.to(self.device), data.n_objects
+        self.model, self.guide, elbo = model, guide, AnnealedELBO()
+        loss = elbo(model, guide)  # a module: its parameters are the model's and the guide's
+        self.data, self.images, self.n_objects = data, data.images.to(self.device), data.n_objects.to(self.device)
         by_n = [(data.n_objects == n).nonzero().squeeze(1) for n in data.n_objects.unique()]
         single = (data.n_objects == 1).nonzero().squeeze(1)
         self.pools = {True: [single], False: by_n if schedule.one_n_per_batch else [torch.arange(len(data))]}
         if schedule.single_object_steps and not len(single):
             raise ValueError("single_object_steps is set but no sequence has N = 1; set it to 0 or add such sequences")
-        self.parameters = dict(self.loss.named_parameters())
+        self._most_white = max(int((x > 0).flatten(2).sum(-1).max()) for x in data.images.split(500))
+        self.parameters = dict(loss.named_parameters())
         groups: dict[float, list[nn.Parameter]] = {}
         for name, p in self.parameters.items():
-            groups.setdefault(_by_longest_prefix(schedule.learning_rate_factors, name, 1.0), []).append(p)
-        self.optimizer = torch.optim.Adam(
-            [{"params": ps, "factor": factor} for factor, ps in groups.items()], lr=schedule.learning_rate, fused=True
+            groups.setdefault(by_longest_prefix(schedule.learning_rate_factors, name, 1.0), []).append(p)
+        if schedule.parts % _n_processes():
+            raise ValueError(
+                f"a batch has {schedule.parts} parts for {_n_processes()} processes; wanted a multiple (Schedule.parts)"
+            )
+        kind = DistributedSteps if _n_processes() > 1 else CapturedSteps if self.device.type == "cuda" else Steps
+        self.steps = kind(
+            elbo, loss, schedule.learning_rate, groups, clip_norm=schedule.clip_norm, parts=schedule.parts
         )
         self.step, self.seconds = 0, 0.0
-        self.sums: dict[str, float] = {"log_likelihood": 0.0, "kl": 0.0, "steps": 0.0, "seconds": 0.0}
+        self.since = {"steps": 0.0, "seconds": 0.0}  # the last evaluation
+        self.seen: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self._epoch: tuple[bool, int] | None = None
         self._batches: list[Tensor] = []
 
-    def run(self, starts: "Sequence[_Fit]", start_steps: int, resume: bool, progress: bool) -> FitResult:
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False), stop_signals() as stop:
-            torch.manual_seed(self.seed)
-            if resume:
-                self._load()
-            elif self.run_dir is not None:
-                self._refuse_to_overwrite()
+    def begin(self, resume: bool) -> None:
+        """From the first step, or from the checkpoint."""
+        torch.manual_seed(self.seed)
+        self._rng = torch.get_rng_state()
+        if resume:
+            self._load()
+        elif self.run_dir is not None:
+            self._refuse_to_overwrite()
+            if _is_first_process():
                 write_lines(self.run_dir, [])
-            if starts and not resume:
-                self._go_on_from_best(starts, start_steps, stop, progress)
-            self._train(self.schedule.steps, stop, progress)
-            if stop.is_set():
-                self._save()
-            return FitResult(self.step, self.seconds, self.metrics, stop.is_set())
 
-    def _go_on_from_best(self, starts: "Sequence[_Fit]", steps: int, stop: threading.Event, progress: bool) -> None:
-        """Trains each for so many steps, and takes over the state of the one whose bound is the highest then."""
+    def result(self, stop: threading.Event) -> FitResult:
+        """How it ended; where it was stopped it is saved first."""
+        if stop.is_set():
+            self._save()
+        return FitResult(self.step, self.seconds, self.metrics, stop.is_set())
+
+    def start_from_best(self, others: "Sequence[Training]", steps: int, stop: threading.Event, progress: bool) -> None:
+        """Trains itself and others for so many steps, and takes over the state of the one with the highest bound."""
         judges = self.data[:BOUND_SEQUENCES] if self.validation is None else self.validation
-        best, kept = -torch.inf, starts[0]
+        alike = Training(self.model, self.guide, self.data, self.schedule, seed=self.seed)
+        starts, best, kept = [alike, *others], -torch.inf, 0
         for i, start in enumerate(starts):
-            torch.manual_seed(start.seed)
-            start._train(steps, stop, progress, title=f"start {i + 1} of {len(starts)}")
+            start.begin(resume=False)
+            start.train(stop, steps, progress=progress, title=f"start {i + 1} of {len(starts)}")
             reached = float(bound(start.model, start.guide, judges).bound.mean())
             if reached > best:
-                best, kept, state = reached, start, copy.deepcopy(start._state())
-        self._restore({**state, "seconds": sum(start.seconds for start in starts)}, f"start {starts.index(kept) + 1}")
+                best, kept, state = reached, i, copy.deepcopy(start._state())
+        self._restore({**state, "seconds": sum(start.seconds for start in starts)}, f"start {kept + 1}")
 
-    def _train(self, steps: int, stop: threading.Event, progress: bool, title: str | None = None) -> None:
+    def train(
+        self, stop: threading.Event, until: int | None = None, *, progress: bool = True, title: str | None = None
+    ) -> None:
+        """Trains up to a step, by default the last."""
+        until = self.schedule.steps if until is None else until
+        with tqdm(
+            total=until, initial=self.step, disable=not progress, unit="step", mininterval=0.5, desc=title
+        ) as bar:
+            for _ in self.advance(until, stop):
+                bar.update()
+                if self.step % LOOK_EVERY == 0:
+                    bar.set_postfix({name: f"{x:.3g}" for name, x in self.seen.items()}, refresh=False)
+
+    def advance(self, until: int, stop: threading.Event) -> Iterator[None]:
+        """Trains up to a step, and pauses after each. What draws random numbers in the pauses does not change them."""
         learned = {name: p.requires_grad for name, p in self.parameters.items()}
-        bar = tqdm(total=steps, initial=self.step, disable=not progress, unit="step", mininterval=0.5, desc=title)
+        started = time.perf_counter() - self.seconds
         try:
-            with bar:
-                self._loop(steps, stop, bar)
+            while self.step < until and not self._must_stop(stop):
+                torch.set_rng_state(self._rng)
+                with self.steps.stream():
+                    self._take_step()
+                self._rng = torch.get_rng_state()
+                evaluate = self.step % self.schedule.evaluate_every == 0 or self.step == self.schedule.steps
+                if evaluate or self.step % LOOK_EVERY == 0:
+                    self._look()
+                now = time.perf_counter() - started
+                self.since["seconds"] += now - self.seconds
+                self.seconds = now
+                if evaluate:
+                    self._evaluate()
+                    self._save()
+                    started = time.perf_counter() - self.seconds
+                yield
         finally:
             for name, p in self.parameters.items():
                 p.requires_grad_(learned[name])
 
-    def _loop(self, steps: int, stop: threading.Event, bar: tqdm) -> None:
-        schedule, n_frames = self.schedule, self.images.shape[1]
-        started = time.perf_counter() - self.seconds
-        while self.step < steps and not stop.is_set():
-            for name, p in self.parameters.items():
-                p.requires_grad_(self.step >= _by_longest_prefix(schedule.learn_from, name, 0))
-            for group in self.optimizer.param_groups:
-                group["lr"] = schedule.learning_rate_at(self.step) * group["factor"]
-            self.elbo.kl_weight = schedule.kl_weight(self.step)
-            if self.step in schedule.fit_starts_at:
-                self._fit_starts()
-            index = self._batch(self.step)
-            loss = self.loss(self.images[index.to(self.device)], self.n_objects[index].to(self.device)) / len(index)
-            self.optimizer.zero_grad()
-            loss.backward()
-            if schedule.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.parameters.values(), schedule.clip_norm)
-            self.optimizer.step()
-            self.step += 1
+    def _take_step(self) -> None:
+        schedule = self.schedule
+        for name, p in self.parameters.items():
+            p.requires_grad_(self.step >= by_longest_prefix(schedule.learn_from, name, 0))
+        self.steps.set(schedule.kl_weight(self.step), schedule.learning_rate_at(self.step))
+        seed = self.seed * 1_000_003 + self.step
+        if schedule.parts > 1:
+            torch.manual_seed(seed)  # each step's own, whichever process takes it
+        if self.step in schedule.fit_starts_at:
+            self._fit_starts(seed)
+        index = self._batch(self.step)
+        n_objects = self.data.n_objects[index] if schedule.one_n_per_batch else self.data.n_objects
+        known = Known(int(n_objects.max()), self._most_white)
+        self.steps.take(Batch(self.images, self.n_objects, index, known, seed))
+        self.step += 1
+        self.since["steps"] += 1
 
-            terms = self.elbo.terms
-            assert terms is not None
-            frames = len(index) * n_frames
-            log_likelihood, kl = float(terms.log_likelihood.sum()) / frames, float(terms.kl.sum()) / frames
-            if not torch.isfinite(torch.tensor(log_likelihood + kl)):
-                raise FloatingPointError(self._diverged(log_likelihood, kl))
-            now = time.perf_counter() - started
-            self.sums["log_likelihood"] += log_likelihood
-            self.sums["kl"] += kl
-            self.sums["steps"] += 1
-            self.sums["seconds"] += now - self.seconds
-            self.seconds = now
-            bar.update()
-            if bar.n % 20 == 0:
-                bar.set_postfix(
-                    bound=f"{log_likelihood - kl:.1f}",
-                    kl=f"{kl:.2f}",
-                    kl_weight=f"{self.elbo.kl_weight:.3g}",
-                    refresh=False,
-                )
-            if self.step % schedule.evaluate_every == 0 or self.step == schedule.steps:
-                self._evaluate()
-                self._save()
-                started = time.perf_counter() - self.seconds
+    def _must_stop(self, stop: threading.Event) -> bool:
+        """Whether to stop here. Several processes stop at the same step, which they agree on now and then."""
+        if _n_processes() == 1:
+            return stop.is_set()
+        if self.step % LOOK_EVERY:
+            return False
+        any_of_them = torch.tensor(float(stop.is_set()), device=self.device)
+        processes.all_reduce(any_of_them)
+        if bool(any_of_them):
+            stop.set()
+        return stop.is_set()
+
+    def _look(self) -> None:
+        """Reads what the steps since the last evaluation gave, and stops where it is no number."""
+        frames = self.images.shape[1] * self.since["steps"]
+        log_likelihood, kl = (float(x) / frames for x in self.steps.read_totals())
+        if not math.isfinite(log_likelihood + kl):
+            raise FloatingPointError(self._diverged(log_likelihood, kl))
+        weight = self.schedule.kl_weight(self.step - 1)
+        self.seen = {"log_likelihood": log_likelihood, "kl": kl, "kl_weight": weight}
 
     def _batch(self, step: int) -> Tensor:
         """The sequences of a step: a function of seed and step alone. An epoch uses every sequence once, but for those
@@ -278,26 +299,28 @@ class _Fit:
         return self._batches[place]
 
     @torch.no_grad()
-    def _fit_starts(self) -> None:
+    def _fit_starts(self, seed: int) -> None:
         """Mixture over starts from one draw of q(a | v) for some sequences."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed(seed)
         tracks = []
         for index in torch.randperm(len(self.images), generator=generator)[:FIT_STARTS_SEQUENCES].split(100):
-            n_objects = self.n_objects[index].to(self.device)
+            n_objects = self.n_objects[index.to(self.device)]
             a = self.guide.q(self.images[index.to(self.device)], n_objects).sample()
             tracks.append(a[object_mask(n_objects, a.shape[1])])
         fit_starts(self.model.dynamics, torch.cat(tracks), seed=self.seed)
+        if _n_processes() > 1:
+            for parameter in self.model.dynamics.parameters():
+                processes.broadcast(parameter.data, 0)
 
     def _evaluate(self) -> None:
-        steps = self.sums["steps"]
         self.metrics = {
             "step": self.step,
             "seconds": round(self.seconds, 3),
-            "steps_per_second": round(steps / self.sums["seconds"], 3),
-            "bound_per_frame": (self.sums["log_likelihood"] - self.sums["kl"]) / steps,
-            "log_likelihood_per_frame": self.sums["log_likelihood"] / steps,
-            "kl_per_frame": self.sums["kl"] / steps,
-            "kl_weight": float(self.elbo.kl_weight),
+            "steps_per_second": round(self.since["steps"] / self.since["seconds"], 3),
+            "bound_per_frame": self.seen["log_likelihood"] - self.seen["kl"],
+            "log_likelihood_per_frame": self.seen["log_likelihood"],
+            "kl_per_frame": self.seen["kl"],
+            "kl_weight": self.seen["kl_weight"],
             "learning_rate": self.schedule.learning_rate_at(self.step - 1),
         }
         if self.validation is not None:
@@ -305,10 +328,11 @@ class _Fit:
             frames = len(self.validation) * self.validation.images.shape[1]
             self.metrics["validation_bound_per_frame"] = float(terms.bound.sum()) / frames
             self.metrics["validation_kl_per_frame"] = float(terms.kl.sum()) / frames
-        self.sums = dict.fromkeys(self.sums, 0.0)
-        if self.run_dir is not None:
+        self.since = dict.fromkeys(self.since, 0.0)
+        self.steps.totals.zero_()
+        if self.run_dir is not None and _is_first_process():
             write_lines(self.run_dir, [*read_lines(self.run_dir), self.metrics])
-        if self.on_evaluation is not None:
+        if self.on_evaluation is not None and _is_first_process():
             self.on_evaluation(self.metrics)
 
     def _state(self) -> dict[str, Any]:
@@ -316,11 +340,12 @@ class _Fit:
             "step": self.step,
             "seconds": self.seconds,
             "seed": self.seed,
-            "sums": self.sums,
+            "since": self.since,
+            "totals": self.steps.read_totals(),
             "model": self.model.state_dict(),
             "guide": self.guide.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
+            "optimizer": self.steps.optimizer.state_dict(),
+            "rng": self._rng,
         }
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -329,15 +354,17 @@ class _Fit:
     def _restore(self, state: dict[str, Any], source: str | Path) -> None:
         load_weights(self.model, state["model"], source)
         load_weights(self.guide, state["guide"], source)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.sums = state["step"], state["seconds"], state["sums"]
-        torch.set_rng_state(state["rng"])
+        self.steps.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.since = state["step"], state["seconds"], dict(state["since"])
+        self.steps.totals.copy_(state["totals"] if _is_first_process() else torch.zeros(2))
+        self._rng = state["rng"]
         if "cuda_rng" in state and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
     def _save(self) -> None:
-        if self.run_dir is not None:
-            save_checkpoint(self.run_dir / "checkpoint.pt", self._state())
+        state = self._state()  # of all processes
+        if self.run_dir is not None and _is_first_process():
+            save_checkpoint(self.run_dir / "checkpoint.pt", state)
 
     def _load(self) -> None:
         if self.run_dir is None:
@@ -349,7 +376,8 @@ class _Fit:
         self._restore(state, path)
         lines = [line for line in read_lines(self.run_dir) if line["step"] <= self.step]
         self.metrics = lines[-1] if lines else {}
-        write_lines(self.run_dir, lines)
+        if _is_first_process():
+            write_lines(self.run_dir, lines)
 
     def _refuse_to_overwrite(self) -> None:
         assert self.run_dir is not None
@@ -363,12 +391,15 @@ class _Fit:
         if self.run_dir is not None and (self.run_dir / "checkpoint.pt").exists():
             kept = f"{self.run_dir / 'checkpoint.pt'} holds the last good state"
         return (
-            f"the loss is not finite at step {self.step} "
+            f"the loss is not finite by step {self.step} "
             f"(log p(v|a) {log_likelihood:.4g}, KL {kl:.4g} nats per frame); "
             f"{kept}. Try a smaller learning rate, clip_norm, or a larger position_noise_floor"
         )
 
 
-def _by_longest_prefix(table: Mapping[str, Any], name: str, default: Any) -> Any:
-    fitting = [prefix for prefix in table if name.startswith(prefix)]
-    return table[max(fitting, key=len)] if fitting else default
+def _n_processes() -> int:
+    return processes.get_world_size() if processes.is_available() and processes.is_initialized() else 1
+
+
+def _is_first_process() -> bool:
+    return _n_processes() == 1 or processes.get_rank() == 0

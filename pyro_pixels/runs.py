@@ -19,9 +19,9 @@ from pyro_pixels.checkpoints import load_checkpoint, load_weights
 from pyro_pixels.data import atomic_write
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, RecurrentGuide
-from pyro_pixels.learning import Schedule
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.schedule import Schedule
 from pyro_pixels.structured import StructuredGuide
 
 

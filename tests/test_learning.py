@@ -306,7 +306,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small_data, tm
             with torch.no_grad():
                 model.dynamics.u.fill_(torch.nan)
 
-    with pytest.raises(FloatingPointError, match=r"not finite at step 3.*last good state"):
+    with pytest.raises(FloatingPointError, match=r"not finite by step 4.*last good state"):
         fit(model, guide, small_data, QUICK, run_dir=tmp_path, progress=False, on_evaluation=poison)
     with pytest.raises(FloatingPointError, match="no checkpoint"):
         fit(model, guide, small_data, QUICK, progress=False)
