@@ -170,7 +170,8 @@ def test_two_processes_give_the_numbers_of_one(kind, small_data, tmp_path):
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     for part, module in (("model", model), ("guide", guide)):
         for name, x in module.state_dict().items():
-            torch.testing.assert_close(state[part][name], x, rtol=1e-4, atol=1e-6)
+            # a hundredth of one step of Adam, which makes a difference in the last digit of a gradient larger
+            torch.testing.assert_close(state[part][name], x, rtol=1e-3, atol=1e-5)
     line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     assert f'"bound_per_frame": {one.metrics["bound_per_frame"]:.4f}'[:25] in line
 
