@@ -69,12 +69,12 @@ def load_custom(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
-    """Trains and measures; the folder's result.json says that it is done."""
+def one_run(args: Arguments, config: RunConfig, folder: Path) -> bool:
+    """Trains and measures; the folder's result.json says that it is done. False where Ctrl-C cut it off."""
     device = device_of(args.device)
     run, result = train_or_resume(config, folder, device)
     if result.interrupted:
-        raise KeyboardInterrupt
+        return False
     test = simulate(config.data, args.n_test, seed=TEST_SEED)
     about = {
         "train_seed": config.seed,
@@ -85,6 +85,7 @@ def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
         "environment": environment(device),
     }
     write_json(folder / "result.json", {**about, **evaluate(run.model, run.guide, test)})
+    return True
 
 
 def own_parameters(run: Run) -> int:
@@ -148,8 +149,13 @@ def main(args: Arguments) -> int:
             folder = args.out / name / f"seed{seed}"
             if not (folder / "result.json").exists():
                 print(f"{name}, seed {seed}", flush=True)
-                one_run(args, replace(base, guide=name, seed=seed), folder)
-            results[name].append(json.loads((folder / "result.json").read_text()))
+                if not one_run(args, replace(base, guide=name, seed=seed), folder):
+                    print("stopped and saved; give the same command again to go on")
+                    return 130
+            found = json.loads((folder / "result.json").read_text())
+            if found["steps"] != args.steps:
+                raise ValueError(f"{folder} was trained for {found['steps']} steps; give another --out, or its --steps")
+            results[name].append(found)
     out = args.json or args.out / "guides.json"
     write_json(out, {"steps": args.steps, "guides": results})
     print(table(results))
