@@ -38,6 +38,9 @@ class ConvolutionalFrontEnd(nn.Module):
 class BidirectionalRNN(StateNetwork):
     """The states of two recursions side by side: D is the sum of theirs.
 
+    Under a `StructuredGuide` its queries would not be answered from the seen frames alone, since the states of a seen
+    frame depend on what stands in the place of the unseen ones behind it; give that guide an `InferenceRNN`.
+
     Args:
         forward_rnn: sees frames 1, ..., T.
         backward_rnn: sees frames T, ..., 1; its state at frame t knows of frames t..T.
