@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.learning import Schedule
 from pyro_pixels.runs import RunConfig
+from pyro_pixels.schedule import Schedule
 from steps import OurStep, make_step, with_objects
 from timing import Stopwatch
 

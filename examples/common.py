@@ -1,11 +1,12 @@
 """What the example scripts share: the command line, one-line errors, devices, data, and the figures of a run."""
 
+import json
 import os
 import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from pyro_pixels import metrics, plotting
 from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
+from pyro_pixels.learning import FitResult, fit
 from pyro_pixels.queries import Prediction, generate, infer, interpolate, reconstruct
-from pyro_pixels.runs import Run, load_pretrained, load_run
+from pyro_pixels.runs import Run, RunConfig, build, load_pretrained, load_run, save_config
+from pyro_pixels.schedule import Schedule
 from pyro_pixels.simulation import simulate
 
 Arguments = TypeVar("Arguments")
@@ -126,6 +129,54 @@ def per_n(result: dict[str, Any], value: Callable[[dict[str, Any]], float | None
     """A value for each N of an evaluation, such as "0.14 / 0.18 / 0.22", without those that do not apply."""
     values = [value(row) for row in result["by_n_objects"].values()]
     return " / ".join(f"{v:.{digits}f}" for v in values if v is not None) or "-"
+
+
+def medians(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The median of each value over several rows of an evaluation, None where it does not apply."""
+    return {key: None if rows[0][key] is None else float(np.median([row[key] for row in rows])) for key in rows[0]}
+
+
+def shortened(schedule: Schedule, steps: int) -> Schedule:
+    """A schedule of so many steps in which everything happens at the same share of them."""
+
+    def at(step: int) -> int:
+        return round(step * steps / schedule.steps)
+
+    return replace(
+        schedule,
+        steps=steps,
+        decay_from=None if schedule.decay_from is None else at(schedule.decay_from),
+        learn_from={prefix: at(step) for prefix, step in schedule.learn_from.items()},
+        anneal_from=at(schedule.anneal_from),
+        anneal_steps=at(schedule.anneal_steps),
+        single_object_steps=at(schedule.single_object_steps),
+        fit_starts_at=tuple(at(step) for step in schedule.fit_starts_at),
+        evaluate_every=max(1, at(schedule.evaluate_every)),
+    )
+
+
+def train_or_resume(
+    config: RunConfig,
+    folder: Path,
+    device: torch.device,
+    on_evaluation: Callable[[Run, dict[str, float]], None] = lambda run, line: None,
+) -> tuple[Run, FitResult]:
+    """A run trained on simulated data, from its checkpoint on if the folder has one."""
+    run = build(config)
+    run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
+    save_config(folder, config)
+    data = simulate(config.data, config.n_sequences, seed=config.seed)
+    result = fit(
+        run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder,
+        resume=(folder / "checkpoint.pt").exists(), progress=False,
+        on_evaluation=lambda line: on_evaluation(run, line),
+    )  # fmt: skip
+    return run, result
+
+
+def write_json(path: Path, content: Any) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def new_folder(path: Path) -> Path:

@@ -18,17 +18,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from common import TEST_SEED, device_of, environment, markdown, per_n, start
+from common import (
+    TEST_SEED,
+    device_of,
+    environment,
+    markdown,
+    medians,
+    per_n,
+    start,
+    train_or_resume,
+    write_json,
+)  # fmt: skip
 from pyro_pixels import metrics
-from pyro_pixels.data import atomic_write
 from pyro_pixels.dynamics import DynamicsConfig
 from pyro_pixels.evaluation import evaluate
 from pyro_pixels.guides import Guide, RecurrentGuide
 from pyro_pixels.health import check_health
-from pyro_pixels.learning import fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import infer
-from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig, build, save_config
+from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig
 from pyro_pixels.simulation import simulate
 from pyro_pixels.structured import StructuredGuide
 
@@ -161,31 +169,23 @@ def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
     """Trains and measures; the folder's result.json says that it is done."""
     device = device_of(args.device)
     torch.set_num_threads(1)
-    run = build(config)
-    run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
-    save_config(folder, config)
     validation = simulate(config.data, 150, seed=VALIDATION_SEED)
     curve_file = folder / "curve.json"
     curve = json.loads(curve_file.read_text()) if curve_file.exists() else []
 
-    def measure(line: dict[str, float]) -> None:
+    def measure(run: Run, line: dict[str, float]) -> None:
         curve[:] = [point for point in curve if point["step"] < line["step"]]
         curve.append({"step": line["step"], "seconds": line["seconds"], **_position_errors(run, validation)})
-        _write(curve_file, curve)
+        write_json(curve_file, curve)
 
-    data = simulate(config.data, config.n_sequences, seed=config.seed)
-    resume = (folder / "checkpoint.pt").exists()
-    result = fit(
-        run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, resume=resume, progress=False,
-        on_evaluation=measure,
-    )  # fmt: skip
+    run, result = train_or_resume(config, folder, device, measure)
     if result.interrupted:
         return
     test = simulate(config.data, args.n_test, seed=args.seed)
-    measured = evaluate(run.model, run.guide, test)
     about = {"train_seed": config.seed, "test_seed": args.seed, "steps": result.step, "seconds": result.seconds}
     about["health"] = check_health(run.model, run.guide, test[:300])._asdict()
-    _write(folder / "result.json", {**about, "environment": environment(device), **measured, "curve": curve})
+    about |= {"environment": environment(device), **evaluate(run.model, run.guide, test)}
+    write_json(folder / "result.json", {**about, "curve": curve})
 
 
 def _position_errors(run: Run, data: Any) -> dict[str, float]:
@@ -196,11 +196,6 @@ def _position_errors(run: Run, data: Any) -> dict[str, float]:
     matched = metrics.reorder(in_pixels, metrics.assign(in_pixels, data.positions, data.n_objects))
     errors = metrics.errors(matched, data.positions, data.n_objects)
     return {str(n): metrics.nan_mean(errors[data.n_objects == n]) for n in (1, 2, 3)}
-
-
-def _write(path: Path, content: Any) -> None:
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def succeeded(result: dict[str, Any]) -> bool:
@@ -238,8 +233,8 @@ def table(result: dict[str, Any]) -> str:
     rows = []
     for name, variant in result["variants"].items():
         runs = variant["runs"]
-        middle = {"by_n_objects": {n: _medians([r["by_n_objects"][n] for r in runs]) for n in runs[0]["by_n_objects"]}}
-        every = _medians([r["all"] for r in runs])
+        middle = {"by_n_objects": {n: medians([r["by_n_objects"][n] for r in runs]) for n in runs[0]["by_n_objects"]}}
+        every = medians([r["all"] for r in runs])
         low, high = (100 * x for x in variant["interval95"])
         rows.append([
             name, f"{variant['successes']} of {len(runs)} ({low:.0f} to {high:.0f} %)",
@@ -251,10 +246,6 @@ def table(result: dict[str, Any]) -> str:
             f"{np.median([r['seconds'] for r in runs]):.0f}",
         ])  # fmt: skip
     return markdown(header, rows)
-
-
-def _medians(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {key: None if rows[0][key] is None else float(np.median([row[key] for row in rows])) for key in rows[0]}
 
 
 def main(args: Arguments) -> int:
@@ -280,7 +271,7 @@ def main(args: Arguments) -> int:
         fine = all(list(pool.map(launch, jobs)))
     result = summary(args, list(configs))
     out = args.json or args.out / f"{args.suite}.json"
-    _write(out, result)
+    write_json(out, result)
     print(table(result))
     print(f"  {out}")
     return 0 if fine else 1

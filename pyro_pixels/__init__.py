@@ -15,11 +15,12 @@ from pyro_pixels.data import load_sequences, save_sequences
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.evaluation import evaluate
 from pyro_pixels.guides import Guide, InferenceRNN, RecurrentGuide
-from pyro_pixels.learning import AnnealedELBO, Schedule, fit
+from pyro_pixels.learning import AnnealedELBO, fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.renderer import Renderer
 from pyro_pixels.runs import PRESETS, build, load_pretrained, load_run
+from pyro_pixels.schedule import Schedule
 from pyro_pixels.simulation import simulate
 from pyro_pixels.structured import StructuredGuide
 

@@ -73,6 +73,8 @@ class TrackMixture(dist.MixtureSameFamily):
     A mixture of dense components or of Pyro's GaussianHMM. `log_prob` returns float64.
     """
 
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]  # torch's own has no bijection
+
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(value.to(exact.exact_dtype(value.device)))
 

@@ -85,7 +85,16 @@ class Guide(nn.Module, ABC):
             return pyro.sample("a", q_a.mask(object_mask(n_objects, q_a.batch_shape[1])).to_event(1))
 
 
-class InferenceRNN(nn.Module):
+class StateNetwork(nn.Module):
+    """What gives a head its states: called with images and numbers of objects, it returns s (B, N, T, D)."""
+
+    height: int
+    width: int
+    state_size: int
+    """D, for the head."""
+
+
+class InferenceRNN(StateNetwork):
     """The states s_t^n of Eq (8), recurrent over t and over n.
 
     The products of W with the images are shared by all objects and done for all t at once; `recur` does the rest.
@@ -95,11 +104,15 @@ class InferenceRNN(nn.Module):
         state_size: D.
         max_objects: s_0^n is learned separately for every N up to it (footnote 2). Sequences with more objects begin
             with what was learned for ``max_objects``, further objects as the last.
+        front_end: maps images (B, T, H, W) to what Eq (8) reads in the place of v, (B, T, P); default the pixels.
     """
 
-    def __init__(self, height: int, width: int, state_size: int = 1024, max_objects: int = 3) -> None:
+    def __init__(
+        self, height: int, width: int, state_size: int = 1024, max_objects: int = 3, front_end: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        D, P = state_size, height * width
+        self.front_end = nn.Flatten(2) if front_end is None else front_end
+        D, P = state_size, self.front_end(torch.zeros(1, 1, height, width)).shape[-1]
         self.height, self.width, self.state_size, self.max_objects = height, width, state_size, max_objects
         # W^beta and W^s, stacked, act on [s_{t-1}^n, s_t^{n-1}, v_t]; split into the states' and the image's columns.
         self.from_states = nn.Linear(2 * D, 2 * D)
@@ -121,7 +134,7 @@ class InferenceRNN(nn.Module):
         last = self.max_objects - 1
         n = torch.arange(most_objects(n_objects), device=n_objects.device).clamp(max=last)
         s_0 = self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n].tanh().transpose(0, 1)  # (N, B, D)
-        reversed_frames = images.flatten(2).transpose(0, 1).flip(0)  # (T, B, P)
+        reversed_frames = self.front_end(images).transpose(0, 1).flip(0)  # (T, B, P)
         from_image = F.linear(reversed_frames, self.from_image.weight, self.from_states.bias)
         return recur(from_image, s_0, self.from_states.weight).permute(2, 0, 1, 3)
 
@@ -232,7 +245,7 @@ class RecurrentGuide(Guide):
         head: reads mean and standard deviation from s_t^n; default `LinearHead`, the paper's.
     """
 
-    def __init__(self, rnn: InferenceRNN, head: nn.Module | None = None) -> None:
+    def __init__(self, rnn: StateNetwork, head: nn.Module | None = None) -> None:
         super().__init__()
         self.rnn = rnn
         self.head = LinearHead(rnn.state_size) if head is None else head

@@ -13,13 +13,15 @@ from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
+from torch import nn
 
 from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.checkpoints import load_checkpoint, load_weights
 from pyro_pixels.data import atomic_write
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, RecurrentGuide
+from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, RecurrentGuide, StateNetwork
 from pyro_pixels.model import PixelModel
+from pyro_pixels.networks import BidirectionalRNN, ConvolutionalFrontEnd
 from pyro_pixels.renderer import Renderer
 from pyro_pixels.schedule import Schedule
 from pyro_pixels.structured import StructuredGuide
@@ -68,22 +70,35 @@ def _recurrent(config: RunConfig, model: PixelModel) -> Guide:
 
 
 def _attentive(config: RunConfig, model: PixelModel) -> Guide:
-    rnn = _rnn(config)
-    return RecurrentGuide(rnn, AttentionHead(rnn.height, rnn.width, rnn.state_size))
+    return _with_attention(_rnn(config))
+
+
+def _convolutional(config: RunConfig, model: PixelModel) -> Guide:
+    return _with_attention(_rnn(config, ConvolutionalFrontEnd()))
+
+
+def _bidirectional(config: RunConfig, model: PixelModel) -> Guide:
+    return _with_attention(BidirectionalRNN(_rnn(config), _rnn(config)))
 
 
 def _structured(config: RunConfig, model: PixelModel) -> Guide:
     return StructuredGuide(model.dynamics, _rnn(config))
 
 
-def _rnn(config: RunConfig) -> InferenceRNN:
+def _rnn(config: RunConfig, front_end: nn.Module | None = None) -> InferenceRNN:
     state_size = config.guide_state_size or config.state_size
-    return InferenceRNN(config.data.height, config.data.width, state_size, config.max_objects)
+    return InferenceRNN(config.data.height, config.data.width, state_size, config.max_objects, front_end)
+
+
+def _with_attention(rnn: StateNetwork) -> Guide:
+    return RecurrentGuide(rnn, AttentionHead(rnn.height, rnn.width, rnn.state_size))
 
 
 GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
     "recurrent": _recurrent,  # the paper's
     "attentive": _attentive,  # the paper's with an `AttentionHead`
+    "convolutional": _convolutional,  # "attentive" behind a `ConvolutionalFrontEnd`
+    "bidirectional": _bidirectional,  # "attentive" in both directions of time
     "structured": _structured,
 }
 """Guides that a configuration can name; add your own to train and load it by name."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pyro_pixels.dynamics import Dynamics, TrackMixture, dense_components
-from pyro_pixels.guides import Guide, InferenceRNN
+from pyro_pixels.guides import Guide, StateNetwork
 from pyro_pixels.tracking import TrackingHead
 
 UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
@@ -106,7 +106,7 @@ class StructuredGuide(Guide):
         head: reads y_t^n and the square root of R_t^n from s_t^n; default a `TrackingHead`.
     """
 
-    def __init__(self, dynamics: Dynamics, rnn: InferenceRNN, head: nn.Module | None = None) -> None:
+    def __init__(self, dynamics: Dynamics, rnn: StateNetwork, head: nn.Module | None = None) -> None:
         super().__init__()
         self.dynamics, self.rnn = dynamics, rnn
         self.head = TrackingHead(dynamics, rnn.height, rnn.width, rnn.state_size) if head is None else head

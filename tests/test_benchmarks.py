@@ -25,8 +25,9 @@ import growth
 from literal_pyro import LiteralProgram, in_literal_names
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.elbo import AnnealedELBO
-from pyro_pixels.learning import Schedule, fit
+from pyro_pixels.learning import fit
 from pyro_pixels.runs import Run, RunConfig, build
+from pyro_pixels.schedule import Schedule
 from pyro_pixels.simulation import simulate
 from steps import KL_WEIGHT, LITERAL, OURS, PRODUCT, STRUCTURED, LiteralStep, OurStep, make_step
 from timing import MatrixProduct, Stopwatch, exponent, product_flops, ratio

@@ -17,9 +17,10 @@ from pyro_pixels.dynamics import (
     select_component,
 )
 from pyro_pixels.guides import InferenceRNN, RecurrentGuide
-from pyro_pixels.learning import Schedule, fit
+from pyro_pixels.learning import fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.schedule import Schedule
 from pyro_pixels.simulation import simulate
 from pyro_pixels.tracks import BlockTracks, DenseTracks, StatePath
 

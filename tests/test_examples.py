@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
-    "reproduce_paper", "export_pretrained",
+    "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides",
 }  # fmt: skip
 
 
@@ -62,6 +62,8 @@ def test_help(name, tmp_path):
         "simulate": ["--seed"],
         "sweep": ["--seeds", "--device"],
         "export_pretrained": ["--run"],
+        "custom_guide": ["--steps", "--seed"],
+        "compare_guides": ["--guides", "--custom", "--seeds", "--device"],
         "reproduce_paper": ["--run", "--seed", "--device"],
     }.get(name, ["--seed", "--device", "--data"]):
         assert option in done.stdout
@@ -233,6 +235,71 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
     first, second = json.loads((tmp_path / "s/seeds.json").read_text())["variants"]["quick"]["runs"]
     assert first == result["variants"]["quick"]["runs"][0]
     assert second == json.loads((tmp_path / "s/quick/seed1/result.json").read_text())
+
+
+def test_the_custom_guide_is_trained_and_measured(tmp_path):
+    done = script("custom_guide", "--steps", 3, "--n-sequences", 30, "--n-test", 9, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "N = 3" in done.stdout
+    assert "in frame 30" in done.stdout
+
+
+OWN_GUIDE = """
+import pyro.distributions as dist
+import torch
+from torch import nn
+from pyro_pixels.guides import Guide
+from pyro_pixels.runs import GUIDES
+
+class Nowhere(Guide):
+    def __init__(self):
+        super().__init__()
+        self.mu = nn.Parameter(torch.zeros(2))
+
+    def encode(self, images, n_objects):
+        shape = (len(images), int(n_objects.max()), images.shape[1], 2)
+        return dist.Normal(self.mu.expand(shape), 0.1).to_event(2)
+
+GUIDES["nowhere"] = lambda config, model: Nowhere()
+"""
+
+
+def test_guides_are_compared_and_a_comparison_goes_on_where_it_was(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_GUIDE)
+    small = ("--n-sequences", 30, "--n-test", 9, "--n-fitted", 3, "--fit-steps", 2, "--out", "g")
+    command = ("compare_guides", "--guides", "attentive", "nowhere", "--custom", "own.py", *small)
+    done = script(*command, "--steps", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "g/guides.json").read_text())["guides"]
+    assert list(result) == ["attentive", "nowhere"]
+    assert result["nowhere"][0]["parameters"] == 2
+    for (run,) in result.values():
+        fitted = run["fitted"]
+        assert fitted["gap"] == fitted["guide_bound"] - fitted["auto_normal_bound"]
+        assert set(run["by_n_objects"]) == {"1", "2", "3"}
+    assert done.stdout.count("| nowhere |") == done.stdout.count("| attentive |") == 1
+    (tmp_path / "g/nowhere/seed0/result.json").unlink()
+    again = script(*command, "--steps", 2, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "nowhere, seed 0" in again.stdout
+    assert "attentive, seed 0" not in again.stdout
+    for wrong in (("--steps", 3), ("--steps", 2, "--guides", "elsewhere"), ("--steps", 2, "--custom", "none.py")):
+        done = script(*command, *wrong, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+def test_a_shortened_schedule_has_everything_at_the_same_share_of_its_steps(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from common import shortened
+    from pyro_pixels.runs import PRESETS
+
+    quick = PRESETS["quick"].schedule
+    short = shortened(quick, 200)
+    assert (short.steps, short.decay_from, short.single_object_steps, short.fit_starts_at) == (200, 100, 40, (70, 140))
+    assert set(short.learn_from.values()) == {140}
+    assert [short.kl_weight(step) for step in (0, 139, 140)] == [quick.kl_weight(step) for step in (0, 699, 700)]
+    assert short.learning_rate_at(150) == quick.learning_rate_at(750)
+    assert shortened(quick, quick.steps) == quick
 
 
 def test_an_edlstm_is_trained_and_measured(tmp_path):

@@ -11,9 +11,10 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.dynamics import Dynamics
 from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, LinearHead, RecurrentGuide
-from pyro_pixels.learning import Schedule, fit
+from pyro_pixels.learning import fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.schedule import Schedule
 from pyro_pixels.simulation import simulate
 
 H, W, D = 4, 5, 6

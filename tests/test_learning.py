@@ -17,7 +17,8 @@ from torch import nn
 
 from pyro_pixels.checkpoints import load_checkpoint, save_checkpoint
 from pyro_pixels.guides import Guide
-from pyro_pixels.learning import AnnealedELBO, Schedule, bound, fit
+from pyro_pixels.learning import AnnealedELBO, bound, fit
+from pyro_pixels.schedule import Schedule
 
 QUICK = Schedule(steps=6, batch_size=4, learn_from={}, anneal_from=2, anneal_steps=2, kl_start=10.0, evaluate_every=2)
 

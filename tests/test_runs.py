@@ -9,7 +9,7 @@ from conftest import SMALL
 
 import pyro_pixels
 from pyro_pixels.evaluation import evaluate
-from pyro_pixels.learning import Schedule, fit
+from pyro_pixels.learning import fit
 from pyro_pixels.runs import (
     GUIDES,
     PRESETS,
@@ -22,6 +22,7 @@ from pyro_pixels.runs import (
     load_run,
     save_config,
 )
+from pyro_pixels.schedule import Schedule
 from pyro_pixels.simulation import simulate
 
 TINY = RunConfig(state_size=8, data=SMALL, schedule=Schedule(steps=2, batch_size=4, evaluate_every=1))

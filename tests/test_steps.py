@@ -21,7 +21,9 @@ from pyro_pixels.schedule import Schedule
 from pyro_pixels.steps import WARM_UP, Batch, CapturedSteps, Steps
 from pyro_pixels.structured import StructuredGuide
 
-QUICK = Schedule(steps=6, batch_size=4, learn_from={"model.dynamics": 2}, anneal_from=2, anneal_steps=2, evaluate_every=3)
+QUICK = Schedule(
+    steps=6, batch_size=4, learn_from={"model.dynamics": 2}, anneal_from=2, anneal_steps=2, evaluate_every=3
+)
 KNOWN = Known(most_objects=3, most_white=40)
 READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "bincount",
          "repeat_interleave", "_linalg_check_errors"}  # fmt: skip

@@ -1,0 +1,168 @@
+"""One table of guides: the library's and your own, each trained from the same data, seed and schedule.
+
+All start from the quick preset, its schedule shortened to --steps. Give the same command again to go on: what is
+finished is kept, what was cut off resumes. The last columns say what the network costs: the bound on a few sequences
+of the trained guide, less that of Pyro's AutoNormal fitted to each of them with the same model.
+"""
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import (
+    TEST_SEED,
+    device_of,
+    environment,
+    markdown,
+    medians,
+    per_n,
+    shortened,
+    start,
+    train_or_resume,
+    write_json,
+)
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.elbo import bound
+from pyro_pixels.evaluation import evaluate
+from pyro_pixels.guides import Guide
+from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig
+from pyro_pixels.simulation import simulate
+from pyro_pixels.unamortised import fit_mean_field
+
+BOUND_SAMPLES = 10
+
+
+@dataclass
+class Arguments:
+    guides: tuple[str, ...] = ()
+    """Names in `GUIDES`; default: all of the library and of --custom."""
+    custom: Path = Path(__file__).parent / "custom_guide.py"
+    """A Python file that adds guides to `GUIDES`."""
+    steps: int = 300
+    """Training steps of each."""
+    seeds: int = 1
+    """How many, from 0 on; the table shows medians."""
+    n_sequences: int = 9_000
+    """How many sequences to learn from."""
+    n_test: int = 300
+    """Fresh sequences that every run is measured on."""
+    n_fitted: int = 12
+    """Of these, how many AutoNormal is fitted to."""
+    fit_steps: int = 300
+    """Its steps."""
+    out: Path = Path("runs/guides")
+    json: Path | None = None
+    """Where the summary goes; default: guides.json in --out."""
+    device: str = "cpu"
+
+
+def load_custom(path: Path) -> None:
+    """Runs the file, so that what it adds to `GUIDES` is there."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise ValueError(f"{path} is no Python file; wanted one that adds a guide to GUIDES")
+    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def one_run(args: Arguments, config: RunConfig, folder: Path) -> bool:
+    """Trains and measures; the folder's result.json says that it is done. False where Ctrl-C cut it off."""
+    device = device_of(args.device)
+    run, result = train_or_resume(config, folder, device)
+    if result.interrupted:
+        return False
+    test = simulate(config.data, args.n_test, seed=TEST_SEED)
+    about = {
+        "train_seed": config.seed,
+        "steps": result.step,
+        "seconds": result.seconds,
+        "parameters": own_parameters(run),
+        "fitted": amortisation_gap(run, test[: args.n_fitted], args.fit_steps),
+        "environment": environment(device),
+    }
+    write_json(folder / "result.json", {**about, **evaluate(run.model, run.guide, test)})
+    return True
+
+
+def own_parameters(run: Run) -> int:
+    """How many numbers the guide learns that are not the model's."""
+    shared = {id(p) for p in run.model.parameters()}
+    return sum(p.numel() for p in run.guide.parameters() if id(p) not in shared)
+
+
+def amortisation_gap(run: Run, data: ImageSequences, steps: int) -> dict[str, float]:
+    """Bounds of the guide and of `AutoNormal` on the same sequences, nats a frame, and their difference."""
+    fitted = fit_mean_field(run.model, data, run.guide, steps=steps)
+
+    def mean_bound(guide: Guide) -> float:
+        bounds = [bound(run.model, guide, data, seed=seed).bound.mean() for seed in range(BOUND_SAMPLES)]
+        return float(torch.stack(bounds).mean()) / data.images.shape[1]
+
+    of_guide, of_fitted = mean_bound(run.guide), mean_bound(fitted)
+    return {"guide_bound": of_guide, "auto_normal_bound": of_fitted, "gap": of_guide - of_fitted}
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Markdown, one row a guide: medians over seeds, for N = 1 / 2 / 3 where there are three."""
+    header = ["guide", "position error, px", "switch rate, %", "bound, nats a frame", "bound less AutoNormal's",
+              "parameters", "seconds a step", "seconds"]  # fmt: skip
+    rows = []
+    for name, runs in results.items():
+        middle = {"by_n_objects": {n: medians([r["by_n_objects"][n] for r in runs]) for n in runs[0]["by_n_objects"]}}
+        fitted, cost = (medians([pick(r) for r in runs]) for pick in (lambda r: r["fitted"], _cost))
+        rows.append([
+            name,
+            per_n(middle, lambda r: r["position_error_px"], 2),
+            per_n(middle, lambda r: None if r["switch_rate"] is None else 100 * r["switch_rate"], 0),
+            per_n(middle, lambda r: r["bound_per_frame_nats"], 1),
+            f"{fitted['gap']:+.2f}",
+            f"{runs[0]['parameters']:,}",
+            f"{cost['seconds_per_step']:.3f}",
+            f"{cost['seconds']:.0f}",
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def _cost(result: dict[str, Any]) -> dict[str, float]:
+    return {"seconds": result["seconds"], "seconds_per_step": result["seconds"] / result["steps"]}
+
+
+def main(args: Arguments) -> int:
+    torch.set_num_threads(1)
+    load_custom(args.custom)
+    names = args.guides or tuple(GUIDES)
+    for name in names:
+        if name not in GUIDES:
+            raise ValueError(f"there is no guide '{name}'; wanted some of {sorted(GUIDES)}, or a --custom that adds it")
+    for name in ("seeds", "steps", "fit_steps", "n_fitted"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{name} is {getattr(args, name)}; wanted at least 1")
+    quick = PRESETS["quick"]
+    base = replace(quick, schedule=shortened(quick.schedule, args.steps), n_sequences=args.n_sequences)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for seed in range(args.seeds):
+        for name in names:
+            folder = args.out / name / f"seed{seed}"
+            if not (folder / "result.json").exists():
+                print(f"{name}, seed {seed}", flush=True)
+                if not one_run(args, replace(base, guide=name, seed=seed), folder):
+                    print("stopped and saved; give the same command again to go on")
+                    return 130
+            found = json.loads((folder / "result.json").read_text())
+            if found["steps"] != args.steps:
+                raise ValueError(f"{folder} was trained for {found['steps']} steps; give another --out, or its --steps")
+            results[name].append(found)
+    out = args.json or args.out / "guides.json"
+    write_json(out, {"steps": args.steps, "guides": results})
+    print(table(results))
+    print(f"  {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)
