@@ -55,7 +55,7 @@ DIMENSIONS = {
     "sample_stats": {"log_weight": ("sequence",)},
     "log_likelihood": {"v": ("sequence", "time")},
     "posterior_predictive": {"v": PIXELS},
-    "predictions": LATENTS | {"v": PIXELS},
+    "predictions": {"a": LATENTS["a"], "h": LATENTS["h"], "v": PIXELS},  # z does not change
     "prior": LATENTS,
     "prior_predictive": {"v": PIXELS},
     "observed_data": {"v": PIXELS},

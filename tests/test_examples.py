@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
-    "reproduce_paper", "export_pretrained",
+    "reproduce_paper", "export_pretrained", "to_arviz",
 }  # fmt: skip
 
 
