@@ -1,8 +1,8 @@
 """Everything that a trained model says of some sequences, as one arviz object (Secs 2.2 and 3.3-3.4).
 
-`to_inference_data` draws from q(a | v) p(h, z | a), lets the dynamics take each draw on to frames that nobody saw, draws
-from the prior beside it, and labels every number, so that arviz plots, compares and stores it. Chains are independent
-draws and not a Markov chain: there is one, and its effective sample size is the number of draws.
+`to_inference_data` draws from q(a | v) p(h, z | a), lets the dynamics take each draw on to frames that nobody saw,
+draws from the prior beside it, and labels every number, so that arviz plots, compares and stores it. The one chain holds
+independent draws: its effective sample size is their number.
 
 Dimensions and their coordinates:
 
@@ -177,9 +177,7 @@ def _in_parts(draw: Callable[[int], Groups], n_samples: int, at_once: int) -> Gr
     """``n_samples`` draws, so many at once as fit into memory, moved to the CPU."""
     at_once = max(1, at_once)
     sizes = [min(at_once, n_samples - start) for start in range(0, n_samples, at_once)]
-    parts = [
-        {group: {name: x.cpu() for name, x in drawn.items()} for group, drawn in draw(n).items()} for n in sizes
-    ]
+    parts = [{group: {name: x.cpu() for name, x in drawn.items()} for group, drawn in draw(n).items()} for n in sizes]
     return {
         group: {name: torch.cat([part[group][name] for part in parts]) for name in drawn}
         for group, drawn in parts[0].items()

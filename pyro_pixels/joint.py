@@ -5,8 +5,8 @@ Given positions, components and states need no approximation: p(z | a) is a Cate
 
     Predictive(model.joint, guide=JointGuide(guide, model.dynamics), num_samples=100)(images, n_objects)
 
-The bound does not change: log p(z, h, a) - log q(z, h | a) = log p(a) for every draw of z and h. Train with ``model`` and
-``guide``; there h and z are summed out, and the gradient needs no estimate of a sum over z.
+The bound does not change: log p(z, h, a) - log q(z, h | a) = log p(a) for every draw of z and h. Train with ``model``
+and ``guide`` all the same: there z is summed out, and here its gradient would be estimated from draws.
 
 Departures from the paper: none.
 """

@@ -227,7 +227,7 @@ def test_arviz_1_gets_a_data_tree(world, monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
 def test_arviz_compares_models(everything, world):
     """A model with the true background is better than one with a grey canvas, and arviz says so."""
-    model, guide, data = world
+    _, guide, data = world
     loo = az.loo(everything, var_name="v", pointwise=True)
     assert loo.loo_i.dims == ("sequence", "time")
     assert loo.n_data_points == B * T
@@ -249,10 +249,10 @@ def test_arviz_is_imported_when_it_is_needed():
 
 
 BAD = {
-    "no draw": (dict(n_samples=0), "n_samples is 0"),
-    "into the past": (dict(n_frames_ahead=-1), "n_frames_ahead is -1"),
-    "positions of others": (dict(positions=torch.zeros(2, 3, 11, 2)), r"wanted \(B, N, T, 2\) = \(2, 2, 11, 2\)"),
-    "another size": (dict(images=torch.zeros(2, 11, 9, 9)), "images are 9 x 9"),
+    "no draw": ({"n_samples": 0}, "n_samples is 0"),
+    "into the past": ({"n_frames_ahead": -1}, "n_frames_ahead is -1"),
+    "positions of others": ({"positions": torch.zeros(2, 3, 11, 2)}, r"wanted \(B, N, T, 2\) = \(2, 2, 11, 2\)"),
+    "another size": ({"images": torch.zeros(2, 11, 9, 9)}, "images are 9 x 9"),
 }
 
 
