@@ -55,8 +55,8 @@ def main(args: Arguments) -> None:
     if hasattr(az, "convert_to_datatree"):
         print("the pictures are drawn with arviz 0.x; arviz 1 reads the file, and has other functions for them")
         return
-    save(draw_launches(inference), out / "launches.png")
-    save(draw_velocities(inference, shown.to_pixels, truth), out / "velocities.png")
+    save(draw_launches(inference, shown.to_pixels), out / "launches.png")
+    save(draw_first_steps(inference, shown.to_pixels, truth), out / "first_steps.png")
     save(draw_futures(inference, shown.to_pixels, truth), out / "futures.png")
     save(draw_white_pixels(inference), out / "white_pixels.png")
     save(draw_weights(inference), out / "pareto_k.png")
@@ -84,42 +84,51 @@ def in_pixels(a: xr.DataArray, to_pixels: ToPixels) -> xr.DataArray:
     return a.copy(data=to_pixels(torch.from_numpy(a.values)).numpy())
 
 
-def draw_launches(inference: Any) -> Figure:
-    """Velocities at the first frame: the learned prior of each component, and the balls that were seen."""
-    figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+def first_step(inference: Any, h: xr.DataArray, to_pixels: ToPixels) -> xr.DataArray:
+    """How far the states at frame 1 take each ball until frame 2, in pixels: delta (vx, vy) and what u adds to (x, y).
+
+    Images show this sum; the velocities by themselves they do not.
+    """
+    v = h.isel(time=0).sel(state=["vx", "vy"]).rename(state="axis").assign_coords(axis=["x", "y"])
+    u = inference.constant_data.u.sel(state=["x", "y"]).rename(state="axis")
+    step = in_pixels((inference.constant_data.delta * v + u).transpose(..., "axis"), to_pixels)
+    return step - to_pixels(torch.zeros(2, dtype=torch.float64)).numpy()
+
+
+def draw_launches(inference: Any, to_pixels: ToPixels) -> Figure:
+    """First steps: the balls that were seen (dots) and the learned prior of each component (lines)."""
+    figure, panel = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for k in range(inference.constant_data.sizes["component"]):
         for group, kind in ((inference.posterior, "scatter"), (inference.prior, "kde")):
-            h = group.h.isel(time=0).where(group.z == k).stack(ball=("chain", "draw", "sequence", "object"))
-            h = h.dropna("ball")
-            if h.sizes["ball"] > 1:
+            step = first_step(inference, group.h, to_pixels).where(group.z == k)
+            step = step.stack(ball=("chain", "draw", "sequence", "object")).dropna("ball")
+            if step.sizes["ball"] > 1:
                 az.plot_pair(
-                    {name: h.sel(state=name).values[None] for name in ("vx", "vy")},
-                    kind=kind, ax=axes, textsize=8, scatter_kwargs={"color": f"C{k}", "alpha": 0.2, "s": 2},
-                    kde_kwargs={"fill_last": True, "contour_kwargs": {"colors": "black", "linewidths": 0.8}},
+                    {name: step.sel(axis=name).values[None] for name in ("x", "y")},
+                    kind=kind, ax=panel, textsize=8, scatter_kwargs={"color": f"C{k}", "alpha": 0.4, "s": 3},
+                    kde_kwargs={"fill_last": True, "contourf_kwargs": {"alpha": 0},
+                                "contour_kwargs": {"colors": "black", "linewidths": 0.8}},
                 )  # fmt: skip
-    axes.set_xlabel("vx at frame 1, latent units", fontsize=8)
-    axes.set_ylabel("vy at frame 1, latent units", fontsize=8)
+    panel.set_xlabel("step from frame 1 to 2, along x, pixels", fontsize=8)
+    panel.set_ylabel("along y, downwards, pixels", fontsize=8)
     return figure
 
 
-def draw_velocities(inference: Any, to_pixels: ToPixels, truth: ImageSequences | None) -> Figure:
-    """Velocity of each ball at the first frame, in pixels a frame."""
-    axes_of = {"vx": "x", "vy": "y"}
-    h = inference.posterior.h.isel(time=0, sequence=slice(0, 6)).sel(state=list(axes_of))
-    at_rest = to_pixels(torch.zeros(2, dtype=torch.float64)).numpy()
-    velocity = in_pixels(h * inference.constant_data.delta, to_pixels) - at_rest
-    balls = velocity.stack(ball=("sequence", "object")).dropna("ball").transpose("chain", "draw", "ball", "state")
+def draw_first_steps(inference: Any, to_pixels: ToPixels, truth: ImageSequences | None) -> Figure:
+    """First steps ball by ball, and the true ones (bars)."""
+    step = first_step(inference, inference.posterior.h.isel(sequence=slice(0, 6)), to_pixels)
+    balls = step.stack(ball=("sequence", "object")).dropna("ball").transpose("chain", "draw", "ball", "axis")
     which = balls.ball.values
     balls = balls.drop_vars(["ball", "sequence", "object"])
     balls = balls.assign_coords(ball=[f"sequence {b}, ball {n}" for b, n in which])
     figure, panels = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
-    for i, (panel, state) in enumerate(zip(panels, axes_of)):
-        az.plot_forest(balls.sel(state=state, drop=True).to_dataset(name=state), combined=True, ax=panel,
+    for i, (panel, axis) in enumerate(zip(panels, ("x", "y"))):
+        az.plot_forest(balls.sel(axis=axis, drop=True).to_dataset(name=axis), combined=True, ax=panel,
                        hdi_prob=SHARE, labeller=az.labels.NoVarLabeller(), textsize=7)  # fmt: skip
         if truth is not None and truth.paths is not None:
             true = [float(truth.paths[b, n - 1, 1, i] - truth.paths[b, n - 1, 0, i]) for b, n in which]
             panel.plot(true, sorted(panels[0].get_yticks(), reverse=True), "|", color="black", markersize=9)
-        panel.set_title(f"{state} at frame 1, pixels a frame", fontsize=8)
+        panel.set_title(f"step from frame 1 to 2, along {axis}, pixels", fontsize=8)
     return figure
 
 

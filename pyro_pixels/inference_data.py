@@ -1,8 +1,8 @@
 """Everything that a trained model says of some sequences, as one arviz object (Secs 2.2 and 3.3-3.4).
 
 `to_inference_data` draws from q(a | v) p(h, z | a), lets the dynamics take each draw on to frames that nobody saw,
-draws from the prior beside it, and labels every number, so that arviz plots, compares and stores it. The one chain holds
-independent draws: its effective sample size is their number.
+draws from the prior beside it, and labels every number, so that arviz plots, compares and stores it. The one chain
+holds independent draws: its effective sample size is their number.
 
 Dimensions and their coordinates:
 
