@@ -65,6 +65,7 @@ def main(args: Arguments) -> None:
 
 
 def first_frames(data: ImageSequences, n: int) -> ImageSequences:
+    """The images and positions of the first ``n`` frames."""
     positions = None if data.positions is None else data.positions[:, :, :n]
     return dataclasses.replace(data, images=data.images[:, :n], positions=positions)
 

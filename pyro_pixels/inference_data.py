@@ -122,7 +122,7 @@ def to_inference_data(
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        groups = _in_parts(draw, n_samples, PIXELS_AT_ONCE // images[..., 0].numel() // images.shape[-1])
+        groups = _in_parts(draw, n_samples, PIXELS_AT_ONCE // images.numel())
     groups = {group: {name: x.unsqueeze(0) for name, x in drawn.items()} for group, drawn in groups.items()}
     groups["observed_data"] = {"v": images.to(torch.uint8)}
     groups["constant_data"] = _constants(model, n_objects, positions)
