@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_pixels import lgssm as exact

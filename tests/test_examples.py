@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
-    "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides",
+    "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz",
 }  # fmt: skip
 
 
@@ -158,6 +159,7 @@ BAD = {
     "no such device": ("train", "--device", "abacus"),
     "no such size": ("infer", "--data", "other.npz"),
     "seen all": ("generate", "--n-seen", "30"),
+    "seen all, for arviz": ("to_arviz", "--n-seen", "30"),
     "seen none": ("generate", "--n-seen", "0"),
     "trained already": ("train",),
     "nothing to resume": ("train", "--run", "new", "--resume"),
@@ -220,6 +222,27 @@ def test_the_pretrained_weights_answer_without_training(tmp_path):
         done = script(name, "--pretrained", "--n-sequences", 9, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs/pretrained" / made).stat().st_size > 1000
+
+
+def test_beliefs_are_written_for_arviz(tmp_path):
+    options = ("--n-sequences", 3, "--n-samples", 20, "--out", "out")
+    done = script("to_arviz", "--pretrained", *options, "--n-seen", 10, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    pictures = {"launches", "first_steps", "futures", "white_pixels", "pareto_k", "calibration"}
+    assert {path.stem for path in (tmp_path / "out").glob("*.png")} == pictures
+    inference = xr.open_dataset(tmp_path / "out/posterior.nc", group="predictions", engine="h5netcdf")
+    assert inference.a.shape == (1, 20, 3, 3, 20, 2)
+
+
+def test_beliefs_of_a_users_own_file_are_written_too(own_file, tmp_path):
+    """Where nobody knows the positions: in latent units, and without what compares with the truth."""
+    done = script("train", "--run", "run", "--data", own_file, "--steps", 2, "--no-progress", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    options = ("--n-sequences", 4, "--n-samples", 20, "--n-seen", 6, "--out", "out")
+    done = script("to_arviz", "--run", "run", "--data", own_file, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "out/calibration.png").exists()
+    assert (tmp_path / "out/futures.png").exists()
 
 
 def test_a_sweep_goes_on_where_it_was(tmp_path):

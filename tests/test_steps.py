@@ -1,4 +1,4 @@
-"""One step: nothing waits for the device, parts add up, several processes and several trainings give the same numbers."""
+"""One step: nothing waits for the device, parts add up, several processes and trainings give the same numbers."""
 
 import subprocess
 import sys

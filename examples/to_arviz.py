@@ -1,0 +1,206 @@
+"""What a trained run believes, as a file for arviz: posterior.nc, and pictures of what can be asked of it."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import xarray as xr
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor
+
+from common import QueryArguments, Shown, ask, new_folder, save, start
+from pyro_pixels import metrics
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.inference_data import to_inference_data
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")  # 0.23 announces 1.0 wherever it can
+import arviz as az  # noqa: E402
+
+ToPixels = Callable[[Tensor], Tensor]
+SHARE = 0.9  # of the draws that an interval holds
+
+
+@dataclass
+class Arguments(QueryArguments):
+    n_sequences: int = 30
+    """How many sequences at most."""
+    n_samples: int = 100
+    """Draws of the posterior and of the prior."""
+    n_seen: int = 15
+    """Frames seen; those that follow are predicted."""
+
+
+def main(args: Arguments) -> None:
+    plt.switch_backend("agg")
+    run, data, device = ask(args)
+    out = new_folder(args.out or args.home / "arviz")
+    T = data.images.shape[1]
+    if not 0 < args.n_seen < T:
+        raise ValueError(f"n_seen is {args.n_seen}; wanted at least 1 and fewer than the {T} frames that there are")
+    shown = Shown(run, first_frames(data, args.n_seen), device)
+    truth = in_the_models_order(data, shown)
+    print(f"drawing {args.n_samples} times what {len(data)} sequences were and will be")
+    inference = to_inference_data(
+        run.model, run.guide, shown.images, shown.n_objects, n_samples=args.n_samples, n_frames_ahead=T - args.n_seen,
+        positions=None if truth is None else first_frames(truth, args.n_seen).positions, seed=args.seed,
+    )  # fmt: skip
+    inference.to_netcdf(str(out / "posterior.nc"))
+    print(f"  {out / 'posterior.nc'}")
+    if hasattr(az, "convert_to_datatree"):
+        print("the pictures are drawn with arviz 0.x; arviz 1 reads the file, and has other functions for them")
+        return
+    save(draw_launches(inference, shown.to_pixels), out / "launches.png")
+    save(draw_first_steps(inference, shown.to_pixels, truth), out / "first_steps.png")
+    save(draw_futures(inference, shown.to_pixels, truth), out / "futures.png")
+    save(draw_white_pixels(inference), out / "white_pixels.png")
+    save(draw_weights(inference), out / "pareto_k.png")
+    if truth is not None:
+        save(draw_calibration(inference, shown.to_pixels, truth), out / "calibration.png")
+
+
+def first_frames(data: ImageSequences, n: int) -> ImageSequences:
+    """The images and positions of the first ``n`` frames."""
+    positions = None if data.positions is None else data.positions[:, :, :n]
+    return dataclasses.replace(data, images=data.images[:, :n], positions=positions)
+
+
+def in_the_models_order(data: ImageSequences, shown: Shown) -> ImageSequences | None:
+    """The data with their objects as the model counts them; None if it is not known where they are."""
+    if shown.size is None or data.positions is None or shown.data.positions is None:
+        return None
+    found = shown.to_pixels(shown.inference.mean.cpu())
+    order = metrics.assign(shown.data.positions, found, data.n_objects)
+    paths = None if data.paths is None else metrics.reorder(data.paths, order)
+    return dataclasses.replace(data, positions=metrics.reorder(data.positions, order), paths=paths)
+
+
+def in_pixels(a: xr.DataArray, to_pixels: ToPixels) -> xr.DataArray:
+    """Positions whose last dimension is the axis."""
+    return a.copy(data=to_pixels(torch.from_numpy(a.values)).numpy())
+
+
+def first_step(inference: Any, h: xr.DataArray, to_pixels: ToPixels) -> xr.DataArray:
+    """How far the states at frame 1 take each ball until frame 2, in pixels: delta (vx, vy) and what u adds to (x, y).
+
+    Images show this sum; the velocities by themselves they do not.
+    """
+    v = h.isel(time=0).sel(state=["vx", "vy"]).rename(state="axis").assign_coords(axis=["x", "y"])
+    u = inference.constant_data.u.sel(state=["x", "y"]).rename(state="axis")
+    step = in_pixels((inference.constant_data.delta * v + u).transpose(..., "axis"), to_pixels)
+    return step - to_pixels(torch.zeros(2, dtype=torch.float64)).numpy()
+
+
+def draw_launches(inference: Any, to_pixels: ToPixels) -> Figure:
+    """First steps: the balls that were seen (dots) and the learned prior of each component (lines)."""
+    figure, panel = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
+    for k in range(inference.constant_data.sizes["component"]):
+        for group, kind in ((inference.posterior, "scatter"), (inference.prior, "kde")):
+            step = first_step(inference, group.h, to_pixels).where(group.z == k)
+            step = step.stack(ball=("chain", "draw", "sequence", "object")).dropna("ball")
+            if step.sizes["ball"] > 1:
+                az.plot_pair(
+                    {name: step.sel(axis=name).values[None] for name in ("x", "y")},
+                    kind=kind, ax=panel, textsize=8, scatter_kwargs={"color": f"C{k}", "alpha": 0.4, "s": 3},
+                    kde_kwargs={"fill_last": True, "contourf_kwargs": {"alpha": 0},
+                                "contour_kwargs": {"colors": "black", "linewidths": 0.8}},
+                )  # fmt: skip
+    panel.set_xlabel("step from frame 1 to 2, along x, pixels", fontsize=8)
+    panel.set_ylabel("along y, downwards, pixels", fontsize=8)
+    return figure
+
+
+def draw_first_steps(inference: Any, to_pixels: ToPixels, truth: ImageSequences | None) -> Figure:
+    """First steps ball by ball, and the true ones (bars)."""
+    step = first_step(inference, inference.posterior.h.isel(sequence=slice(0, 6)), to_pixels)
+    balls = step.stack(ball=("sequence", "object")).dropna("ball").transpose("chain", "draw", "ball", "axis")
+    which = balls.ball.values
+    balls = balls.drop_vars(["ball", "sequence", "object"])
+    balls = balls.assign_coords(ball=[f"sequence {b}, ball {n}" for b, n in which])
+    figure, panels = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
+    for i, (panel, axis) in enumerate(zip(panels, ("x", "y"))):
+        az.plot_forest(balls.sel(axis=axis, drop=True).to_dataset(name=axis), combined=True, ax=panel,
+                       hdi_prob=SHARE, labeller=az.labels.NoVarLabeller(), textsize=7)  # fmt: skip
+        if truth is not None and truth.paths is not None:
+            true = [float(truth.paths[b, n - 1, 1, i] - truth.paths[b, n - 1, 0, i]) for b, n in which]
+            panel.plot(true, sorted(panels[0].get_yticks(), reverse=True), "|", color="black", markersize=9)
+        panel.set_title(f"step from frame 1 to 2, along {axis}, pixels", fontsize=8)
+    return figure
+
+
+def draw_futures(inference: Any, to_pixels: ToPixels, truth: ImageSequences | None) -> Figure:
+    """Where the balls of one sequence of each N are believed to be, and were."""
+    n_objects = inference.constant_data.n_objects.values
+    rows = [int(np.flatnonzero(n_objects == n)[0]) for n in sorted(set(n_objects))]
+    figure, panels = plt.subplots(2, len(rows), figsize=(2.4 * len(rows), 3.6), layout="constrained", squeeze=False)
+    groups = [in_pixels(group.a, to_pixels) for group in (inference.posterior, inference.predictions)]
+    for column, b in enumerate(rows):
+        for i, name in enumerate(("x", "y")):
+            panel = panels[i, column]
+            for n in range(n_objects[b]):
+                for a in groups:
+                    drawn = a.isel(sequence=b, object=n).sel(axis=name)
+                    az.plot_hdi(a.time.values, drawn.values, hdi_prob=SHARE, color=f"C{n}", smooth=False, ax=panel)
+                if truth is not None and truth.positions is not None:
+                    true = truth.positions[b, n, :, i]
+                    panel.plot(range(1, len(true) + 1), true, ".", color=f"C{n}", markersize=2)
+            panel.axvline(groups[0].time.values[-1] + 0.5, color="grey", linewidth=0.8)
+            panel.set_title(f"sequence {b}: {name}", fontsize=8)
+            panel.tick_params(labelsize=7)
+    figure.supxlabel("frame", fontsize=8)
+    return figure
+
+
+def draw_white_pixels(inference: Any) -> Figure:
+    """How many pixels of a frame are white: in the data, and in images that the model draws."""
+    white = az.InferenceData(
+        posterior_predictive=inference.posterior_predictive.sum(("row", "column")).astype(int),
+        observed_data=inference.observed_data.sum(("row", "column")).astype(int),
+    )
+    figure, panel = plt.subplots(figsize=(4.5, 3), layout="constrained")
+    n_draws = min(50, white.posterior_predictive.sizes["draw"])  # type: ignore[attr-defined]
+    az.plot_ppc(white, kind="cumulative", num_pp_samples=n_draws, ax=panel, textsize=8, random_seed=0)
+    panel.set_xlabel("white pixels in a frame", fontsize=8)
+    panel.set_ylabel("share of the frames", fontsize=8)
+    return figure
+
+
+def draw_weights(inference: Any) -> Figure:
+    """Pareto k of log p(v, a) - log q(a | v): how far the guide is from the posterior."""
+    n_objects = inference.constant_data.n_objects.values
+    _, k = az.psislw(inference.sample_stats.log_weight.stack(__sample__=("chain", "draw")))
+    figure, panel = plt.subplots(figsize=(4.5, 3), layout="constrained")
+    az.plot_khat(k.values, ax=panel, show_hlines=True, textsize=8, color=[f"C{n - 1}" for n in n_objects])
+    for n in sorted(set(n_objects)):
+        panel.plot([], [], "+", color=f"C{n - 1}", label=f"N = {n}")
+    panel.legend(fontsize=8)
+    panel.set_xlabel("sequence", fontsize=8)
+    panel.set_ylabel("Pareto k", fontsize=8)
+    return figure
+
+
+def draw_calibration(inference: Any, to_pixels: ToPixels, truth: ImageSequences) -> Figure:
+    """How often the truth lies below a quantile, for the last frame that was seen and the last that was predicted."""
+    assert truth.positions is not None
+    figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained", sharey=True)
+    titles = ("last frame seen", "last frame predicted")
+    for panel, group, title in zip(panels, (inference.posterior, inference.predictions), titles):
+        a = in_pixels(group.a, to_pixels).isel(time=-1)
+        true = truth.positions[:, :, int(a.time) - 1].numpy()
+        below = (a < xr.DataArray(true, dims=("sequence", "object", "axis"))).mean(("chain", "draw"))
+        az.plot_ecdf(below.values[~np.isnan(true)], eval_points=np.linspace(0, 1, 101), cdf=stats.uniform().cdf,
+                     difference=True, confidence_bands=True, ax=panel)  # fmt: skip
+        panel.set_title(f"{title}, {int(a.time)}", fontsize=8)
+        panel.set_xlabel("quantile", fontsize=8)
+        panel.tick_params(labelsize=7)
+    panels[0].set_ylabel("share of the truth below,\nminus quantile", fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)
