@@ -230,7 +230,7 @@ def _checked_positions(
 _MOVED = {
     "CannonballConfig": "cannonballs",
     "true_dynamics": "cannonballs",
-    "render_disks": "simulation",
+    "render_disks": "drawing",
     "simulate": "simulation",
 }
 

@@ -17,11 +17,15 @@ in four stages:
 4. Choose. Of the tracks with different starts, those under which the white pixels are likeliest are kept, two after a
    few sweeps and one at the end: a start in which two objects hide each other loses to one in which they do not.
 
+Where the background has white pixels of its own (salt-and-pepper noise), `clutter` says how many, and pixels are shared
+among the objects and the background: what is far from every object is nobody's, as in probabilistic data association.
+
 The result is y_t^n and R_t^n = sigma_t^n^2 (1 + 1 / mass of the share). This is no part of the paper, whose network has
 to find such a rule by itself. Nothing of it is differentiated but sigma, and the shares in the starting frames through
 the claims.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -47,10 +51,11 @@ class TrackingHead(AttentionHead):
         state_size: D.
         rho: spread of an object's pixels around its position, a standard deviation in pixels; R / 2 for a disk.
         sigma, n_waves: as in `AttentionHead`.
+        clutter: probability that a pixel which belongs to no object is white; 0: every white pixel is some object's.
         n_starts: S, how many tracks are followed from different starting frames, half of them forward in time; even.
 
     Raises:
-        ValueError: if ``n_starts`` is not even, or below 2.
+        ValueError: if ``n_starts`` is not even, or below 2, or ``clutter`` not in [0, 1).
     """
 
     blob: Tensor  # (2, 2), rho^2 I in latent units
@@ -63,6 +68,7 @@ class TrackingHead(AttentionHead):
         state_size: int,
         *,
         rho: float = 1.0,
+        clutter: float = 0.0,
         sigma: float = 0.05,
         n_waves: int = 8,
         n_starts: int = 8,
@@ -70,7 +76,11 @@ class TrackingHead(AttentionHead):
         super().__init__(height, width, state_size, sigma=sigma, n_waves=n_waves)
         if n_starts < 2 or n_starts % 2:
             raise ValueError(f"n_starts is {n_starts}; wanted an even number, at least 2: tracks go both ways in time")
+        if not 0 <= clutter < 1:
+            raise ValueError(f"clutter is {clutter}; wanted a probability below 1, 0 for a background that is black")
         self.dynamics, self.n_starts = dynamics, n_starts
+        per_object = 4 * math.pi * rho**2  # pixels of a disk of radius 2 rho
+        self.clutter = clutter * height * width / 4 / per_object  # a unit of area: of the 4 of [-1, 1]^2
         rho_latent = rho / torch.tensor([(width - 1) / 2, (height - 1) / 2])
         self.register_buffer("blob", torch.diag(rho_latent.square()), persistent=False)
 
@@ -83,26 +93,29 @@ class TrackingHead(AttentionHead):
         claim = self.claims(s[:, :, start], white.at(start)).transpose(1, 2)  # (B, S, N, k)
         claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND)
         with torch.no_grad():
-            l = self._associate(white, claim, absent, orders)  # (B, T, N, k)
+            l, nobody = self._associate(white, claim, absent, orders)  # (B, T, N, k), (B, T, k)
         times = torch.bincount(start, minlength=images.shape[1])  # a frame in which several tracks start counts once
         l = l.index_add(1, start, claim / times[start, None, None])
-        y, mass = share(white.v, white.place, l, absent.unsqueeze(1))
+        y, mass = share(white.v, white.place, l, absent.unsqueeze(1), nobody)
         R = self.to_log_sigma(s).exp().square() * (1 + 1 / mass.transpose(1, 2))
         return y.transpose(1, 2), R.sqrt()
 
-    def _associate(self, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor) -> Tensor:
-        """l (B, T, N, k) around the paths that are kept, up to a constant for each pixel."""
-        if claim.shape[2] == 1:
-            return torch.zeros_like(white.v).unsqueeze(2)  # one object has all the pixels
-        tracks = Tracks.of(self.dynamics, self.blob, white.v.shape[1], claim.dtype)
+    def _associate(
+        self, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """l (B, T, N, k) around the paths that are kept, up to a constant for each pixel, and that of nobody."""
+        if claim.shape[2] == 1 and not self.clutter:
+            return torch.zeros_like(white.v).unsqueeze(2), None  # one object has all the pixels
+        tracks = Tracks.of(self.dynamics, self.blob, white.v.shape[1], claim.dtype, self.clutter)
+        nobody = tracks.log_clutter(white.place, tracks.blob_precision)  # (B, T, k)
         path = tracks.smooth(follow(tracks, white, claim, absent, orders))  # (B, S, N, T, 2)
         for keep, n_sweeps in ((2, FIRST_SWEEPS), (1, LAST_SWEEPS)):
             for _ in range(n_sweeps):
                 l = tracks.log_density(white.place, path)  # (B, T, S, N, k)
-                y, mass = share(white.v.unsqueeze(2), white.place, l, absent[:, None, None])
+                y, mass = share(white.v.unsqueeze(2), white.place, l, absent[:, None, None], _per_track(nobody))
                 path = tracks.smooth(_towards(path, y.permute(0, 2, 3, 1, 4), mass.permute(0, 2, 3, 1, 4)))
             path = tracks.likeliest(white, path, absent, keep)
-        return tracks.log_density(white.place, path).squeeze(2)
+        return tracks.log_density(white.place, path).squeeze(2), nobody
 
 
 class Tracks(NamedTuple):
@@ -113,14 +126,15 @@ class Tracks(NamedTuple):
     W: Tensor  # (2T, 2T), E[a | y] = mean + (y - mean) W
     blob: Tensor  # (2, 2), rho^2 I
     blob_precision: Tensor  # (2, 2), (rho^2 I + Sigma_A)^-1
+    clutter: float  # white pixels of nobody in a unit of area, for each pixel of an object
 
     @classmethod
-    def of(cls, dynamics: Dynamics, blob: Tensor, T: int, dtype: torch.dtype) -> "Tracks":
+    def of(cls, dynamics: Dynamics, blob: Tensor, T: int, dtype: torch.dtype, clutter: float = 0.0) -> "Tracks":
         lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
         mean, C = exact.marginal_moments(lgssm, T)
         S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
         W, precision = torch.linalg.solve(S, C), torch.linalg.inv(blob + lgssm.Sigma_A)
-        return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype))
+        return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype), clutter)
 
     def smooth(self, y: Tensor) -> Tensor:
         """E[a | y] (..., T, 2)."""
@@ -131,10 +145,19 @@ class Tracks(NamedTuple):
         centre = path.permute(0, 3, 1, 2, 4)  # (B, T, S, N, 2)
         return log_density(place, centre.flatten(2, 3), self.blob_precision).unflatten(2, centre.shape[2:4])
 
+    def log_clutter(self, place: Tensor, precision: Tensor) -> Tensor | None:
+        """l (..., k) of nobody beside those that `log_density` gives; None where there is no clutter."""
+        if not self.clutter:
+            return None
+        normaliser = 0.5 * torch.linalg.slogdet(precision).logabsdet - math.log(2 * math.pi)
+        left_out = 0.5 * ((place @ precision) * place).sum(-1)
+        return math.log(self.clutter) + left_out - normaliser.unsqueeze(-1)
+
     def likeliest(self, white: WhitePixels, path: Tensor, absent: Tensor, keep: int) -> Tensor:
         """Those ``keep`` of the S paths (B, S, N, T, 2) of a sequence under which its white pixels are likeliest."""
         l = self.log_density(white.place, path).masked_fill(absent[:, None, None], -torch.inf)
-        likelihood = torch.einsum("btk,btsk->bs", white.v, l.logsumexp(3))
+        nobody = _per_track(self.log_clutter(white.place, self.blob_precision))
+        likelihood = torch.einsum("btk,btsk->bs", white.v, _with(nobody, l).logsumexp(3))
         best = likelihood.topk(keep, 1).indices
         return path[torch.arange(len(path), device=path.device).unsqueeze(1), best]
 
@@ -162,10 +185,11 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
     v, place = (x[:, orders.mT].transpose(0, 1).contiguous() for x in (white.v, white.place))  # (T, B, S, k, ...)
     absent = absent.unsqueeze(1)
 
-    l = claim
+    l, nobody = claim, None
     for _ in range(DETECTION_ROUNDS):
-        y, _ = share(v[0], place[0], l, absent)
+        y, _ = share(v[0], place[0], l, absent, nobody)
         l = log_density(place[0], y, tracks.blob_precision)
+        nobody = tracks.log_clutter(place[0], tracks.blob_precision)
     e = claim.new_zeros(B, S, N, 2 * T)
     ys = []
     for i in range(T):
@@ -173,25 +197,30 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
         forecast = mean[:, None, i] + torch.einsum("bsnj,sjc->bsnc", e[..., : 2 * i], L_T[:, : 2 * i, now])
         if i > 0:
             l = log_density(place[i], forecast, precision[:, i])
-        y = _towards(forecast, *share(v[i], place[i], l, absent))
+            nobody = tracks.log_clutter(place[i], precision[:, i])
+        y = _towards(forecast, *share(v[i], place[i], l, absent, nobody))
         e[..., now] = torch.einsum("bsnc,scd->bsnd", y - forecast, whiten[:, i])
         ys.append(y)
     in_time = orders.argsort(1)[None, :, None, :, None].expand(B, S, N, T, 2)
     return torch.stack(ys, 3).gather(3, in_time)
 
 
-def share(v: Tensor, place: Tensor, l: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
+def share(
+    v: Tensor, place: Tensor, l: Tensor, absent: Tensor, nobody: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """White pixels shared among the objects in proportion to exp(l): the centroid and the mass of each share.
 
     Args:
         v: (..., k), the pixels' values; place: (..., k, 2), which may lack the last batch dimensions of ``l``.
         l: (..., N, k).
         absent: (..., N, 1) bool, for objects that get nothing.
+        nobody: (..., k), l of the background, if it has white pixels of its own.
 
     Returns:
         (..., N, 2) and (..., N, 1); the mass is in pixels, and at least 1e-4.
     """
-    shares = v.unsqueeze(-2) * l.masked_fill(absent, -torch.inf).softmax(-2)
+    among = _with(nobody, l.masked_fill(absent, -torch.inf)).softmax(-2)
+    shares = v.unsqueeze(-2) * among[..., : l.shape[-2], :]
     mass = shares.sum(-1, keepdim=True).clamp(min=1e-4)
     batch = place.dim() - 2
     moment = shares.flatten(batch, -2) @ place
@@ -220,6 +249,16 @@ def frame_orders(white: WhitePixels, n_starts: int) -> Tensor:
     orders = torch.cat([forward, T - 1 - forward])
     black = white.v[..., 0].amax(0) == 0
     return orders.gather(1, black[orders].int().argsort(dim=1, stable=True))
+
+
+def _with(nobody: Tensor | None, l: Tensor) -> Tensor:
+    """l (..., N + 1, k) with the background as a last object, if there is one."""
+    return l if nobody is None else torch.cat([l, nobody.unsqueeze(-2).expand(*l.shape[:-2], 1, l.shape[-1])], -2)
+
+
+def _per_track(nobody: Tensor | None) -> Tensor | None:
+    """(B, T, 1, k) of (B, T, k), for tracks that lie before the objects."""
+    return None if nobody is None else nobody.unsqueeze(2)
 
 
 def _towards(expected: Tensor, y: Tensor, mass: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from pyro_pixels import lgssm as exact
+from pyro_pixels.drawing import render_disks
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig, collapse_components
 from pyro_pixels.guides import WhitePixels
-from pyro_pixels.simulation import render_disks
 from pyro_pixels.tracking import TRACK_NOISE, TrackingHead, Tracks, follow, frame_orders, log_density, share
 
 W, T, D = 32, 16, 4
