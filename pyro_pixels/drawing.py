@@ -7,12 +7,12 @@ and pixels that lie. An object keeps its shape, size and grey value for the whol
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Shape = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
-Image = NDArray[np.uint8] | NDArray[np.float32]
 
 SHAPES: dict[str, Shape] = {
     "disk": lambda x, y, r: y**2 + x**2 <= r**2,
@@ -59,7 +59,7 @@ class Look:
 
 def draw(
     look: Look, positions: NDArray[np.float64], size: tuple[int, int], radius: float, rng: np.random.Generator
-) -> Image:
+) -> NDArray[Any]:
     """Images (n, T, H, W) of objects with a look, (H, W) being ``size``; uint8, or float32 if it is grey.
 
     Args:
@@ -88,7 +88,7 @@ def render_disks(positions: NDArray[np.float64], height: int, width: int, radius
     """
     of_each = np.ones(positions.shape[:2])
     kinds, values = of_each.astype(np.int64) - 1, of_each.astype(np.uint8)
-    return paint(positions, (height, width), [SHAPES["disk"]], kinds, radius * of_each, values)  # type: ignore[return-value]
+    return paint(positions, (height, width), [SHAPES["disk"]], kinds, radius * of_each, values)
 
 
 def paint(
@@ -97,8 +97,8 @@ def paint(
     shapes: list[Shape],
     kinds: NDArray[np.int64],
     radii: NDArray[np.float64],
-    values: Image,
-) -> Image:
+    values: NDArray[Any],
+) -> NDArray[Any]:
     """Images (n, T, H, W), uint8 as ``values`` or else float32; the largest value wherever objects overlap.
 
     Args:

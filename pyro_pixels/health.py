@@ -111,7 +111,7 @@ def check_health(
     spread of these positions over all tracks and frames, each direction of the plane to its own.
 
     - ``bound_per_frame_nats``; ``bound_ratio``: minus the bound, relative to what the best grey value for everything
-      costs, mean over the values of N.
+      costs, mean over the values of N; the latter only where the likelihood is no density, whose zero means nothing.
     - ``innovation_mean_square``, ``innovation_autocorrelation``: of a Kalman filter under the likeliest component,
       standardised, from the third frame on, without unexplained tracks; the latter between neighbouring frames.
     - ``path_residual``: root mean square of a minus the nearest path that the dynamics can take without noise, in the
@@ -193,12 +193,15 @@ def _bound_measures(
     model: PixelModel, guide: Guide, data: ImageSequences, batch_size: int, seed: int
 ) -> dict[str, float]:
     nats = bound(model, guide, data, batch_size=batch_size, seed=seed).bound / data.images.shape[1]
+    measures = {"bound_per_frame_nats": float(nats.mean())}
+    if model.likelihood.is_density:
+        return measures
     ratios = []
     for n in data.n_objects.unique():
         images = data.images[data.n_objects == n]
         grey = nll_per_frame(images, images.double().mean().expand(images.shape)).mean()
         ratios.append(-nats[data.n_objects == n].mean() / grey)
-    return {"bound_per_frame_nats": float(nats.mean()), "bound_ratio": float(torch.stack(ratios).mean())}
+    return measures | {"bound_ratio": float(torch.stack(ratios).mean())}
 
 
 def _tracks(
@@ -267,8 +270,8 @@ def _problems(measures: dict[str, float]) -> list[str]:
             "train again with a smaller learning rate or `Schedule.clip_norm`"
         ]
     problems = []
-    for name, (low, high) in EXPECTED.items():
-        x = measures[name]
+    for name, x in measures.items():
+        low, high = EXPECTED.get(name, (-math.inf, math.inf))
         if not low <= x <= high:
             advice = _ADVICE.get(name, _TOO_SMALL if x < low else _TOO_LARGE)
             problems.append(advice.format(x=x))

@@ -10,6 +10,7 @@ of theirs are log densities, which may be above 0.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 class PixelLikelihood(nn.Module, ABC):
     """p(v | logits), pixels independent. Parameters are learned with the model's."""
+
+    is_density: ClassVar[bool] = True
+    """Whether log-likelihoods are those of a density, so that zero nats mean nothing."""
 
     @abstractmethod
     def forward(self, logits: Tensor) -> dist.TorchDistribution:
@@ -30,6 +34,8 @@ class PixelLikelihood(nn.Module, ABC):
 
 class BernoulliPixels(PixelLikelihood):
     """Eq (2): a pixel is white with probability sigm(logit). Values in [0, 1] count as shares of white."""
+
+    is_density = False
 
     def forward(self, logits: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=logits, validate_args=False).to_event(3)

@@ -39,6 +39,7 @@ from pyro_pixels.guides import AttentionHead, WhitePixels
 CLAIM_BOUND = 3.0  # nats: what the network may say against the dynamics, about a distance of 3 pixels
 TRACK_NOISE = 0.02  # standard deviation of y while following and sweeping, latent units
 DETECTION_ROUNDS = 10
+DETECTION_WIDTH = 16.0  # in clutter blobs begin with so many times their variance: narrow ones see no object nearby
 FIRST_SWEEPS, LAST_SWEEPS = 3, 8  # of all tracks, and of the two that are kept then
 
 
@@ -186,10 +187,10 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
     absent = absent.unsqueeze(1)
 
     l, nobody = claim, None
-    for _ in range(DETECTION_ROUNDS):
+    for narrow in torch.linspace(0, 1, DETECTION_ROUNDS).tolist():
         y, _ = share(v[0], place[0], l, absent, nobody)
-        l = log_density(place[0], y, tracks.blob_precision)
-        nobody = tracks.log_clutter(place[0], tracks.blob_precision)
+        blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
+        l, nobody = log_density(place[0], y, blob_precision), tracks.log_clutter(place[0], blob_precision)
     e = claim.new_zeros(B, S, N, 2 * T)
     ys = []
     for i in range(T):
@@ -205,9 +206,7 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
     return torch.stack(ys, 3).gather(3, in_time)
 
 
-def share(
-    v: Tensor, place: Tensor, l: Tensor, absent: Tensor, nobody: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def share(v: Tensor, place: Tensor, l: Tensor, absent: Tensor, nobody: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """White pixels shared among the objects in proportion to exp(l): the centroid and the mass of each share.
 
     Args:

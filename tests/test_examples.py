@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
-    "reproduce_paper", "export_pretrained",
+    "reproduce_paper", "export_pretrained", "other_worlds",
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def test_help(name, tmp_path):
         "simulate": ["--seed"],
         "sweep": ["--seeds", "--device"],
         "export_pretrained": ["--run"],
+        "other_worlds": ["--seed", "--device"],
         "reproduce_paper": ["--run", "--seed", "--device"],
     }.get(name, ["--seed", "--device", "--data"]):
         assert option in done.stdout
