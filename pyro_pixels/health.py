@@ -60,14 +60,17 @@ _STARTS = (
     "put the starts where tracks are likeliest (`Schedule.fit_starts_at`), or use fewer components if objects start in "
     "fewer ways"
 )
+_NOT_LINEAR = (
+    " or of objects that do not move linearly themselves, as where they bounce off walls, for which no training helps"
+)
 _ADVICE = {
     "bound_ratio": "images cost {x:.2f} of what one grey value everywhere would cost (a good run: about 0.2): "
     f"positions and renderer have not found each other; train for more steps; if that does not help, {_RESTART}",
     "innovation_autocorrelation": "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): "
-    f"tracks do not move as the dynamics say, as when the latent space is warped; {_STIFFEN}",
+    f"tracks do not move as the dynamics say, as when the latent space is warped{_NOT_LINEAR}; {_STIFFEN}",
     "path_residual": "tracks stray from noise-free paths by {x:.2f} of their spread (Sec 3.1's data: 0.1): noise "
     "explains what the dynamics can not, the sign of a folded or warped latent space (unless the objects' own motion "
-    f"is as random, or all of it along one line); {_STIFFEN}",
+    f"is as random, or all of it along one line){_NOT_LINEAR}; {_STIFFEN}",
     "unexplained_tracks": "{x:.0%} of the tracks do not fit the dynamics that explain the others: identities swap "
     f"halfway, or objects are lost; {_STIFFEN}",
     "smallest_component": "the least used component of the start has {x:.1%} of the tracks: it means nothing; "
