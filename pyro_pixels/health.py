@@ -65,7 +65,8 @@ _NOT_LINEAR = (
 )
 _ADVICE = {
     "bound_ratio": "images cost {x:.2f} of what one grey value everywhere would cost (a good run: about 0.2): "
-    f"positions and renderer have not found each other; train for more steps; if that does not help, {_RESTART}",
+    "positions and renderer have not found each other, unless the pixels are noisy, which no position explains; "
+    f"train for more steps; if that does not help, {_RESTART}",
     "innovation_autocorrelation": "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): "
     f"tracks do not move as the dynamics say, as when the latent space is warped{_NOT_LINEAR}; {_STIFFEN}",
     "path_residual": "tracks stray from noise-free paths by {x:.2f} of their spread (Sec 3.1's data: 0.1): noise "
