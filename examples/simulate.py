@@ -1,4 +1,4 @@
-"""Simulates cannonballs (Sec 3.1) and writes them as an .npz, with a picture like Fig 1."""
+"""Simulates cannonballs (Sec 3.1), or another world, and writes them as an .npz, with a picture like Fig 1."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +8,7 @@ from pyro_pixels import plotting
 from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.data import save_sequences
 from pyro_pixels.simulation import simulate
+from pyro_pixels.worlds import BouncingConfig, DriftConfig
 
 
 @dataclass
@@ -16,7 +17,10 @@ class Arguments:
     """The file to write; the picture lies beside it."""
     n_sequences: int = 300
     seed: int = 0
-    config: CannonballConfig = field(default_factory=lambda: CannonballConfig(height=32, width=32))
+    config: CannonballConfig | DriftConfig | BouncingConfig = field(
+        default_factory=lambda: CannonballConfig(height=32, width=32)
+    )
+    """Which world, and everything about it."""
 
 
 def main(args: Arguments) -> None:

@@ -20,6 +20,7 @@ from pyro_pixels.learning import fit
 from pyro_pixels.queries import infer
 from pyro_pixels.runs import PRESETS, Run, RunConfig, build, load_config, save_config
 from pyro_pixels.simulation import simulate
+from pyro_pixels.worlds import WORLDS
 
 SEEDS_APART = 1_000  # between the starting weights of --starts
 JUDGES = 60  # sequences for the health check
@@ -32,6 +33,12 @@ class Arguments:
     preset: Literal["quick", "paper"] = "quick"
     guide: str | None = None
     """Name of a guide, if not the preset's."""
+    likelihood: str | None = None
+    """Name of a likelihood of the pixels, if not the preset's: bernoulli, continuous_bernoulli or gaussian."""
+    clutter: float | None = None
+    """Probability that a pixel of the background is white, for structured guides, if not the preset's 0."""
+    world: Literal["cannonballs", "drift", "bouncing"] | None = None
+    """What to simulate, at the preset's size, if not the preset's; examples/simulate.py can change more of it."""
     data: Path | None = None
     """An .npz of image sequences to learn from, a tenth of them (at most 60) held out; default: simulated."""
     n_sequences: int | None = None
@@ -53,10 +60,12 @@ class Arguments:
 def configure(args: Arguments) -> RunConfig:
     """The preset with what the arguments change."""
     config = replace(PRESETS[args.preset], seed=args.seed)
-    if args.guide is not None:
-        config = replace(config, guide=args.guide)
-    if args.n_sequences is not None:
-        config = replace(config, n_sequences=args.n_sequences)
+    for name in ("guide", "likelihood", "clutter", "n_sequences"):
+        if getattr(args, name) is not None:
+            config = replace(config, **{name: getattr(args, name)})
+    if args.world is not None:
+        world = WORLDS[args.world](n_frames=config.data.n_frames, height=config.data.height, width=config.data.width)
+        config = replace(config, data=world)
     if args.steps is not None:
         config = replace(config, schedule=replace(config.schedule, steps=args.steps))
     if args.data is not None:

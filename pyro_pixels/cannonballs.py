@@ -6,7 +6,7 @@ the image is one affine map for the whole configuration, a separate scale for x 
 in pixels and any two data sets of one configuration share it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 
 from pyro_pixels.data import TrueDynamics
 from pyro_pixels.lgssm import LGSSM
-from pyro_pixels.simulation import Motion, WorldConfig, is_whole
-
-NOISE_MARGIN = 4.0  # standard deviations of noise for which the image has room around the noise-free paths
+from pyro_pixels.simulation import NOISE_MARGIN, Motion, WorldConfig, is_whole
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class CannonballConfig(WorldConfig):
     The paper also used 50 frames, and images of 32 x 32 pixels.
     """
 
+    world: str = field(default="cannonballs", init=False)
     delta: float = 0.015
     """Sampling period."""
     gravity: float = 9.81

@@ -36,7 +36,7 @@ class ImageSequences:
     """A set of image sequences, all of one size. Only the images and the numbers of objects are needed for learning."""
 
     images: Tensor
-    """(n, T, H, W) uint8, 0 or 1."""
+    """(n, T, H, W) uint8, 0 or 1; or float32 within [0, 1] where pixels are grey."""
     n_objects: Tensor
     """(n,) int64, at least 1."""
     positions: Tensor | None = None
@@ -155,9 +155,9 @@ def save_sequences(path: str | Path, data: ImageSequences) -> None:
 def load_sequences(path: str | Path) -> ImageSequences:
     """Reads an .npz of image sequences and checks it.
 
-    The file has ``images`` uint8 0/1 (n, T, H, W), ``n_objects`` int (n,), and optionally ``positions`` float
-    (n, N_max, T, 2) in pixels (column, row), NaN where there is no object. `simulate.py` also writes the noise-free
-    ``paths``, the launch ``sides`` and the ``true_*`` parameters of the dynamics.
+    The file has ``images`` (n, T, H, W), uint8 0/1 or float32 within [0, 1], ``n_objects`` int (n,), and optionally
+    ``positions`` float (n, N_max, T, 2) in pixels (column, row), NaN where there is no object. `simulate.py` also
+    writes the noise-free ``paths``, the launch ``sides`` and the ``true_*`` parameters of the dynamics.
 
     Raises:
         ValueError: if there is no such file, or its contents are not as above; says what to change.
@@ -182,16 +182,22 @@ def load_sequences(path: str | Path) -> ImageSequences:
         if name not in arrays:
             raise ValueError(f"{path} has no array '{name}', only {sorted(arrays)}; wanted images and n_objects")
     images, n_objects = arrays["images"], arrays["n_objects"]
-    if images.dtype != np.uint8:
-        raise ValueError(f"{path}: images have type {images.dtype}; wanted uint8 with 0 for black and 1 for white")
+    if images.dtype not in (np.uint8, np.float32):
+        raise ValueError(
+            f"{path}: images have type {images.dtype}; wanted uint8 with 0 for black and 1 for white, "
+            "or float32 within [0, 1] for grey values"
+        )
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"{path}: images have shape {images.shape}; wanted (n, T, H, W), none of them 0")
     if images.shape[1] < 2:
         raise ValueError(f"{path}: sequences have {images.shape[1]} frame; wanted at least 2, as one shows no motion")
-    if images.max() > 1:
+    if images.dtype == np.uint8 and images.max() > 1:
         raise ValueError(
-            f"{path}: images have the value {images.max()}; wanted 0 and 1 only (threshold grey values first)"
+            f"{path}: images have the value {images.max()}; wanted 0 and 1 only (divide grey values by the largest "
+            "possible one, in float32, or threshold them)"
         )
+    if not (images.min() >= 0 and images.max() <= 1):  # false for NaN too
+        raise ValueError(f"{path}: images have values from {images.min()} to {images.max()}; wanted [0, 1]")
     if n_objects.shape != images.shape[:1] or not np.issubdtype(n_objects.dtype, np.integer):
         raise ValueError(
             f"{path}: n_objects has shape {n_objects.shape} and type {n_objects.dtype}; "
@@ -249,7 +255,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def _checked_positions(
-    path: Path, name: str, positions: NDArray[np.generic], images: NDArray[np.uint8], n_objects: NDArray[np.integer]
+    path: Path, name: str, positions: NDArray[np.generic], images: NDArray[np.generic], n_objects: NDArray[np.integer]
 ) -> Tensor:
     wanted = (len(images), int(n_objects.max()), images.shape[1], 2)
     if positions.shape != wanted or not np.issubdtype(positions.dtype, np.floating):
@@ -268,7 +274,7 @@ def _checked_positions(
 _MOVED = {
     "CannonballConfig": "cannonballs",
     "true_dynamics": "cannonballs",
-    "render_disks": "simulation",
+    "render_disks": "drawing",
     "simulate": "simulation",
 }
 

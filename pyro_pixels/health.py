@@ -60,14 +60,18 @@ _STARTS = (
     "put the starts where tracks are likeliest (`Schedule.fit_starts_at`), or use fewer components if objects start in "
     "fewer ways"
 )
+_NOT_LINEAR = (
+    " or of objects that do not move linearly themselves, as where they bounce off walls, for which no training helps"
+)
 _ADVICE = {
     "bound_ratio": "images cost {x:.2f} of what one grey value everywhere would cost (a good run: about 0.2): "
-    f"positions and renderer have not found each other; train for more steps; if that does not help, {_RESTART}",
+    "positions and renderer have not found each other, unless the pixels are noisy, which no position explains; "
+    f"train for more steps; if that does not help, {_RESTART}",
     "innovation_autocorrelation": "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): "
-    f"tracks do not move as the dynamics say, as when the latent space is warped; {_STIFFEN}",
+    f"tracks do not move as the dynamics say, as when the latent space is warped{_NOT_LINEAR}; {_STIFFEN}",
     "path_residual": "tracks stray from noise-free paths by {x:.2f} of their spread (Sec 3.1's data: 0.1): noise "
     "explains what the dynamics can not, the sign of a folded or warped latent space (unless the objects' own motion "
-    f"is as random, or all of it along one line); {_STIFFEN}",
+    f"is as random, or all of it along one line){_NOT_LINEAR}; {_STIFFEN}",
     "unexplained_tracks": "{x:.0%} of the tracks do not fit the dynamics that explain the others: identities swap "
     f"halfway, or objects are lost; {_STIFFEN}",
     "smallest_component": "the least used component of the start has {x:.1%} of the tracks: it means nothing; "
@@ -111,7 +115,7 @@ def check_health(
     spread of these positions over all tracks and frames, each direction of the plane to its own.
 
     - ``bound_per_frame_nats``; ``bound_ratio``: minus the bound, relative to what the best grey value for everything
-      costs, mean over the values of N.
+      costs, mean over the values of N; the latter only where the likelihood is no density, whose zero means nothing.
     - ``innovation_mean_square``, ``innovation_autocorrelation``: of a Kalman filter under the likeliest component,
       standardised, from the third frame on, without unexplained tracks; the latter between neighbouring frames.
     - ``path_residual``: root mean square of a minus the nearest path that the dynamics can take without noise, in the
@@ -193,12 +197,15 @@ def _bound_measures(
     model: PixelModel, guide: Guide, data: ImageSequences, batch_size: int, seed: int
 ) -> dict[str, float]:
     nats = bound(model, guide, data, batch_size=batch_size, seed=seed).bound / data.images.shape[1]
+    measures = {"bound_per_frame_nats": float(nats.mean())}
+    if model.likelihood.is_density:
+        return measures
     ratios = []
     for n in data.n_objects.unique():
         images = data.images[data.n_objects == n]
         grey = nll_per_frame(images, images.double().mean().expand(images.shape)).mean()
         ratios.append(-nats[data.n_objects == n].mean() / grey)
-    return {"bound_per_frame_nats": float(nats.mean()), "bound_ratio": float(torch.stack(ratios).mean())}
+    return measures | {"bound_ratio": float(torch.stack(ratios).mean())}
 
 
 def _tracks(
@@ -263,8 +270,8 @@ def _problems(measures: dict[str, float]) -> list[str]:
             "train again with a smaller learning rate or `Schedule.clip_norm`"
         ]
     problems = []
-    for name, (low, high) in EXPECTED.items():
-        x = measures[name]
+    for name, x in measures.items():
+        low, high = EXPECTED.get(name, (-math.inf, math.inf))
         if not low <= x <= high:
             advice = _ADVICE.get(name, _TOO_SMALL if x < low else _TOO_LARGE)
             problems.append(advice.format(x=x))

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.data import object_mask
-from pyro_pixels.dynamics import Dynamics, StatePath, select_component
+from pyro_pixels.dynamics import Dynamics, select_component
 from pyro_pixels.guides import Guide
 from pyro_pixels.lgssm import LGSSM
 from pyro_pixels.model import announce_parameters
+from pyro_pixels.tracks import StatePath
 
 
 class StatePosterior(TorchDistribution):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_pixels.data import check_batch, check_objects, most_objects, object_mask
 from pyro_pixels.dynamics import Dynamics, select_component
+from pyro_pixels.likelihoods import BernoulliPixels, PixelLikelihood
 from pyro_pixels.renderer import Renderer
 from pyro_pixels.tracks import StatePath
 
@@ -26,17 +27,19 @@ class PixelModel(nn.Module):
     Args:
         dynamics: of each object, shared by all.
         renderer: draws all objects' positions into an image.
+        likelihood: of the pixels given the renderer's logits; default Eq (2)'s Bernoulli.
     """
 
-    def __init__(self, dynamics: Dynamics, renderer: Renderer) -> None:
+    def __init__(self, dynamics: Dynamics, renderer: Renderer, likelihood: PixelLikelihood | None = None) -> None:
         super().__init__()
         self.dynamics, self.renderer = dynamics, renderer
+        self.likelihood = BernoulliPixels() if likelihood is None else likelihood
 
     def forward(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
         """The Pyro program. Returns v (B, T, H, W).
 
         Args:
-            images: (B, T, H, W) in {0, 1}, the observed v, or None to draw it.
+            images: (B, T, H, W), the observed v in {0, 1} (or [0, 1], as the likelihood has it), or None to draw it.
             n_objects: (B,) int, the number of objects N of each sequence.
             n_frames: T; needed where ``images`` is None.
 
@@ -68,7 +71,7 @@ class PixelModel(nn.Module):
     def _draw(self, a: Tensor, present: Tensor, images: Tensor | None) -> Tensor:
         logits = self.renderer(a, present)
         obs = None if images is None else images.to(logits.dtype)
-        return pyro.sample("v", dist.Bernoulli(logits=logits, validate_args=False).to_event(3), obs=obs)
+        return pyro.sample("v", self.likelihood(logits), obs=obs)
 
     def _sizes(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None) -> tuple[int, int, int]:
         if images is None:

@@ -77,8 +77,8 @@ def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tens
 
 @torch.no_grad()
 def render(model: PixelModel, a: Tensor, n_objects: Tensor) -> Tensor:
-    """Pixel probabilities (..., B, T, H, W) of positions (..., B, N, T, 2), Eqs (1)-(2)."""
-    return model.renderer(a, object_mask(n_objects, a.shape[-3])).sigmoid()
+    """Pixel probabilities (..., B, T, H, W) of positions (..., B, N, T, 2), Eqs (1)-(2); means for grey pixels."""
+    return model.likelihood.mean(model.renderer(a, object_mask(n_objects, a.shape[-3])))
 
 
 @torch.no_grad()

@@ -20,11 +20,15 @@ from pyro_pixels.checkpoints import load_checkpoint, load_weights
 from pyro_pixels.data import atomic_write
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, RecurrentGuide, StateNetwork
+from pyro_pixels.likelihoods import LIKELIHOODS
 from pyro_pixels.model import PixelModel
 from pyro_pixels.networks import BidirectionalRNN, ConvolutionalFrontEnd
 from pyro_pixels.renderer import Renderer
 from pyro_pixels.schedule import Schedule
+from pyro_pixels.simulation import WorldConfig
 from pyro_pixels.structured import StructuredGuide
+from pyro_pixels.tracking import TrackingHead
+from pyro_pixels.worlds import WORLDS
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,20 @@ class RunConfig:
     """Length of the states x of the renderer, and of s of the inference network."""
     guide_state_size: int | None = None
     """Length of s, if it is another."""
+    clutter: float = 0.0
+    """Probability that a pixel of the background is white, which a structured guide reckons with (`TrackingHead`)."""
     max_objects: int = 3
     """The largest N."""
     background_logit: float = 0.0
     """Where the renderer's b^v starts; below 0 the canvas starts dark."""
     renderer_input_scale: float | None = None
     """Where the renderer's W^alpha and W^x start; None: as the paper."""
+    likelihood: str = "bernoulli"
+    """A name in `LIKELIHOODS`: what pixels are, given the renderer's logits."""
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
     schedule: Schedule = field(default_factory=Schedule)
-    data: CannonballConfig = field(default_factory=CannonballConfig)
-    """What to simulate; where there is a file, its height, width and n_frames are those of the file."""
+    data: WorldConfig = field(default_factory=CannonballConfig)
+    """What to simulate, one of `WORLDS`; height, width and n_frames are those of the file where there is one."""
     data_file: str | None = None
     """An .npz of sequences to learn from instead."""
     n_sequences: int = 9_000
@@ -82,7 +90,9 @@ def _bidirectional(config: RunConfig, model: PixelModel) -> Guide:
 
 
 def _structured(config: RunConfig, model: PixelModel) -> Guide:
-    return StructuredGuide(model.dynamics, _rnn(config))
+    rnn = _rnn(config)
+    head = TrackingHead(model.dynamics, rnn.height, rnn.width, rnn.state_size, clutter=config.clutter)
+    return StructuredGuide(model.dynamics, rnn, head)
 
 
 def _rnn(config: RunConfig, front_end: nn.Module | None = None) -> InferenceRNN:
@@ -151,10 +161,13 @@ def build(config: RunConfig) -> Run:
     """The untrained model and guide of a configuration; the caller's random state is left as it was.
 
     Raises:
-        ValueError: if the configuration names a guide that is not in `GUIDES`.
+        ValueError: if the configuration names a guide or a likelihood that is not in `GUIDES` or `LIKELIHOODS`.
     """
-    if config.guide not in GUIDES:
-        raise ValueError(f"there is no guide '{config.guide}'; wanted one of {sorted(GUIDES)}, or add yours to GUIDES")
+    for kind, name, known in (("guide", config.guide, GUIDES), ("likelihood", config.likelihood, LIKELIHOODS)):
+        if name not in known:
+            raise ValueError(
+                f"there is no {kind} '{name}'; wanted one of {sorted(known)}, or add yours to {kind.upper()}S"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         renderer = Renderer(
@@ -164,7 +177,7 @@ def build(config: RunConfig) -> Run:
             background_logit=config.background_logit,
             input_scale=config.renderer_input_scale,
         )
-        model = PixelModel(Dynamics(config.dynamics), renderer)
+        model = PixelModel(Dynamics(config.dynamics), renderer, LIKELIHOODS[config.likelihood]())
         return Run(config, model, GUIDES[config.guide](config, model), step=0)
 
 
@@ -248,14 +261,16 @@ def export_weights(run: Run, folder: str | Path, about: Mapping[str, Any]) -> No
 
 def _from_dict(kind: type, values: Any, where: str) -> Any:
     """A dataclass from the nested dicts and lists that JSON makes of it."""
+    if kind is WorldConfig:
+        kind = _world_of(values, where)
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} has {values!r} where the fields of {kind.__name__} were wanted")
     types = get_type_hints(kind)
     unknown = sorted(values.keys() - types.keys())
     if unknown:
         raise ValueError(f"{where} has the unknown field '{unknown[0]}'; {kind.__name__} knows {sorted(types)}")
-    arguments = {}
-    for name, value in values.items():
+    arguments, given = {}, {field.name for field in dataclasses.fields(kind) if field.init}
+    for name, value in ((name, value) for name, value in values.items() if name in given):
         if dataclasses.is_dataclass(types[name]):
             value = _from_dict(types[name], value, where)  # type: ignore[arg-type]
         arguments[name] = tuple(value) if isinstance(value, list) else value
@@ -263,3 +278,11 @@ def _from_dict(kind: type, values: Any, where: str) -> Any:
         return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"{where} does not describe a {kind.__name__} ({error}); train again") from None
+
+
+def _world_of(values: Any, where: str) -> type[WorldConfig]:
+    """The class of a world's configuration; those of version 0.1 are all cannonballs, and do not say so."""
+    name = values.get("world", "cannonballs") if isinstance(values, Mapping) else "cannonballs"
+    if name not in WORLDS:
+        raise ValueError(f"{where} has the unknown world '{name}'; wanted one of {sorted(WORLDS)}, or add it to WORLDS")
+    return WORLDS[name]

@@ -1,11 +1,11 @@
 """Simulated image sequences: what every world has in common.
 
-A world is a frozen dataclass, a `WorldConfig`, that says how its objects move; `simulate` draws sequences of it.
-Sec 3.1's is `pyro_pixels.cannonballs.CannonballConfig`.
+A world is a frozen dataclass, a `WorldConfig`, that says how its objects move and what they look like; `simulate` draws
+sequences of it. Sec 3.1's is `pyro_pixels.cannonballs.CannonballConfig`; `pyro_pixels.worlds` has others.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from pyro_pixels.data import ImageSequences, TrueDynamics
+from pyro_pixels.drawing import Look, draw
+
+NOISE_MARGIN = 4.0  # standard deviations of noise for which the image has room around the noise-free paths
 
 
 class Motion(NamedTuple):
@@ -27,6 +30,8 @@ class Motion(NamedTuple):
 class WorldConfig(ABC):
     """The size of a data set's images, and its objects; what moves them is a subclass's."""
 
+    world: str = field(default="", init=False)
+    """The name in `pyro_pixels.worlds.WORLDS`; a subclass sets it."""
     n_frames: int = 30
     """T, at least 2."""
     height: int = 48
@@ -34,9 +39,11 @@ class WorldConfig(ABC):
     width: int = 48
     """W in pixels."""
     radius: float = 2.0
-    """R in pixels: a pixel is white when its centre lies within R of a ball's position."""
+    """R in pixels, of the largest objects: a pixel is white when its centre lies within R of a ball's position."""
     n_objects: tuple[int, ...] = (1, 2, 3)
     """The values of N, in equal numbers."""
+    look: Look = field(default_factory=Look)
+    """What objects look like, and the noise of the images."""
 
     def __post_init__(self) -> None:
         if not is_whole(self.n_frames) or self.n_frames < 2:
@@ -78,34 +85,13 @@ def simulate(config: WorldConfig, n_sequences: int, *, seed: int) -> ImageSequen
     positions, paths = (np.where(present[:, :, None, None], x, np.nan) for x in (motion.positions, motion.paths))
     sides = None if motion.sides is None else torch.from_numpy(np.where(present, motion.sides, -1))
     return ImageSequences(
-        images=torch.from_numpy(render_disks(positions, config.height, config.width, config.radius)),
+        images=torch.from_numpy(draw(config.look, positions, (config.height, config.width), config.radius, rng)),
         n_objects=torch.from_numpy(n_objects.astype(np.int64)),
         positions=torch.from_numpy(positions),
         paths=torch.from_numpy(paths),
         sides=sides,
         dynamics=config.true_dynamics(),
     )
-
-
-def render_disks(positions: NDArray[np.float64], height: int, width: int, radius: float) -> NDArray[np.uint8]:
-    """Images (n, T, H, W): a pixel is 1 when its centre lies within ``radius`` of a position; NaN draws nothing.
-
-    Args:
-        positions: (n, N, T, 2) in pixels, (column, row).
-    """
-    n, _, T, _ = positions.shape
-    images = np.zeros((n, T, height, width), np.uint8)
-    reach = np.arange(-int(np.ceil(radius)), int(np.ceil(radius)) + 2)
-    d_row, d_column = (d.ravel() for d in np.meshgrid(reach, reach, indexing="ij"))
-    frame = np.arange(T)[:, None]
-    for i in range(n):  # one sequence at a time: the work of a frame does not depend on its size
-        p = np.where(np.isnan(positions[i]), -1e6, positions[i])
-        corner = np.floor(p).astype(np.int64)
-        row, column = corner[..., 1, None] + d_row, corner[..., 0, None] + d_column
-        near = (row - p[..., 1, None]) ** 2 + (column - p[..., 0, None]) ** 2 <= radius**2
-        near &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        images[i, np.broadcast_to(frame, near.shape)[near], row[near], column[near]] = 1
-    return images
 
 
 def is_whole(n: object) -> bool:

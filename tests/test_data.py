@@ -7,7 +7,8 @@ import torch
 
 from pyro_pixels.cannonballs import CannonballConfig, true_dynamics
 from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, object_mask, save_sequences
-from pyro_pixels.simulation import render_disks, simulate
+from pyro_pixels.drawing import render_disks
+from pyro_pixels.simulation import simulate
 
 SMALL = CannonballConfig(n_frames=5, height=16, width=20)
 FIELDS = ("images", "n_objects", "positions", "paths", "sides")

@@ -15,7 +15,7 @@ import xarray as xr
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
-    "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz",
+    "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz", "other_worlds",
 }  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def test_help(name, tmp_path):
         "export_pretrained": ["--run"],
         "custom_guide": ["--steps", "--seed"],
         "compare_guides": ["--guides", "--custom", "--seeds", "--device"],
+        "other_worlds": ["--seed", "--device"],
         "reproduce_paper": ["--run", "--seed", "--device"],
     }.get(name, ["--seed", "--device", "--data"]):
         assert option in done.stdout
@@ -323,6 +324,36 @@ def test_a_shortened_schedule_has_everything_at_the_same_share_of_its_steps(monk
     assert [short.kl_weight(step) for step in (0, 139, 140)] == [quick.kl_weight(step) for step in (0, 699, 700)]
     assert short.learning_rate_at(150) == quick.learning_rate_at(750)
     assert shortened(quick, quick.steps) == quick
+
+
+def test_other_worlds_are_trained_measured_and_drawn(tmp_path):
+    options = ("--steps", 2, "--n-sequences", 60, "--n-test", 12, "--out", "w", "--json", "w.json", "--figures", "f")
+    done = script("other_worlds", "--cases", "bouncing", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "w.json").read_text())["bouncing"]
+    assert "generation_floor_px" not in first["evaluation"]["all"]
+    assert (tmp_path / "f/bouncing.png").stat().st_size > 1000
+    again = script("other_worlds", "--cases", "bouncing", "drift_grey", *options, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    results = json.loads((tmp_path / "w.json").read_text())
+    assert results["bouncing"] == first
+    assert results["drift_grey"]["likelihood"]["log_std"] < 0
+    assert "generation_floor_px" in results["drift_grey"]["evaluation"]["all"]
+    other = script("other_worlds", "--cases", "bouncing", "--steps", 3, *options[2:], cwd=tmp_path)
+    assert (other.returncode, other.stderr.count("\n")) == (2, 1)
+    assert "another configuration" in other.stderr
+
+
+def test_a_run_may_be_trained_in_another_world(tmp_path):
+    world = ("config:drift-config", "--config.height", 32, "--config.width", 32, "--config.look.salt-and-pepper", 0.02)
+    assert script("simulate", "--out", "d.npz", "--n-sequences", 9, *world, cwd=tmp_path).returncode == 0
+    options = ("--world", "drift", "--likelihood", "gaussian", "--clutter", 0.01, "--n-sequences", 60, "--steps", 2)
+    done = script("train", "--run", "r", *options, "--no-progress", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    assert (config["data"]["world"], config["likelihood"], config["clutter"]) == ("drift", "gaussian", 0.01)
+    done = script("evaluate", "--run", "r", "--data", "d.npz", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_edlstm_is_trained_and_measured(tmp_path):

@@ -15,6 +15,9 @@ from pyro_pixels.guides import Guide
 from pyro_pixels.health import EXPECTED, Health, check_health, format_health, standardised_innovations
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
+from pyro_pixels.simulation import simulate
+from pyro_pixels.starts import fit_starts
+from pyro_pixels.worlds import BouncingConfig, DriftConfig
 
 N_SEQUENCES, T, SIDE = 60, 20, 12
 SIGMA_A = 0.03**2
@@ -347,3 +350,20 @@ def test_no_labels_are_used(small_data):
 def test_ok_is_no_problems():
     assert Health({}, []).ok
     assert not Health({}, ["one"]).ok
+
+
+@pytest.mark.parametrize("kind, linear", [(DriftConfig, True), (BouncingConfig, False)])
+def test_walls_are_no_linear_motion(kind, linear):
+    """True positions in a latent space that is no worse than affine: what is wrong with bouncing is the motion."""
+    data = simulate(kind(n_frames=T, height=SIDE, width=SIDE, radius=1.0, position_noise=0.02), N_SEQUENCES, seed=0)
+    tracks = data.positions.nan_to_num() * 2 / (SIDE - 1) - 1
+    dynamics = make_dynamics(n_components=2 if linear else 1, position_noise=0.02 * 4 / (SIDE - 1) ** 2)
+    with torch.no_grad():
+        dynamics.u.zero_()
+    fit_starts(dynamics, tracks[object_mask(data.n_objects, 3)])
+    health = check(dynamics, tracks, ImageSequences(make_data().images, data.n_objects))
+    if linear:
+        assert health.ok, health.problems
+    else:
+        assert {"path_residual", "innovation_mean_square"} <= names(health)
+        assert any("bounce off walls" in problem for problem in health.problems)

@@ -8,7 +8,8 @@ import torch
 
 from pyro_pixels import metrics
 from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.simulation import render_disks, simulate
+from pyro_pixels.drawing import render_disks
+from pyro_pixels.simulation import simulate
 from pyro_pixels.tracker import BlobTracker, evaluate_tracker, find_disks
 
 QUICK = CannonballConfig(height=32, width=32)

@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 
 from pyro_pixels import lgssm as exact
+from pyro_pixels.drawing import render_disks
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig, collapse_components
 from pyro_pixels.guides import WhitePixels
-from pyro_pixels.simulation import render_disks
 from pyro_pixels.tracking import TRACK_NOISE, TrackingHead, Tracks, follow, frame_orders, log_density, share
 
 W, T, D = 32, 16, 4
 
 
-def make_head(n_starts=8):
+def make_head(n_starts=8, clutter=0.0):
     """A head whose first state unit claims the left half (above 0) or the right half (below 0) of the image."""
     torch.manual_seed(0)
     dynamics = Dynamics(DynamicsConfig(delta=0.2, state_noise=1e-6, position_noise=2e-3, start_spread=0.1))
-    head = TrackingHead(dynamics, W, W, D, n_starts=n_starts)
+    head = TrackingHead(dynamics, W, W, D, n_starts=n_starts, clutter=clutter)
     with torch.no_grad():
         head.to_claim.weight.zero_()
         head.to_claim.weight[1, 0] = 10.0  # the wave that falls from 1 at the left edge to -1 at the right
@@ -212,3 +212,50 @@ def test_gradients_reach_the_claims_and_sigma_and_stay_finite():
         assert bool(gradient.isfinite().all())
     assert bool((head.to_claim.weight.grad != 0).any())
     assert all(p.grad is None for p in head.dynamics.parameters())
+
+
+def with_salt(images, share, seed=0):
+    """Images with that share of the black pixels white."""
+    torch.manual_seed(seed)
+    return torch.maximum(images, (torch.rand(images.shape) < share).float())
+
+
+def test_pixels_far_from_every_object_are_nobodys():
+    """Shares are posterior probabilities under densities that are written out in full."""
+    torch.manual_seed(0)
+    head = make_head(clutter=0.02)
+    tracks = Tracks.of(head.dynamics, head.blob, T, torch.float32, head.clutter)
+    place, centre = torch.rand(7, 2) * 2 - 1, torch.rand(3, 2) * 2 - 1
+    place[:3] = centre + 0.05
+    l, nobody = log_density(place, centre, tracks.blob_precision), tracks.log_clutter(place, tracks.blob_precision)
+    _, mass = share(torch.ones(7), place, l, torch.zeros(3, 1, dtype=torch.bool), nobody)
+    blobs = torch.distributions.MultivariateNormal(centre, precision_matrix=tracks.blob_precision)
+    per_object, background = 4 * torch.pi, 0.02 * W * W / 4  # white pixels, and white pixels in a unit of area
+    mass = mass.detach().squeeze(-1)
+    rates = per_object * blobs.log_prob(place[:, None]).exp()
+    posterior = rates / (rates.sum(1, keepdim=True) + background)
+    torch.testing.assert_close(mass, posterior.sum(0).detach(), rtol=1e-4, atol=0)
+    assert 2 < float(mass.sum()) < 4  # three pixels near objects, four anywhere
+
+
+def test_salt_pulls_centroids_away_unless_it_is_reckoned_with():
+    paths, images = crossing()
+    salted, errors = with_salt(images, 0.02), {}
+    for clutter in (0.0, 0.02):
+        y, _ = make_head(clutter=clutter)(first_frame_claims(), salted, torch.tensor([2]))
+        errors[clutter] = float((in_pixels(y.detach()) - paths).norm(dim=-1).mean())
+    assert errors[0.02] < 0.4 < 1.0 < errors[0.0]
+
+
+def test_one_object_in_salt_does_not_have_all_the_pixels():
+    paths, _ = crossing()
+    alone = torch.from_numpy(render_disks(paths[:, :1].numpy(), W, W, 2.0)).float()
+    y, sigma = make_head(clutter=0.02)(torch.zeros(1, 1, T, D), with_salt(alone, 0.02), torch.tensor([1]))
+    assert float((in_pixels(y.detach()) - paths[:, :1]).norm(dim=-1).mean()) < 0.4
+    assert bool(sigma.isfinite().all())
+
+
+@pytest.mark.parametrize("clutter", [-0.1, 1.0, float("nan")])
+def test_clutter_is_a_probability(clutter):
+    with pytest.raises(ValueError, match=r"clutter is .*; wanted a probability below 1"):
+        make_head(clutter=clutter)

@@ -1,0 +1,123 @@
+"""Drawing objects at their positions, and the noise of the images.
+
+Sec 3.1 draws white disks on black, the default `Look`. Others have objects of several shapes, sizes and grey values,
+and pixels that lie. An object keeps its shape, size and grey value for the whole sequence.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Shape = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
+
+SHAPES: dict[str, Shape] = {
+    "disk": lambda x, y, r: y**2 + x**2 <= r**2,
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= math.sqrt(math.pi) / 2 * r,  # of the disk's area
+    "cross": lambda x, y, r: (np.minimum(abs(x), abs(y)) <= r / 3) & (np.maximum(abs(x), abs(y)) <= r),
+    "ring": lambda x, y, r: (x**2 + y**2 <= r**2) & (x**2 + y**2 > r**2 / 4),
+}
+"""Which places (x, y) relative to its position an object of radius r covers; each within [-r, r] in x and in y."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What objects and background look like; the default is Sec 3.1's."""
+
+    shapes: tuple[str, ...] = ("disk",)
+    """Names in `SHAPES`; each object has one of them, with equal probability."""
+    least_size: float = 1.0
+    """Radii are uniform between this share of the configuration's radius and all of it."""
+    brightness: tuple[float, float] = (1.0, 1.0)
+    """Grey values of objects, uniform between these; the background is 0, and the brightest object is in front."""
+    salt_and_pepper: float = 0.0
+    """Probability that a pixel is replaced by black or white, evenly."""
+    grey_noise: float = 0.0
+    """Standard deviation of Gaussian noise that is added to every pixel, before values are cut to [0, 1]."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.shapes) - SHAPES.keys())
+        if not self.shapes or unknown:
+            raise ValueError(f"shapes are {self.shapes}; wanted one or more of {sorted(SHAPES)}")
+        if not 0 < self.least_size <= 1:
+            raise ValueError(f"least_size is {self.least_size}; wanted a share of the radius above 0, at most 1")
+        if not 0 < self.brightness[0] <= self.brightness[1] <= 1:
+            raise ValueError(f"brightness is {self.brightness}; wanted two values in (0, 1], the smaller first")
+        if not 0 <= self.salt_and_pepper <= 1:
+            raise ValueError(f"salt_and_pepper is {self.salt_and_pepper}; wanted a probability")
+        if not 0 <= self.grey_noise < math.inf:
+            raise ValueError(f"grey_noise is {self.grey_noise}; wanted a finite number, at least 0")
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether images are float32 in [0, 1], and not uint8 with 0 and 1."""
+        return self.brightness != (1.0, 1.0) or self.grey_noise > 0
+
+
+def draw(
+    look: Look, positions: NDArray[np.float64], size: tuple[int, int], radius: float, rng: np.random.Generator
+) -> NDArray[Any]:
+    """Images (n, T, H, W) of objects with a look, (H, W) being ``size``; uint8, or float32 if it is grey.
+
+    Args:
+        positions: (n, N, T, 2) in pixels, (column, row); NaN draws nothing.
+        radius: of the largest objects.
+    """
+    shape = positions.shape[:2]
+    kinds = rng.integers(len(look.shapes), size=shape)
+    radii = radius * rng.uniform(look.least_size, 1.0, size=shape)
+    values = rng.uniform(*look.brightness, size=shape) if look.is_grey else np.ones(shape, np.uint8)
+    images = paint(positions, size, [SHAPES[name] for name in look.shapes], kinds, radii, values)
+    for image in images if look.salt_and_pepper or look.grey_noise else ():  # a sequence at a time saves memory
+        if look.grey_noise:
+            noisy = image + look.grey_noise * rng.standard_normal(image.shape, np.float32)
+            image[:] = noisy.clip(0.0, 1.0)
+        replaced = rng.random(image.shape, np.float32) < look.salt_and_pepper
+        image[replaced] = rng.integers(2, size=int(replaced.sum()))
+    return images
+
+
+def render_disks(positions: NDArray[np.float64], height: int, width: int, radius: float) -> NDArray[np.uint8]:
+    """Images (n, T, H, W): a pixel is 1 when its centre lies within ``radius`` of a position; NaN draws nothing.
+
+    Args:
+        positions: (n, N, T, 2) in pixels, (column, row).
+    """
+    of_each = np.ones(positions.shape[:2])
+    kinds, values = of_each.astype(np.int64) - 1, of_each.astype(np.uint8)
+    return paint(positions, (height, width), [SHAPES["disk"]], kinds, radius * of_each, values)
+
+
+def paint(
+    positions: NDArray[np.float64],
+    size: tuple[int, int],
+    shapes: list[Shape],
+    kinds: NDArray[np.int64],
+    radii: NDArray[np.float64],
+    values: NDArray[Any],
+) -> NDArray[Any]:
+    """Images (n, T, H, W), uint8 as ``values`` or else float32; the largest value wherever objects overlap.
+
+    Args:
+        positions: (n, N, T, 2); kinds: (n, N), index into ``shapes``; radii, values: (n, N).
+    """
+    (n, N, T, _), (height, width) = positions.shape, size
+    images = np.zeros((n, T, height, width), np.uint8 if values.dtype == np.uint8 else np.float32)
+    most = math.ceil(radii.max())
+    reach = np.arange(-most, most + 2)
+    d_row, d_column = (d.ravel() for d in np.meshgrid(reach, reach, indexing="ij"))
+    frame = np.arange(T)[:, None]
+    for i in range(n):  # one sequence at a time: the work of a frame does not depend on its size
+        p = np.where(np.isnan(positions[i]), -1e6, positions[i])
+        corner = np.floor(p).astype(np.int64)
+        row, column = corner[..., 1, None] + d_row, corner[..., 0, None] + d_column  # (N, T, k)
+        y, x, r = row - p[..., 1, None], column - p[..., 0, None], radii[i, :, None, None]
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        for j in range(N):
+            near = inside[j] & shapes[kinds[i, j]](x[j], y[j], r[j])
+            pixels = i, np.broadcast_to(frame, near.shape)[near], row[j][near], column[j][near]
+            images[pixels] = np.maximum(images[pixels], values[i, j])
+    return images

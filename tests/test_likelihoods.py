@@ -1,0 +1,152 @@
+"""Likelihoods of the pixels: they are normalised, the default is Eq (2)'s to the bit, and each can be trained."""
+
+import dataclasses
+
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import SMALL, make_guide, make_model
+from pyro import poutine
+from pyro.infer import Predictive
+
+from pyro_pixels.drawing import Look
+from pyro_pixels.health import check_health
+from pyro_pixels.learning import Schedule, bound, fit
+from pyro_pixels.likelihoods import (
+    LIKELIHOODS,
+    BernoulliPixels,
+    ContinuousBernoulliPixels,
+    GaussianPixels,
+    PixelLikelihood,
+)
+from pyro_pixels.model import PixelModel
+from pyro_pixels.queries import reconstruct, render
+from pyro_pixels.runs import RunConfig, build, load_run, save_config
+from pyro_pixels.simulation import simulate
+
+GREY = dataclasses.replace(SMALL, look=Look(brightness=(0.4, 0.9)))
+LOGITS = torch.tensor([-9.0, -2.0, -1e-3, 0.0, 0.7, 3.0, 12.0], dtype=torch.float64)
+EACH = {
+    "bernoulli": BernoulliPixels,
+    "continuous_bernoulli": ContinuousBernoulliPixels,
+    "gaussian": GaussianPixels,
+    "gaussian 0.02": lambda: GaussianPixels(0.02, learned=False),
+}
+
+
+def with_likelihood(likelihood):
+    return PixelModel(make_model().dynamics, make_model().renderer, likelihood)
+
+
+def test_the_default_is_equation_2_to_the_bit(small_data):
+    model, images, n_objects = make_model(), small_data.images, small_data.n_objects
+    assert isinstance(model.likelihood, BernoulliPixels)
+    assert not [name for name in model.state_dict() if "likelihood" in name]
+    torch.manual_seed(0)
+    trace = poutine.trace(model).get_trace(images, n_objects)
+    trace.compute_log_prob()
+    logits = model.renderer(trace.nodes["a"]["value"], torch.arange(3) < n_objects[:, None])
+    v = dist.Bernoulli(logits=logits, validate_args=False).to_event(3).log_prob(images.to(logits.dtype))
+    assert torch.equal(trace.nodes["v"]["log_prob"], v)
+    a = trace.nodes["a"]["value"]
+    assert torch.equal(render(model, a, n_objects), logits.sigmoid())
+
+
+@pytest.mark.parametrize("logit", LOGITS[:5])
+def test_bernoulli_sums_to_1_over_all_images(logit):
+    logits = torch.stack([logit, -logit, logit + 1]).reshape(1, 1, 3)
+    images = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3).double().reshape(8, 1, 1, 3)
+    log_p = BernoulliPixels()(logits).log_prob(images)
+    assert log_p.shape == (8,)
+    torch.testing.assert_close(log_p.exp().sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-12, atol=0)
+    mean = (log_p.exp()[:, None, None, None] * images).sum(0)
+    torch.testing.assert_close(mean, BernoulliPixels().mean(logits), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in EACH if name != "bernoulli"])
+@pytest.mark.parametrize("logit", LOGITS, ids=lambda x: f"{float(x):g}")
+def test_densities_integrate_to_1_and_have_the_mean_they_say(name, logit):
+    likelihood, logits = EACH[name]().double(), logit.reshape(1, 1, 1)
+    low, high = (0.0, 1.0) if name == "continuous_bernoulli" else (-1.0, 2.0)
+    v = torch.linspace(low, high, 40_001, dtype=torch.float64)
+    p = likelihood(logits).log_prob(v.reshape(-1, 1, 1, 1)).exp()
+    # the trapezoidal error is h^2 / 12 (p'(1) - p'(0)), at most 1e-10 12^3; near logit 0 torch has a Taylor series
+    torch.testing.assert_close(torch.trapezoid(p, v), torch.tensor(1.0, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.trapezoid(p * v, v), likelihood.mean(logits).squeeze(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_gradients(name):
+    likelihood = EACH[name]().double()
+    torch.manual_seed(0)
+    logits, v = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True), torch.rand(2, 3, 2).double()
+    parameters = list(likelihood.parameters())
+    assert torch.autograd.gradcheck(lambda x, *_: likelihood(x).log_prob(v), (logits, *parameters))
+    likelihood.float()
+    extreme = torch.tensor([-80.0, -20.0, 0.0, 20.0, 80.0], requires_grad=True)
+    for value in (0.0, 1.0):
+        log_p = likelihood(extreme.reshape(1, 1, 5)).log_prob(torch.full((1, 1, 5), value))
+        assert log_p.isfinite()
+        assert torch.autograd.grad(log_p, extreme)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_predictive_draws_have_the_mean_that_queries_show(name):
+    model, n_objects = with_likelihood(EACH[name]()), torch.tensor([1, 3])
+    torch.manual_seed(0)
+    drawn = Predictive(model, num_samples=400, return_sites=("a", "v"))(None, n_objects, 2)
+    v, mean = drawn["v"], render(model, drawn["a"], n_objects)
+    assert v.shape == mean.shape == (400, 2, 2, 12, 12)
+    if "gaussian" not in name:
+        assert ((v >= 0) & (v <= 1)).all()
+    assert (set(v.unique().tolist()) == {0.0, 1.0}) == (name == "bernoulli")
+    difference = (v - mean).double()
+    assert abs(difference.mean()) < 6 * difference.std() / difference.numel() ** 0.5  # 6 sigma
+    assert ((mean >= 0) & (mean <= 1)).all()
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_runs_on_grey_images_are_trained_saved_and_loaded(tmp_path, name):
+    data = simulate(GREY, 12, seed=0)
+    schedule = Schedule(steps=3, batch_size=4, evaluate_every=3)
+    config = RunConfig(guide="structured", state_size=8, data=GREY, likelihood=name, schedule=schedule)
+    run = build(config)
+    before = [p.detach().clone() for p in run.model.likelihood.parameters()]
+    save_config(tmp_path, config)
+    fit(run.model, run.guide, data, schedule, run_dir=tmp_path, progress=False)
+    again = load_run(tmp_path)
+    assert type(again.model.likelihood) is type(run.model.likelihood)
+    wanted, found = (bound(r.model, r.guide, data).bound for r in (run, again))
+    assert torch.equal(wanted, found)
+    assert all(not torch.equal(p, old) for p, old in zip(again.model.likelihood.parameters(), before))
+    images = reconstruct(again.model, again.guide, data.images, data.n_objects)
+    assert ((images >= 0) & (images <= 1)).all()
+
+
+def test_zero_nats_of_a_density_mean_nothing_to_the_health_check(small_data):
+    for likelihood in (make() for make in EACH.values()):
+        measures = check_health(with_likelihood(likelihood), make_guide(), small_data).measures
+        assert ("bound_ratio" in measures) == isinstance(likelihood, BernoulliPixels)
+        assert "path_residual" in measures
+
+
+def test_a_likelihood_of_ones_own():
+    class Inverted(PixelLikelihood):
+        def forward(self, logits):
+            return dist.Bernoulli(logits=-logits).to_event(3)
+
+        def mean(self, logits):
+            return (-logits).sigmoid()
+
+    plain, model = with_likelihood(None), with_likelihood(Inverted())
+    a, n_objects = torch.zeros(1, 1, 2, 2), torch.tensor([1])
+    torch.testing.assert_close(render(model, a, n_objects), 1 - render(plain, a, n_objects))
+
+
+def test_wrong_arguments_raise():
+    with pytest.raises(ValueError, match=r"std is 0\.0; wanted a number above 0"):
+        GaussianPixels(0.0)
+    with pytest.raises(ValueError, match="there is no likelihood 'poisson'; wanted one of"):
+        build(RunConfig(likelihood="poisson"))
+    assert not list(GaussianPixels(0.2, learned=False).parameters())
+    assert "log_std" in GaussianPixels(0.2, learned=False).state_dict()
