@@ -183,7 +183,7 @@ def new_folder(path: Path) -> Path:
     """A folder that can be written to, made if need be, or a ValueError."""
     with atomic_write(path / ".writable"):
         pass
-    (path / ".writable").unlink()
+    (path / ".writable").unlink(missing_ok=True)  # other processes do the same
     return path
 
 

@@ -1,8 +1,9 @@
 """Many runs of one preset: seeds, ablations, guides. Each is trained and measured on fresh sequences.
 
 Every run is a process of its own with a folder of its own under --out. Give the same command again to go on: what is
-finished is kept, what was cut off resumes, what failed is tried anew. The summary, one JSON and a table for each
-suite, counts how many seeds kept position error and switch rate within the bars.
+finished is kept, what was cut off resumes, what failed is tried anew. A run whose process is killed is begun again at
+its last checkpoint, twice at most. The summary, one JSON and a table for each suite, counts how many seeds kept
+position error and switch rate within the bars.
 """
 
 import json
@@ -42,6 +43,7 @@ from pyro_pixels.structured import StructuredGuide
 
 POSITION_BAR_PX, SWITCH_BAR = 0.75, 0.02
 VALIDATION_SEED = TEST_SEED - 1
+ATTEMPTS = 3  # at a run whose process is lost
 
 Change = Callable[[RunConfig], RunConfig]
 
@@ -263,8 +265,13 @@ def main(args: Arguments) -> int:
         options = ["--suite", args.suite, "--out", args.out, "--n-test", args.n_test, "--seed", args.seed]
         options += ["--device", args.device, "--job", f"{job[0]}/{job[1]}"]
         options += [] if args.steps is None else ["--steps", args.steps]
-        done = subprocess.run([sys.executable, __file__, *map(str, options)], check=False)
-        print(f"{job[0]}, seed {job[1]}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
+        for attempt in range(ATTEMPTS):
+            done = subprocess.run([sys.executable, __file__, *map(str, options)], check=False)
+            lost = done.returncode < 0 and attempt + 1 < ATTEMPTS  # killed from outside; its checkpoint is still there
+            outcome = "done" if done.returncode == 0 else "lost, begun again" if lost else "FAILED"
+            print(f"{job[0]}, seed {job[1]}: {outcome}", flush=True)
+            if not lost:
+                break
         return done.returncode == 0
 
     with ThreadPoolExecutor(args.workers) as pool:

@@ -1,22 +1,27 @@
 """Trains a run (Secs 2.2.2, 3.2): a folder with config.json, metrics.jsonl, checkpoint.pt and figures.
 
-Ctrl-C and SIGTERM save first; --resume then goes on as if nothing had happened.
+Ctrl-C and SIGTERM save first; --resume then goes on as if nothing had happened. --seeds trains several runs at once, in
+the folders seed0, seed1, ... of --run. Under PyTorch's launcher, `torchrun --nproc-per-node 4 -- examples/train.py ...`,
+the processes share the work of each batch.
 """
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 
 from common import TEST_SEED, device_of, new_folder, save, start
 from pyro_pixels import plotting
 from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
 from pyro_pixels.health import START_FRAMES, check_health, format_health
-from pyro_pixels.learning import fit
+from pyro_pixels.learning import FitResult, Training, fit, fit_together
 from pyro_pixels.queries import infer
 from pyro_pixels.runs import PRESETS, Run, RunConfig, build, load_config, save_config
 from pyro_pixels.simulation import simulate
@@ -46,10 +51,14 @@ class Arguments:
     steps: int | None = None
     """Training steps, if not the preset's."""
     seed: int = 0
+    seeds: int = 1
+    """Train so many runs at once, from --seed on: on a GPU that one run does not fill, little slower than one."""
     starts: int = 1
     """Train so many starting weights for 200 steps, and go on with the one of the highest bound."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
+    parts: int | None = None
+    """Go through each batch in so many parts, to save memory; default: one for each process."""
     threads: int | None = None
     """CPU threads; default: one for states up to 256, whose products are too small to share, else one a core."""
     resume: bool = False
@@ -60,6 +69,8 @@ class Arguments:
 def configure(args: Arguments) -> RunConfig:
     """The preset with what the arguments change."""
     config = replace(PRESETS[args.preset], seed=args.seed)
+    parts = args.parts or int(os.environ.get("WORLD_SIZE", 1))
+    config = replace(config, schedule=replace(config.schedule, parts=parts))
     for name in ("guide", "likelihood", "clutter", "n_sequences"):
         if getattr(args, name) is not None:
             config = replace(config, **{name: getattr(args, name)})
@@ -121,57 +132,114 @@ class Snapshots:
         return {f"step {int(s):,}": self.means[s] for s in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))}
 
 
-def main(args: Arguments) -> int:
-    device = device_of(args.device)
-    config = load_config(args.run) if args.resume else configure(args)
-    data, validation, config = training_data(config)
-    if args.resume:
-        if args.steps is not None:
-            config = replace(config, schedule=replace(config.schedule, steps=args.steps))
-    elif (args.run / "checkpoint.pt").exists():
-        raise ValueError(
-            f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run"
+class Job:
+    """One run: what it learns from, and what is shown of it."""
+
+    def __init__(self, args: Arguments, folder: Path, config: RunConfig, device: torch.device) -> None:
+        self.data, self.validation, self.config = training_data(config)
+        self.folder, self.device, self.resume = new_folder(folder), device, args.resume
+        run = build(self.config)
+        self.run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
+        save_config(folder, self.config)
+        shown = self.data if self.validation is None else self.validation
+        self.snapshots = Snapshots(folder / "snapshots.npz", self.run, shown, device, args.resume)
+
+    def training(self) -> Training:
+        return Training(
+            self.run.model, self.run.guide, self.data, self.config.schedule, seed=self.config.seed,
+            run_dir=self.folder, validation=self.validation, on_evaluation=self.snapshots.take,
+        )  # fmt: skip
+
+    def fit(self, n_starts: int, progress: bool) -> FitResult:
+        seeds = [self.config.seed + SEEDS_APART * (i + 1) for i in range(n_starts - 1)]
+        others = [build(replace(self.config, seed=seed)) for seed in seeds]
+        return fit(
+            self.run.model, self.run.guide, self.data, self.config.schedule, seed=self.config.seed,
+            run_dir=self.folder, validation=self.validation,
+            candidates=[(other.model.to(self.device), other.guide.to(self.device)) for other in others],
+            candidate_steps=min(200, self.config.schedule.steps), resume=self.resume, progress=progress,
+            on_evaluation=self.snapshots.take,
+        )  # fmt: skip
+
+    def introduce(self) -> None:
+        n_parameters = sum(p.numel() for module in (self.run.model, self.run.guide) for p in module.parameters())
+        print(
+            f"training {self.folder}: guide '{self.config.guide}', {n_parameters:,} parameters, {len(self.data)} "
+            f"sequences {tuple(self.data.images.shape[1:])}, {self.config.schedule.steps:,} steps on {self.device}"
         )
-    for name in ("threads", "starts"):
+
+    def show(self, result: FitResult) -> None:
+        """Numbers, figures, and whether it has worked."""
+        print(
+            f"trained {result.step:,} steps in {result.seconds:.0f} s: "
+            + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if "per_frame" in k)
+        )
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        save(plotting.plot_training(lines), self.folder / "training.png")
+        if self.snapshots.means:
+            save(plotting.plot_inference_means(self.snapshots.stages()), self.folder / "inference_means.png")
+        held_out = self.validation is not None and len(self.validation) >= JUDGES
+        judges = self.validation if held_out else self.data[:JUDGES]
+        if judges.images.shape[1] > START_FRAMES + 1:
+            print(format_health(check_health(self.run.model, self.run.guide, judges)))
+
+
+def main(args: Arguments) -> int:
+    for name in ("threads", "starts", "seeds", "parts"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; wanted at least 1")
-    torch.set_num_threads(args.threads or (1 if config.state_size <= 256 else os.cpu_count() or 1))
-    folder = new_folder(args.run)
-    run = build(config)
-    save_config(folder, config)
-    n_parameters = sum(p.numel() for module in (run.model, run.guide) for p in module.parameters())
-    print(
-        f"training {folder}: guide '{config.guide}', {n_parameters:,} parameters, {len(data)} sequences "
-        f"{tuple(data.images.shape[1:])}, {config.schedule.steps:,} steps on {device}"
-    )
-    snapshots = Snapshots(
-        folder / "snapshots.npz", run, data if validation is None else validation, device, args.resume
-    )
-    others = [build(replace(config, seed=config.seed + SEEDS_APART * (i + 1))) for i in range(args.starts - 1)]
-    result = fit(
-        run.model.to(device), run.guide.to(device), data, config.schedule, seed=config.seed, run_dir=folder,
-        validation=validation, candidates=[(other.model.to(device), other.guide.to(device)) for other in others],
-        candidate_steps=min(200, config.schedule.steps), resume=args.resume, progress=args.progress,
-        on_evaluation=snapshots.take,
-    )  # fmt: skip
-    if result.interrupted:
-        print(
-            f"stopped and saved at step {result.step:,}; go on with: python examples/train.py --run {folder} --resume"
-        )
-        return 130
-    print(
-        f"trained {result.step:,} steps in {result.seconds:.0f} s: "
-        + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if "per_frame" in k)
-    )
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    save(plotting.plot_training(lines), folder / "training.png")
-    if snapshots.means:
-        save(plotting.plot_inference_means(snapshots.stages()), folder / "inference_means.png")
-    judges = data[:JUDGES] if validation is None or len(validation) < JUDGES else validation
-    if judges.images.shape[1] > START_FRAMES + 1:
-        print(format_health(check_health(run.model, run.guide, judges)))
-    return 0
+    if args.seeds > 1 and args.starts > 1:
+        raise ValueError(f"seeds is {args.seeds} and starts {args.starts}; wanted only one of them above 1")
+    with processes(device_of(args.device)) as (device, first):
+        jobs = [make_job(args, seed, device) for seed in range(args.seed, args.seed + args.seeds)]
+        small = jobs[0].config.state_size <= 256
+        torch.set_num_threads(args.threads or (1 if small else os.cpu_count() or 1))
+        progress = args.progress and first
+        for job in jobs if first else []:
+            job.introduce()
+        if len(jobs) == 1:
+            results = [jobs[0].fit(args.starts, progress)]
+        else:
+            results = fit_together([job.training() for job in jobs], resume=args.resume, progress=progress)
+        if results[0].interrupted:
+            if first:
+                print(f"stopped and saved at step {results[0].step:,}; give the same command with --resume to go on")
+            return 130
+        for job, result in zip(jobs, results) if first else ():
+            job.show(result)
+        return 0
+
+
+def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
+    """The run of one seed, in a folder of its own where there are several."""
+    folder = args.run if args.seeds == 1 else args.run / f"seed{seed}"
+    if not args.resume:
+        if (folder / "checkpoint.pt").exists():
+            raise ValueError(
+                f"{folder} holds a trained run; give --resume to go on with it, or another folder with --run"
+            )
+        return Job(args, folder, configure(replace(args, seed=seed)), device)
+    config = load_config(folder)
+    if args.steps is not None:
+        config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+    return Job(args, folder, config, device)
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[tuple[torch.device, bool]]:
+    """This process' device, and whether it is the first; under `torchrun` the processes find each other."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield device, True
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device, distributed.get_rank() == 0
+    finally:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

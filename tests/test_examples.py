@@ -19,10 +19,12 @@ SCRIPTS = {
 }  # fmt: skip
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def script(name, *arguments, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_every_script_is_listed():
@@ -259,6 +261,58 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
     first, second = json.loads((tmp_path / "s/seeds.json").read_text())["variants"]["quick"]["runs"]
     assert first == result["variants"]["quick"]["runs"][0]
     assert second == json.loads((tmp_path / "s/quick/seed1/result.json").read_text())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_a_run_of_a_sweep_that_is_killed_is_begun_again(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "examples/sweep.py",
+        "--seeds",
+        "1",
+        "--steps",
+        "60",
+        "--n-test",
+        "12",
+        "--out",
+        "s",
+    ]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as sweep:
+        workers = []
+        while not workers and sweep.poll() is None:
+            time.sleep(0.1)
+            workers = [
+                int(x) for t in Path(f"/proc/{sweep.pid}/task").iterdir() for x in (t / "children").read_text().split()
+            ]
+        os.kill(workers[0], signal.SIGKILL)
+        out, _ = sweep.communicate()
+    assert sweep.returncode == 0
+    assert "seed 0: lost, begun again" in out
+    assert "seed 0: done" in out
+    assert json.loads((tmp_path / "s/quick/seed0/result.json").read_text())["steps"] == 60
+
+
+def test_several_seeds_are_trained_at_once_and_are_those_trained_alone(tmp_path):
+    options = ("--n-sequences", 60, "--steps", 2, "--no-progress")
+    done = script("train", "--run", "r", "--seed", 3, "--seeds", 2, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert script("train", "--run", "alone", "--seed", 4, *options, cwd=tmp_path).returncode == 0
+    last = [json.loads((tmp_path / run / "metrics.jsonl").read_text()) for run in ("r/seed4", "alone")]
+    assert last[0]["bound_per_frame"] == last[1]["bound_per_frame"]
+    assert (tmp_path / "r/seed3/training.png").exists()
+    done = script("train", "--run", "r", "--seeds", 2, "--starts", 2, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_processes_share_a_training(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--run", "r", "--n-sequences", "60", "--steps", "2", "--no-progress", "--device", "cpu"]
+    command = [*launch, "--", ROOT / "examples/train.py", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("trained 2 steps") == 1
+    assert json.loads((tmp_path / "r/config.json").read_text())["schedule"]["parts"] == 2
+    assert script("infer", "--run", "r", "--n-sequences", 6, cwd=tmp_path).returncode == 0
 
 
 def test_the_custom_guide_is_trained_and_measured(tmp_path):

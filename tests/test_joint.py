@@ -7,12 +7,13 @@ from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO
 from torch import nn
 
-from pyro_pixels.dynamics import StatePath, select_component
+from pyro_pixels.dynamics import select_component
 from pyro_pixels.guides import Guide, InferenceRNN
 from pyro_pixels.joint import JointGuide, StatePosterior
 from pyro_pixels.lgssm import LGSSM
 from pyro_pixels.queries import smooth
 from pyro_pixels.structured import StructuredGuide
+from pyro_pixels.tracks import StatePath
 
 
 class Certain(Guide):
