@@ -4,12 +4,12 @@ With S samples a^s of q(a | v),
 
     log p(v) >= < log 1/S sum_s w_s >,   w_s = p(v | a^s) p(a^s) / q(a^s | v)
 
-which is Eq (7)'s bound for S = 1 and rises to log p(v) as S grows (Burda et al., 2016). The effective number of samples,
-(sum w)^2 / sum w^2, tells how far to trust it: near 1, a single sample carries all the weight.
+which is Eq (7)'s bound for S = 1 and rises to log p(v) as S grows (Burda et al., 2016). The effective number of
+samples, (sum w)^2 / sum w^2, tells how far to trust it: near 1, a single sample carries all the weight.
 
-A weight is unbiased whatever distribution its sample was drawn from, so samples from several may be averaged. The number
-of objects is told with tracks of q for N objects and with those for N + 1 of which one is left out: where the guide
-loses its way with N, it often finds it with one more.
+A weight is unbiased whatever distribution its sample was drawn from, so samples from several may be averaged. The
+number of objects is told with tracks of q for N objects and with those for N + 1 of which one is left out: where the
+guide loses its way with N, it often finds it with one more.
 
 Samples are drawn one after the other and only their weights kept, so memory is that of one pass over a chunk.
 

@@ -11,6 +11,7 @@ instead of handing means to a smoother.
 Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; positions are latent, float64.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -278,4 +279,4 @@ def _with_objects(x: Tensor, dim: int, n_objects: int) -> Tensor:
 def _gaps(seen: Tensor) -> list[tuple[int, int]]:
     """(start, stop) of every run of missing frames between two seen ones, of a mask (T,)."""
     frames = seen.nonzero().squeeze(1).tolist()
-    return [(before + 1, after) for before, after in zip(frames, frames[1:]) if after > before + 1]
+    return [(before + 1, after) for before, after in itertools.pairwise(frames) if after > before + 1]

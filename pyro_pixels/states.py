@@ -1,4 +1,4 @@
-"""Positions and velocities, with all the uncertainty there is: filtered, averaged over q(a | v), before the first frame.
+"""Positions and velocities with all the uncertainty there is: filtered, averaged over q(a | v), before the start.
 
 `queries.smooth` answers for positions that are given. Here are its twin for a stream, `filter_states`, and the answers
 for images: `states` averages p(h, z | a) over q(a | v), and `posterior_states` does so over the samples of any
@@ -89,8 +89,8 @@ def posterior_states(dynamics: Dynamics, samples: Tensor | None, observed: Tenso
 def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Prediction:
     """The prediction with its mean and covariance averaged over q(a | v) and z: nothing is taken for certain.
 
-    In frames that were not seen these are the moments of a_t, Sigma_A included; where they were seen, those of q. Guides
-    that know the dynamics average by themselves; for them this is the same up to the samples' error.
+    In frames that were not seen these are the moments of a_t, Sigma_A included; where they were seen, those of q.
+    Guides that know the dynamics average by themselves; for them this is the same up to the samples' error.
 
     Args:
         prediction: of `generate` or `interpolate`, with samples; n_objects: (B,).

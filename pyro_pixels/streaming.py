@@ -129,7 +129,7 @@ def step_image(model: PixelModel, guide: Guide, stream: ImageStream, image: Tens
 
 
 def _network(guide: Guide) -> RecurrentGuide:
-    if not isinstance(guide, RecurrentGuide) or isinstance(guide.head, TrackingHead):
+    if not isinstance(guide, RecurrentGuide) or any(isinstance(m, TrackingHead) for m in guide.modules()):
         head = getattr(guide, "head", None)
         with_head = "" if head is None else f" with a {type(head).__name__}"
         raise ValueError(

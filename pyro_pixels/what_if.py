@@ -81,8 +81,8 @@ def what_if(
         n_samples: S, at least 1; q(a | v) is averaged over them.
 
     Returns:
-        A Prediction of ``n_frames`` frames. ``observed`` says which are those before the change; a removed object is NaN
-        in the others.
+        A Prediction of ``n_frames`` frames. ``observed`` says which are those before the change; a removed object is
+        NaN in the others.
 
     Raises:
         ValueError: if ``frame``, ``n_frames`` or ``n_samples`` are out of range, or as in `infer`.
