@@ -9,8 +9,7 @@ matched with the true ones over the frames that were seen.
 Where identities are wrong no covariance helps, so those sequences are told apart by `Distances.held`.
 
 `fit_correction` finds a factor on Sigma_A and one on the variances R that the guide states, so that the true positions
-of validation sequences are likeliest. Both stay within the model: they are what it has learned of its noises, corrected.
-Not part of the paper.
+of validation sequences are likeliest. Both stay within the model, whose noises are corrected. Not part of the paper.
 """
 
 import copy
@@ -183,30 +182,29 @@ class ScaledHead(nn.Module):
 def fit_correction(
     model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, n_samples: int = 0
 ) -> Correction:
-    """The correction under which the true positions of validation sequences with N = 1 are likeliest.
+    """The correction under which the true positions of validation sequences are likeliest.
 
-    One object cannot be taken for another, so a wrong identity is not mistaken for noise. The three kinds of predictions
-    count alike.
+    Sequences in which identities are switched do not count, or wrong identities would be mistaken for noise. The three
+    kinds of predictions count alike.
 
     Args:
-        data: validation sequences with ``positions``, not those that the coverage is reported on.
+        data: validation sequences with ``positions``, not those that the coverage is reported on; 60 are enough.
         n_seen, n_samples: as in `distances`.
 
     Raises:
-        ValueError: if no sequence has N = 1, or as in `distances` and `corrected`.
+        ValueError: as in `distances` and `corrected`.
     """
-    alone = data[(data.n_objects == 1).nonzero().squeeze(1)]
-    if not len(alone):
-        raise ValueError("no sequence has N = 1, which the correction is fitted on; add some")
+    held = distances(model, guide, data, n_seen=n_seen)["smoothing"].held
+    data = data[held.nonzero().squeeze(1)]
 
     def loss(log_factors: np.ndarray) -> float:
         trial = corrected(model, guide, Correction(*np.exp(log_factors).tolist()))
         with torch.random.fork_rng(devices=[]):  # the same samples for every trial
             torch.manual_seed(0)
-            each = distances(*trial, alone, n_seen=n_seen, n_samples=n_samples)
-        return -sum(float(x.log_density.nanmean()) for x in each.values())
+            each = distances(*trial, data, n_seen=n_seen, n_samples=n_samples)
+        return -sum(float(x.log_density[x.held].nanmean()) for x in each.values())
 
     simplex = np.log([(1.0, 1.0), (2.0, 1.0), (1.0, 0.3)])
-    options = {"initial_simplex": simplex, "xatol": 0.02, "fatol": 1e-3, "maxfev": 80}
+    options = {"initial_simplex": simplex, "xatol": 0.05, "fatol": 1e-3, "maxfev": 50}
     found = minimize(loss, np.zeros(2), method="Nelder-Mead", options=options)
     return Correction(*np.exp(found.x).tolist())
