@@ -205,6 +205,6 @@ def fit_correction(
         return -sum(float(x.log_density[x.held].nanmean()) for x in each.values())
 
     simplex = np.log([(1.0, 1.0), (2.0, 1.0), (1.0, 0.3)])
-    options = {"initial_simplex": simplex, "xatol": 0.05, "fatol": 1e-3, "maxfev": 50}
+    options = {"initial_simplex": simplex, "xatol": 0.1, "fatol": 1e-3, "maxfev": 30}
     found = minimize(loss, np.zeros(2), method="Nelder-Mead", options=options)
     return Correction(*np.exp(found.x).tolist())

@@ -1,7 +1,7 @@
 """Pictures of answers with uncertainty: regions around tracks, bands over time, counts, evidence, reliability.
 
-Arguments are tensors or arrays as in `plotting`, whose looks these figures have; NaN draws nothing. Regions hold 95 % of
-a Gaussian, bands reach two standard deviations.
+Arguments are tensors or arrays as in `plotting`, whose looks these figures have; NaN draws nothing. Regions hold 95 %
+of a Gaussian, bands reach two standard deviations.
 """
 
 from collections.abc import Mapping, Sequence
