@@ -62,9 +62,10 @@ def plot_regions(
     for b, (ax,) in enumerate(cells):
         for n in range(N):
             colour, a = _colour("", n), tracks["mean"][b, n]
-            for frames, style in ((seen[b, n], {"alpha": 0.15}), (~seen[b, n], {"alpha": 0.10, "edgecolor": colour})):
+            for frames, edge, alpha in ((seen[b, n], "none", 0.15), (~seen[b, n], colour, 0.1)):
                 there = frames & np.isfinite(a).all(-1)
-                ax.add_collection(PolyCollection(_ellipses(a[there], covs[b, n, there]), facecolor=colour, **style))
+                outlines = list(_ellipses(a[there], covs[b, n, there]))
+                ax.add_collection(PolyCollection(outlines, facecolor=colour, edgecolor=edge, alpha=alpha))
             _draw(ax, a[None], colour, linewidth=1.1)
             ax.scatter(*a[seen[b, n]].T, s=5, color=colour, zorder=3)
         if truth is not None:
