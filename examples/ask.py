@@ -119,7 +119,8 @@ def ask_what_if(scene: Scene) -> None:
         "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),
         "pushed": Change(shift=push),
     }
-    rows, T, frame = scene.pick(1), scene.images.shape[1], 12
+    rows, T = scene.pick(1), scene.images.shape[1]
+    frame = 2 * T // 5
     means, covs, titles = [], [], []
     for name, change in changes.items():
         found = what_if(
