@@ -181,13 +181,14 @@ def ask_stream(scene: Scene) -> None:
 
 def ask_calibration(scene: Scene) -> None:
     n_samples = 0 if scene.run.config.guide == "structured" else scene.args.n_samples
+    raw = distances(scene.model, scene.guide, scene.data, n_samples=n_samples)
     validation = sequences_for(scene.run, None, scene.args.n_validation, scene.args.seed + 1)
     factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples)
     print(f"factors: {factors.position_noise:.2f} on Sigma_A, {factors.measurement_noise:.2f} on R")
     grid, curves, rows = torch.linspace(0.05, 0.99, 48).tolist(), {}, []
-    pairs = {"": (scene.model, scene.guide), ", corrected": corrected(scene.model, scene.guide, factors)}
-    for state, pair in pairs.items():
-        for kind, found in distances(*pair, scene.data, n_samples=n_samples).items():
+    mended = distances(*corrected(scene.model, scene.guide, factors), scene.data, n_samples=n_samples)
+    for state, each in {"": raw, ", corrected": mended}.items():
+        for kind, found in each.items():
             curves[kind + state] = tuple(coverage(found, grid)[:2])
             for n in (None, *sorted(set(scene.data.n_objects.tolist()))):
                 among = torch.ones_like(found.held) if n is None else scene.data.n_objects == n

@@ -89,8 +89,8 @@ def posterior_states(dynamics: Dynamics, samples: Tensor | None, observed: Tenso
 def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Prediction:
     """The prediction with its mean and covariance averaged over q(a | v) and z: nothing is taken for certain.
 
-    In frames that were not seen these are the moments of a_t, Sigma_A included; where they were seen, those of q.
-    Guides that know the dynamics average by themselves; for them this is the same up to the samples' error.
+    In frames that were not seen these are the moments of a_t, Sigma_A included; where they were seen, those of q as
+    before. Guides that know the dynamics average by themselves; for them this is the same up to the samples' error.
 
     Args:
         prediction: of `generate` or `interpolate`, with samples; n_objects: (B,).
@@ -103,10 +103,9 @@ def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Pr
     a, observed = prediction.samples, prediction.observed
     lgssm, h = model.dynamics.lgssm(), posterior_states(model.dynamics, a, observed)
     unseen = exact.observation_moments(lgssm, Gaussians(h.mean, h.cov))
-    seen = _average(Gaussians(a, a.new_zeros(*a.shape, 2)))
     known = observed.unsqueeze(-1)
-    mean = torch.where(known, seen.mean, unseen.mean)
-    cov = torch.where(known.unsqueeze(-1), seen.cov, unseen.cov)
+    mean = torch.where(known, prediction.mean, unseen.mean)
+    cov = torch.where(known.unsqueeze(-1), prediction.cov, unseen.cov)
     return prediction._replace(mean=mean, cov=cov, images=render(model, mean, n_objects))
 
 

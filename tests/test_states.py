@@ -147,7 +147,8 @@ def test_an_averaged_forecast_leaves_nothing_out():
     assert (np.abs(found.mean[0, 0, tau:].flatten().numpy() - given_a[0][unseen]) < 6 * spread / n**0.5).all()
     variance = torch.diagonal(found.cov[0, 0, tau:], 0, -2, -1).flatten().numpy()
     assert (np.abs(variance - np.diag(wanted)) < 6 * spread**2 * (2 / n) ** 0.5).all()
-    torch.testing.assert_close(found.mean[0, 0, :tau], a[0, 0], rtol=0, atol=6 * s / n**0.5)
+    torch.testing.assert_close(found.mean[0, 0, :tau], a[0, 0])
+    torch.testing.assert_close(found.cov[0, 0, :tau], (s**2 * torch.eye(2)).expand(tau, 2, 2).double())
 
 
 def test_averaging_leaves_a_guide_that_averages_as_it_is(small_data):
