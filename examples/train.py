@@ -1,8 +1,8 @@
 """Trains a run (Secs 2.2.2, 3.2): a folder with config.json, metrics.jsonl, checkpoint.pt and figures.
 
 Ctrl-C and SIGTERM save first; --resume then goes on as if nothing had happened. --seeds trains several runs at once, in
-the folders seed0, seed1, ... of --run. Under PyTorch's launcher, `torchrun --nproc-per-node 4 -- examples/train.py ...`,
-the processes share the work of each batch.
+the folders seed0, seed1, ... of --run. Under PyTorch's launcher the processes share the work of each batch:
+`torchrun --nproc-per-node 4 -- examples/train.py ...`.
 """
 
 import json

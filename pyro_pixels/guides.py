@@ -47,7 +47,9 @@ class Guide(nn.Module, ABC):
 
         Args:
             images: (B, T, H, W); at frames that are not observed, generated ones, which say nothing of the positions.
-            n_objects: (B,); observed: (T,) bool.
+            n_objects: (B,).
+            observed: bool, broadcastable to (B, N, T), such as (T,) or (B, 1, T); False where nothing is to be learned
+                of an object from that frame. An image counts as seen where any object of its sequence is observed.
 
         Returns:
             The distribution over a, batch (B, N), event (T, 2), with a ``frame_covariance`` (B, N, T, 2, 2), and p(z)
@@ -131,12 +133,19 @@ class InferenceRNN(StateNetwork):
             ValueError: if the images have another size.
         """
         check_batch(images, n_objects, (self.height, self.width))
+        return self.advance(self.start(n_objects), images)
+
+    def start(self, n_objects: Tensor) -> Tensor:
+        """s_0 (B, N, D), the states before the first frame."""
         last = self.max_objects - 1
         n = torch.arange(most_objects(n_objects), device=n_objects.device).clamp(max=last)
-        s_0 = self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n].tanh().transpose(0, 1)  # (N, B, D)
+        return self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n].tanh()
+
+    def advance(self, s: Tensor, images: Tensor) -> Tensor:
+        """The states (B, N, T, D) at T more frames (B, T, H, W), from those before them, ``s`` (B, N, D)."""
         reversed_frames = self.front_end(images).transpose(0, 1).flip(0)  # (T, B, P)
         from_image = F.linear(reversed_frames, self.from_image.weight, self.from_states.bias)
-        return recur(from_image, s_0, self.from_states.weight).permute(2, 0, 1, 3)
+        return recur(from_image, s.transpose(0, 1), self.from_states.weight).permute(2, 0, 1, 3)
 
 
 SIGMA_FLOOR = 1e-4  # latent units

@@ -59,7 +59,7 @@ def kalman_filter(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Fi
     Raises:
         ValueError: if ``a`` or ``observed`` has the wrong shape.
     """
-    a, observed = _checked(lgssm, a, observed)
+    a, observed = check_observations(lgssm, a, observed)
     state = Gaussians(lgssm.mu, lgssm.Sigma)
     log_likelihood = torch.zeros((), dtype=lgssm.A.dtype, device=lgssm.A.device)
     steps = []
@@ -107,7 +107,7 @@ def rts_smoother(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Gau
     cov = P_{t|t-1} - P_{t|t-1} N_{t-1} P_{t|t-1}.
     """
     A, B = lgssm.A, lgssm.B
-    a, observed = _checked(lgssm, a, observed)
+    a, observed = check_observations(lgssm, a, observed)
     filtered = kalman_filter(lgssm, a, observed)
     identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     r = torch.zeros(A.shape[-1], dtype=A.dtype, device=A.device)
@@ -143,7 +143,7 @@ def sample_posterior(
     and that draw's data. It inverts no state covariance and so is exact for deterministic motion. Arguments as in
     `kalman_filter`.
     """
-    a, observed = _checked(lgssm, a, observed)
+    a, observed = check_observations(lgssm, a, observed)
     batch = torch.broadcast_shapes(a.shape[:-2], observed.shape[:-1], lgssm.mu.shape[:-1])
     model = lgssm._replace(mu=lgssm.mu.expand(*batch, -1))
     h, a_drawn = sample(model, a.shape[-2], sample_shape)
@@ -183,6 +183,27 @@ def observation_moments(lgssm: LGSSM, states: Gaussians, noise: bool = True) -> 
     """Moments of a_t = B h_t (+ Sigma_A unless ``noise`` is False) from those of h_t: mean (..., T, p)."""
     cov = lgssm.B @ states.cov @ lgssm.B.mT
     return Gaussians(states.mean @ lgssm.B.mT, cov + lgssm.Sigma_A if noise else cov)
+
+
+def mixture_moments(weights: Tensor, each: Gaussians) -> Gaussians:
+    """Mean (..., d) and covariance (..., d, d) of a mixture of K Gaussians.
+
+    Args:
+        weights: (..., K); each: mean (..., K, d), cov (..., K, d, d). Batches broadcast.
+    """
+    mean = torch.einsum("...k,...kd->...d", weights, each.mean)
+    spread = each.mean - mean.unsqueeze(-2)
+    within = torch.einsum("...k,...kde->...de", weights, each.cov)
+    return Gaussians(mean, within + torch.einsum("...k,...kd,...ke->...de", weights, spread, spread))
+
+
+def reverse(lgssm: LGSSM) -> LGSSM:
+    """The dynamics backwards in time, h_{t-1} = A^-1 (h_t - u - eta): `rollout` then goes into the past.
+
+    This is p(h_{t-1} | h_t) when nothing is known of h_{t-1} but what h_t says: a flat prior on earlier states.
+    """
+    A = torch.linalg.inv(lgssm.A)
+    return lgssm._replace(A=A, u=-(A @ lgssm.u), Sigma_H=A @ lgssm.Sigma_H @ A.mT)
 
 
 class Response(NamedTuple):
@@ -238,7 +259,8 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _checked(lgssm: LGSSM, a: Tensor, observed: Tensor | None) -> tuple[Tensor, Tensor]:
+def check_observations(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The positions, 0 where they are missing, in the type of the model, and a mask; a ValueError for wrong shapes."""
     p = lgssm.B.shape[-2]
     if a.dim() < 2 or a.shape[-1] != p or a.shape[-2] < 1:
         raise ValueError(f"positions have shape {tuple(a.shape)}; wanted (..., T >= 1, {p})")

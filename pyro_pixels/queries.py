@@ -4,12 +4,15 @@ Every query needs a model, any guide that keeps the contract, and images; none t
 procedure; samples propagate all the uncertainty there is, of q(a | v), of the component z and of the states h. Given
 positions a, everything about h and z is exact.
 
-Departures from the paper: k* is taken from all seen frames, also those behind a gap; and guides that know the dynamics
-(`Guide.encode_observed`) answer with their own posterior instead of handing means to a smoother.
+Departures from the paper: k* is taken from all seen frames, also those behind a gap; frames may be missing anywhere,
+for all objects or for one; and guides that know the dynamics (`Guide.encode_observed`) answer with their own posterior
+instead of handing means to a smoother.
 
 Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; positions are latent, float64.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyro.distributions as dist
@@ -39,7 +42,8 @@ class States(NamedTuple):
 
     mean: Tensor  # (..., T, 4), E[h_t | a], components averaged out
     cov: Tensor  # (..., T, 4, 4)
-    p_z: Tensor  # (..., K)
+    p_z: Tensor  # (..., K); (..., T, K) where it is filtered
+    samples: Tensor | None = None  # (S, ..., T, 4), paths
 
 
 class Prediction(NamedTuple):
@@ -48,7 +52,7 @@ class Prediction(NamedTuple):
     mean: Tensor  # (B, N, T, 2): inferred where the frame was seen, predicted where not
     cov: Tensor  # (B, N, T, 2, 2): of a_t, Sigma_A included
     images: Tensor  # (B, T, H, W) pixel probabilities, rendered from the means
-    observed: Tensor  # (T,) bool, which frames were seen
+    observed: Tensor  # bool, which frames were seen: (T,), (B, 1, T), or of which objects: (B, N, T)
     component: Tensor  # (B, N), k* = argmax_k p(z = k | a)
     samples: Tensor | None  # (S, B, N, T, 2)
     sample_images: Tensor | None  # (S, B, T, H, W) pixel probabilities, rendered from the samples
@@ -91,10 +95,8 @@ def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> Sta
     lgssm = dynamics.lgssm()
     p_z = dynamics.component_posterior(a, observed).probs
     each = exact.rts_smoother(lgssm, a.unsqueeze(-3), None if observed is None else observed.unsqueeze(-2))
-    w = p_z[..., None, None]
-    mean = (w * each.mean).sum(-3)
-    spread = each.mean - mean.unsqueeze(-3)
-    cov = (w.unsqueeze(-1) * (each.cov + spread.unsqueeze(-1) * spread.unsqueeze(-2))).sum(-4)
+    over_time = exact.Gaussians(each.mean.movedim(-3, -2), each.cov.movedim(-4, -3))  # (..., T, K, ...)
+    mean, cov = exact.mixture_moments(p_z.unsqueeze(-2), over_time)
     return States(mean, cov, p_z)
 
 
@@ -129,34 +131,55 @@ def generate(
 def interpolate(
     model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, *, n_samples: int = 0
 ) -> Prediction:
-    """Missing frames between seen ones (Sec 3.5).
+    """Missing frames (Sec 3.5), anywhere: between seen ones, before the first, after the last; or hidden objects.
 
     Each gap is first filled with images generated from the frames before it, so that the guide arrives at the frames
     behind it warmed in; the means it gives at the seen frames are then the observations of a smoother that takes the
-    others as missing. The paper's case is ``observed`` true at frames 1..5 and 26..30.
+    others as missing. The paper's case is ``observed`` true at frames 1..5 and 26..30. The guide's network starts at
+    the first seen frame.
+
+    An object may be hidden in frames that are seen: of its position there the guide's answer is not used, and it is
+    inferred from the object's other frames.
 
     Args:
-        images: (B, T, H, W); what they hold at unobserved frames is ignored.
+        images: (B, T, H, W); what they hold at frames where no object is observed is ignored.
         n_objects: (B,).
-        observed: (T,) bool; the first frame must be observed, and at least one must not.
+        observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object, in the guide's order of
+            objects; at least one true frame in every sequence. Sequences that miss other frames are done in turn.
         n_samples: S, 0 for none.
 
     Raises:
         ValueError: if ``observed`` is not such a mask, or as in `infer`.
     """
     check_batch(images, n_objects)
-    if observed.dtype != torch.bool or observed.shape != images.shape[1:2]:
-        raise ValueError(
-            f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,) = ({images.shape[1]},)"
-        )
-    if not bool(observed[0]) or bool(observed.all()):
-        raise ValueError(
-            f"observed is {observed.int().tolist()}; wanted the first frame seen (1) and at least one not (0)"
-        )
-    filled = images.to(guide.dtype).clone()
-    for start, stop in _gaps(observed):
-        so_far = observed & (torch.arange(len(observed), device=observed.device) < start)
-        prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far[:stop])
+    observed = _checked_mask(observed, images, n_objects)
+    patterns = _frames_seen(observed)  # (T,) or (B, T)
+    images = images.to(guide.dtype)
+    if patterns.dim() == 1:
+        return _interpolate(model, guide, images, n_objects, observed, patterns, n_samples)
+    each, group = patterns.unique(dim=0, return_inverse=True)
+    rows = [(group == i).nonzero().squeeze(1) for i in range(len(each))]
+    parts = [
+        _interpolate(model, guide, images[r], n_objects[r], observed[r, : int(n_objects[r].max())], seen, n_samples)
+        for r, seen in zip(rows, each)
+    ]
+    return _joined(parts, torch.cat(rows))._replace(observed=observed)
+
+
+def _interpolate(
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor,
+    observed: Tensor,
+    frames_seen: Tensor,
+    n_samples: int,
+) -> Prediction:
+    """`interpolate` for sequences of which the same frames (T,) are seen."""
+    filled = images * frames_seen[:, None, None]
+    for start, stop in _gaps(frames_seen):
+        so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
+        prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far)
         filled[:, start:stop] = prediction.images[:, start:stop]
     return _predict(model, guide, filled, n_objects, observed, n_samples)
 
@@ -165,7 +188,7 @@ def _predict(
     model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, n_samples: int = 0
 ) -> Prediction:
     """All frames from the observed ones; ``images`` are filled where they are not observed."""
-    samples = None
+    samples, known = None, observed.unsqueeze(-1)
     knows_dynamics = guide.encode_observed(images.to(guide.dtype), n_objects, observed)
     if knows_dynamics is not None:
         q_a, p_z = knows_dynamics
@@ -173,20 +196,22 @@ def _predict(
         if n_samples:
             samples = q_a.sample(torch.Size((n_samples,)))
     else:
-        last = int(observed.nonzero().max()) + 1  # what follows the last seen frame is the dynamics' affair
-        q_a = guide.q(images[:, :last], n_objects)
-        seen, variance = (_to_length(x, len(observed)) for x in _moments(q_a))
+        T, seen_at = images.shape[1], observed.reshape(-1, images.shape[1]).any(0).nonzero()
+        first, last = int(seen_at.min()), int(seen_at.max()) + 1  # what lies outside is the dynamics' affair
+        q_a = guide.q(images[:, first:last], n_objects)
+        seen, variance = (F.pad(x, (0, 0, first, T - last)) for x in _moments(q_a))
         dynamics = model.dynamics
         k = dynamics.component_posterior(seen, observed).logits.argmax(-1)
         lgssm = select_component(dynamics.lgssm(), k)
         smoothed = exact.observation_moments(lgssm, exact.rts_smoother(lgssm, seen, observed))
-        mean = torch.where(observed[:, None], seen, smoothed.mean)
-        cov = torch.where(observed[:, None, None], torch.diag_embed(variance), smoothed.cov)
+        mean = torch.where(known, seen, smoothed.mean)
+        cov = torch.where(known.unsqueeze(-1), torch.diag_embed(variance), smoothed.cov)
         if n_samples:
-            a = _to_length(q_a.sample(torch.Size((n_samples,))).to(mean.dtype), len(observed))
+            a = F.pad(q_a.sample(torch.Size((n_samples,))).to(mean.dtype), (0, 0, first, T - last))
             lgssm = select_component(dynamics.lgssm(), dynamics.component_posterior(a, observed).sample())
-            h = exact.sample_posterior(lgssm, a, observed)
-            samples = torch.where(observed[:, None], a, exact.sample_observations(lgssm, h))
+            samples = torch.where(
+                known, a, exact.sample_observations(lgssm, exact.sample_posterior(lgssm, a, observed))
+            )
     sample_images = None if samples is None else render(model, samples, n_objects)
     return Prediction(mean, cov, render(model, mean, n_objects), observed, k, samples, sample_images)
 
@@ -206,18 +231,52 @@ def _moments(q_a: dist.TorchDistribution) -> _Moments:
     return _Moments(mean.to(dtype), variance.to(dtype))
 
 
-def _to_length(a: Tensor, n_frames: int) -> Tensor:
-    """Positions (..., t, 2) padded with zeros to (..., n_frames, 2)."""
-    return F.pad(a, (0, 0, 0, n_frames - a.shape[-2]))
+def _checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
+    """``observed`` as (T,) or (B, N or 1, T)."""
+    (B, T), N = images.shape[:2], int(n_objects.max())
+    if observed.dtype != torch.bool or observed.shape not in ((T,), (B, T), (B, N, T)):
+        raise ValueError(
+            f"observed is {observed.dtype} {tuple(observed.shape)}; "
+            f"wanted bool, (T,) = ({T},), (B, T) = {(B, T)} or (B, N, T) = {(B, N, T)}"
+        )
+    observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
+    if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects see nothing
+        observed = observed & object_mask(n_objects, N).unsqueeze(-1)
+    unseen = ~_frames_seen(observed).any(-1)
+    if unseen.any():
+        where = "" if observed.dim() == 1 else f" of sequence {int(unseen.nonzero()[0])}"
+        raise ValueError(f"no frame{where} is observed; wanted at least one True in every sequence")
+    return observed
 
 
-def _gaps(observed: Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of every run of missing frames that has a seen frame behind it."""
-    gaps, start = [], None
-    for t, seen in enumerate(observed.tolist()):
-        if not seen and start is None:
-            start = t
-        if seen and start is not None:
-            gaps.append((start, t))
-            start = None
-    return gaps
+def _frames_seen(observed: Tensor) -> Tensor:
+    """(T,) or (B, T): frames in which any object is observed."""
+    return observed if observed.dim() == 1 else observed.any(1)
+
+
+def _joined(parts: Sequence[Prediction], rows: Tensor) -> Prediction:
+    """Predictions of some sequences each, as one whose sequence ``rows[i]`` is the i-th of them."""
+    N, order = max(part.mean.shape[1] for part in parts), rows.argsort()
+
+    def join(name: str) -> Tensor | None:
+        batch = 1 if name.startswith("sample") else 0
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is None:
+            return None
+        if not name.endswith("images"):
+            tensors = [_with_objects(x, batch + 1, N) for x in tensors]
+        return torch.cat(tensors, batch).index_select(batch, order)
+
+    names = ("mean", "cov", "images", "component", "samples", "sample_images")
+    return parts[0]._replace(**{name: join(name) for name in names})
+
+
+def _with_objects(x: Tensor, dim: int, n_objects: int) -> Tensor:
+    """x with zeros for objects that it lacks in that dimension."""
+    return F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, n_objects - x.shape[dim]])
+
+
+def _gaps(seen: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every run of missing frames between two seen ones, of a mask (T,)."""
+    frames = seen.nonzero().squeeze(1).tolist()
+    return [(before + 1, after) for before, after in itertools.pairwise(frames) if after > before + 1]

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
@@ -118,9 +119,13 @@ class StructuredGuide(Guide):
     def encode_observed(
         self, images: Tensor, n_objects: Tensor, observed: Tensor
     ) -> tuple[ConditionedTracks, dist.Categorical]:
-        seen = images * observed[:, None, None]  # identities are not to depend on what was only imagined
-        y, sigma = self.head(self.rnn(images, n_objects), seen, n_objects)
-        q_a = ConditionedTracks(self.dynamics, y, torch.where(observed[:, None], sigma.square(), UNSEEN))
+        observed = observed.expand(len(images), int(n_objects.max()), images.shape[1])
+        frames_seen = observed.any(1)  # (B, T)
+        seen = images * frames_seen[..., None, None]  # identities are not to depend on what was only imagined
+        first = int(frames_seen.any(0).nonzero().min())  # before it the network has nothing to go by
+        s = F.pad(self.rnn(images[:, first:], n_objects), (0, 0, first, 0))
+        y, sigma = self.head(s, seen, n_objects)
+        q_a = ConditionedTracks(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))
         return q_a, q_a.component
 
 

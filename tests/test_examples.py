@@ -6,16 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
+
+from pyro_pixels.cannonballs import CannonballConfig
+from pyro_pixels.runs import PRESETS, build, save_config
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
-    "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz", "other_worlds",
+    "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz", "other_worlds", "ask",
 }  # fmt: skip
 
 
@@ -184,8 +189,6 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, arguments):
 
 
 def test_cuda_is_asked_for_where_there_is_none(trained):
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     done = script("train", "--run", "new", "--device", "cuda", cwd=trained)
@@ -246,6 +249,31 @@ def test_beliefs_of_a_users_own_file_are_written_too(own_file, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "out/calibration.png").exists()
     assert (tmp_path / "out/futures.png").exists()
+
+
+@pytest.mark.parametrize(
+    "question", ["filter", "hidden", "retrodict", "what-if", "evidence", "count", "stream", "calibration"]
+)
+def test_questions_are_answered_and_drawn(question, tmp_path):
+    options = ("--pretrained", "--n-sequences", 6, "--n-samples", 2, "--n-validation", 6)
+    done = script("ask", "--question", question, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / f"runs/pretrained/ask/{question}.png").stat().st_size > 5000
+
+
+def test_questions_without_a_truth(own_file, tmp_path):
+    """A user's own sequences, with the paper's guide, which is streamed images and knows no dynamics."""
+    config = replace(PRESETS["quick"], guide="recurrent", state_size=8, data=CannonballConfig(height=20, width=24))
+    run = build(config)
+    save_config(tmp_path / "r", config)
+    state = {"format": 1, "model": run.model.state_dict(), "guide": run.guide.state_dict(), "step": 0}
+    torch.save(state, tmp_path / "r/checkpoint.pt")
+    options = ("--run", "r", "--data", own_file, "--n-sequences", 4, "--n-samples", 2)
+    for question in ("filter", "hidden", "retrodict", "what-if", "stream"):
+        done = script("ask", "--question", question, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = script("ask", "--question", "calibration", *options, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_a_sweep_goes_on_where_it_was(tmp_path):

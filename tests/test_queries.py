@@ -1,9 +1,13 @@
 """Queries against brute force, and against the physics of Sec 3.1 where the true dynamics are put in."""
 
+import numpy as np
+import oracles
 import pyro.distributions as dist
 import pytest
 import torch
 from conftest import SMALL, make_guide, make_model
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from pyro_pixels import lgssm as exact
@@ -14,6 +18,7 @@ from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.renderer import Renderer
 from pyro_pixels.simulation import simulate
+from pyro_pixels.structured import StructuredGuide
 
 
 class Oracle(Guide):
@@ -98,6 +103,127 @@ def test_interpolation_is_the_papers_procedure(small_data):
     assert found.images.shape[1] == T
 
 
+T_MISSING = 6
+patterns = st.lists(st.lists(st.booleans(), min_size=6, max_size=6).filter(any), min_size=2, max_size=2)
+
+
+def brute_force(dynamics, k, y, observed, noise=0.0):
+    """Mean (T, 2) and covariances (T, 2, 2) of a given a + N(0, noise I) = y (T, 2) at the observed frames, z = k."""
+    lgssm = exact.LGSSM(*(x.detach().numpy() for x in dynamics.lgssm()))
+    system = oracles.System(*lgssm[:5], lgssm.mu[k], lgssm.Sigma[k])
+    T = len(y)
+    mean, cov = (x[-2 * T :] if x.ndim == 1 else x[-2 * T :, -2 * T :] for x in oracles.joint_moments(system, T))
+    C = np.block([[cov, cov], [cov, cov + noise * np.eye(2 * T)]])
+    seen = [2 * T + 2 * t + i for t in range(T) if observed[t] for i in range(2)]
+    mean, cov = oracles.condition(np.tile(mean, 2), C, seen, y.numpy()[observed].flatten())
+    frames = [slice(2 * t, 2 * t + 2) for t in range(T)]
+    return np.stack([mean[f] for f in frames]), np.stack([cov[f, f] for f in frames])
+
+
+def missing_world(K=2):
+    model = make_model(n_components=K, delta=0.3, state_noise=0.02, position_noise=0.1)
+    torch.manual_seed(3)
+    a = torch.randn(2, 2, T_MISSING, 2, dtype=torch.float64)
+    return model, a, torch.rand(2, T_MISSING, 12, 12), torch.tensor([2, 1])
+
+
+class SomeFrames(Guide):
+    """Knows the positions of the sequences whose first pixels are its own, whatever frames it is shown."""
+
+    def __init__(self, positions, images):
+        super().__init__()
+        self.positions, self.images = positions, images
+
+    def encode(self, images, n_objects):
+        match = (images[:, None, :, None, 0] - self.images[None, :, None, :, 0]).abs().sum(-1) < 1e-6  # (B, B', t, T)
+        row = match.any(-1).sum(-1).argmax(-1)
+        frame = match[torch.arange(len(images)), row].int().argmax(-1)  # of the shown ones; any of the others
+        a = self.positions[row[:, None, None], torch.arange(int(n_objects.max()))[:, None], frame[:, None]]
+        return dist.Normal(a, 1e-4).to_event(2)
+
+
+@settings(max_examples=12, deadline=None)
+@given(observed=patterns)
+@example(observed=[[False, False, True, False, False, False], [False, True, False, False, True, False]])
+def test_any_frames_may_be_missing(observed):
+    """Positions and covariances at missing frames are the dense Gaussian's, for a mask of each sequence."""
+    model, a, images, n_objects = missing_world()
+    observed = torch.tensor(observed)
+    p = interpolate(model, SomeFrames(a, images), images, n_objects, observed, n_samples=2)
+    assert p.samples.shape == (2, 2, 2, T_MISSING, 2)
+    assert p.sample_images.shape == (2, 2, T_MISSING, 12, 12)
+    for b, n in ((0, 0), (0, 1), (1, 0)):
+        seen = observed[b]
+        mean, cov = brute_force(model.dynamics, int(p.component[b, n]), a[b, n], seen)
+        np.testing.assert_allclose(p.mean[b, n, ~seen], mean[~seen], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(p.cov[b, n, ~seen], cov[~seen], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(p.mean[b, n, seen], a[b, n, seen])
+        torch.testing.assert_close(p.samples[0, b, n, seen], a[b, n, seen], rtol=0, atol=1e-3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(observed=patterns)
+@example(observed=[[True, False, False, False, False, True], [True] * 6])
+def test_an_object_may_be_hidden(observed):
+    """Each of two objects is inferred from its own frames alone."""
+    model, a, images, n_objects = missing_world()
+    observed = torch.tensor(observed).expand(2, 2, T_MISSING)  # of the two objects
+    p = interpolate(model, SomeFrames(a, images), images, n_objects, observed)
+    for b, n in ((0, 0), (0, 1), (1, 0)):
+        seen = observed[b, n]
+        mean, cov = brute_force(model.dynamics, int(p.component[b, n]), a[b, n], seen)
+        np.testing.assert_allclose(p.mean[b, n, ~seen], mean[~seen], rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(p.cov[b, n, ~seen], cov[~seen], rtol=1e-6, atol=1e-9)
+
+
+class Given(nn.Module):
+    """A head that measures y with variance R."""
+
+    def __init__(self, y, R):
+        super().__init__()
+        self.y, self.R = y, R
+
+    def forward(self, s, images, n_objects):
+        N = int(n_objects.max())
+        b = 0 if N == 2 else 1  # sequences with different masks are asked for one at a time
+        y = self.y[b : b + len(images), :N, : images.shape[1]]
+        return y, torch.full_like(y, self.R**0.5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(observed=patterns)
+@example(observed=[[False, False, True, False, False, False], [False, True, False, True, True, False]])
+def test_a_structured_guide_takes_any_mask(observed):
+    """Its posterior given measurements of some frames, of some objects, is the dense Gaussian's (one component)."""
+    model, y, images, n_objects = missing_world(K=1)
+    guide = StructuredGuide(model.dynamics, make_guide().rnn, Given(y, 0.3))
+    observed = torch.stack([torch.tensor(observed), torch.tensor(observed[::-1])])  # (B, N, T)
+    for mask in (observed, observed[0, 0], observed[:1, 0].expand(2, T_MISSING)):
+        p = interpolate(model, guide, images, n_objects, mask)
+        for b, n in ((0, 0), (0, 1), (1, 0)):
+            seen = mask.expand(2, 2, T_MISSING)[b, n] if mask.dim() != 2 else mask[b]
+            mean, cov = brute_force(model.dynamics, 0, y[b, n], seen, noise=0.3)
+            np.testing.assert_allclose(p.mean[b, n], mean, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(p.cov[b, n], cov, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_of_one_sequence_are_those_of_a_batch():
+    """Sequences with different masks are answered as one by one; here with a real network and leading gaps."""
+    model, guide = make_model(), make_guide()
+    images, n_objects = torch.rand(4, 7, 12, 12), torch.tensor([3, 1, 2, 1])
+    observed = torch.tensor(
+        [[0, 1, 1, 0, 1, 1, 0], [1, 0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0]]
+    )
+    observed = observed.bool()
+    together = interpolate(model, guide, images, n_objects, observed)
+    for b in range(4):
+        n = int(n_objects[b])
+        alone = interpolate(model, guide, images[b : b + 1], n_objects[b : b + 1], observed[b])
+        torch.testing.assert_close(together.mean[b, :n], alone.mean[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(together.images[b], alone.images[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(together.component[b, :n], alone.component[0])
+
+
 def test_smoothing_averages_the_components():
     """E[h | a] and Cov[h | a] under the mixture, from draws of z and of h given z; 6 standard errors of 40,000."""
     torch.manual_seed(0)
@@ -172,8 +298,10 @@ BAD = {
     "other image size": lambda m, g, v, n: infer(g, v[..., 1:], n),
     "no object": lambda m, g, v, n: infer(g, v, n * 0),
     "objects for other sequences": lambda m, g, v, n: infer(g, v, n[1:]),
-    "first frame missing": lambda m, g, v, n: interpolate(m, g, v, n, torch.arange(11) > 2),
-    "nothing missing": lambda m, g, v, n: interpolate(m, g, v, n, torch.ones(11, dtype=torch.bool)),
+    "nothing seen": lambda m, g, v, n: interpolate(m, g, v, n, torch.zeros(11, dtype=torch.bool)),
+    "nothing seen of one sequence": lambda m, g, v, n: interpolate(m, g, v, n, torch.arange(12 * 11).view(12, 11) > 10),
+    "mask of other sequences": lambda m, g, v, n: interpolate(m, g, v, n, torch.ones(3, 11, dtype=torch.bool)),
+    "mask of other objects": lambda m, g, v, n: interpolate(m, g, v, n, torch.ones(12, 2, 11, dtype=torch.bool)),
     "mask of another length": lambda m, g, v, n: interpolate(m, g, v, n, torch.arange(7) < 2),
     "mask of floats": lambda m, g, v, n: interpolate(m, g, v, n, torch.ones(11)),
 }

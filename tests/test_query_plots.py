@@ -1,0 +1,96 @@
+"""Figures of answers: what is drawn lies where it should."""
+
+import numpy as np
+import pytest
+from scipy.stats import chi2
+
+from pyro_pixels.query_plots import (
+    RADIUS_95,
+    plot_counts,
+    plot_evidence,
+    plot_over_time,
+    plot_regions,
+    plot_reliability,
+)
+
+B, N, T = 2, 2, 5
+rng = np.random.default_rng(0)
+root = rng.normal(size=(B, N, T, 2, 2))
+cov = root @ root.swapaxes(-1, -2) + np.eye(2)
+mean = rng.normal(size=(B, N, T, 2))
+known = np.arange(T) < np.full((B, N, 1), 3)
+
+
+def test_regions_are_those_of_chi2():
+    """Every outline lies at the Mahalanobis distance that holds 95 %."""
+    assert pytest.approx(chi2.ppf(0.95, 2)) == RADIUS_95**2
+    axes = plot_regions(mean, cov, known=known, truth=mean).axes
+    assert len(axes) == B
+    for b, ax in enumerate(axes):
+        collections = [c for c in ax.collections if len(c.get_paths()) > 1]
+        outlines = [p.vertices[:-1] for c in collections[: 3 * N] for p in c.get_paths() if len(p.vertices) > 30]
+        wanted = [(n, t) for n in range(N) for t in range(T)]
+        assert len(outlines) == len(wanted)
+        for outline, (n, t) in zip(outlines, wanted):
+            e = outline - mean[b, n, t]
+            distance = np.einsum("pi,ij,pj->p", e, np.linalg.inv(cov[b, n, t]), e)
+            np.testing.assert_allclose(distance, RADIUS_95**2, rtol=1e-6)
+
+
+def test_absent_objects_and_nan_are_not_drawn():
+    a = mean.copy()
+    a[0, 0, 2] = np.nan
+    axes = plot_regions(a, cov, known=known, n_objects=[2, 1]).axes
+    shapes = [sum(len(p.vertices) > 30 for c in ax.collections for p in c.get_paths()) for ax in axes]
+    assert shapes == [2 * T - 1, T]
+
+
+def test_bands_reach_two_standard_deviations():
+    x, sd = rng.normal(size=(3, T)), rng.uniform(0.5, 1, size=(3, T))
+    figure = plot_over_time({"so far": x}, {"so far": sd}, truth=x, titles=["a", "b", "c"], label="y", seen=x > 0)
+    for r, ax in enumerate(figure.axes):
+        vertices = ax.collections[0].get_paths()[0].vertices
+        assert vertices[:, 1].max() == pytest.approx((x[r] + 2 * sd[r]).max())
+        assert vertices[:, 1].min() == pytest.approx((x[r] - 2 * sd[r]).min())
+        np.testing.assert_array_equal(ax.lines[0].get_ydata(), x[r])
+
+
+def test_reliability_has_a_diagonal_and_every_curve():
+    levels = np.linspace(0.1, 0.9, 5)
+    (ax,) = plot_reliability({"smoothing": (levels, levels**2), "smoothing, corrected": (levels, levels)}).axes
+    diagonal, raw, corrected = ax.lines
+    np.testing.assert_array_equal(raw.get_ydata(), levels**2)
+    np.testing.assert_array_equal(corrected.get_xdata(), corrected.get_ydata())
+    assert raw.get_color() == corrected.get_color()
+    assert (raw.get_linestyle(), corrected.get_linestyle()) == ("-", "--")
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+
+
+def test_counts_are_counted():
+    evidence = np.array([[0.0, 9.0, 5.0], [0.0, 9.0, 5.0], [0.0, 2.0, 8.0]])
+    left, right = plot_counts([1, 2, 2], [1, 1, 2], evidence).axes
+    table = np.array([int(t.get_text()) for t in left.texts]).reshape(3, 3)
+    np.testing.assert_array_equal(table, [[0, 0, 0], [0, 1, 0], [0, 1, 1]])
+    np.testing.assert_array_equal(right.lines[0].get_xdata(), [4])
+    np.testing.assert_array_equal(right.lines[1].get_xdata(), [-4, 6])
+
+
+def test_evidence_is_per_frame_and_sorted():
+    top, below = plot_evidence([-50, -40, -60], [-30, -20, -40], [1, 2, 3], [1, 1, 2], 10).axes
+    np.testing.assert_allclose(top.collections[-1].get_offsets()[:, 1], [-2, -3, -4])
+    assert [bar.get_height() for bar in below.patches] == [2, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plot_regions(mean, cov[..., 0], known=known),
+        lambda: plot_regions(mean, cov, known=known[:, :, :2]),
+        lambda: plot_over_time({"x": mean[0, 0]}, {"y": mean[0, 0]}),
+        lambda: plot_reliability({"smoothing": ([0.1, 0.2], [0.1])}),
+    ],
+    ids=["covariances", "mask", "names", "lengths"],
+)
+def test_bad_input(draw):
+    with pytest.raises(ValueError):
+        draw()

@@ -1,0 +1,103 @@
+"""Changed worlds against physics, and an unchanged one against the forecast."""
+
+import pytest
+import torch
+from conftest import make_guide, make_model
+from test_queries import Oracle, true_world
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels.queries import generate
+from pyro_pixels.states import averaged
+from pyro_pixels.what_if import Change, scale_force, scale_period, what_if
+
+
+def ask(change, *, frame=10, n_frames=20, n_samples=3):
+    data, model = true_world()
+    guide = Oracle(data.paths)
+    torch.manual_seed(0)
+    return data, what_if(
+        model, guide, data.images, data.n_objects, change, frame=frame, n_frames=n_frames, n_samples=n_samples
+    )
+
+
+def test_nothing_changed_is_what_happened():
+    data, p = ask(Change(), n_frames=30)
+    present = ~data.paths.isnan()
+    assert float((p.mean - data.paths.nan_to_num())[present].abs().max()) < 0.01
+    assert p.observed.tolist() == [True] * 10 + [False] * 20
+    assert p.samples.shape == (3, 8, 3, 30, 2)
+    assert p.sample_images.shape == (3, 8, 30, 32, 32)
+    assert p.images.shape == (8, 30, 32, 32)
+
+
+def test_without_gravity_objects_go_straight_on():
+    data, p = ask(Change(dynamics=lambda lgssm: scale_force(lgssm, 0.0)))
+    a = p.mean[:, 0, 9:]
+    assert float((a[:, 2:] - 2 * a[:, 1:-1] + a[:, :-2]).abs().max()) < 1e-3
+    before = data.paths[:, 0, :11]
+    u = data.dynamics.lgssm.u
+    torch.testing.assert_close(a[:, 1] - a[:, 0], before[:, 10] - before[:, 9] - u[:2], rtol=0, atol=0.02)
+
+
+def test_half_the_period_shows_every_moment_twice():
+    """Two steps of half a period are one of a whole: exactly so for a force that acts evenly (u_x = delta u_v / 2)."""
+    _, model = true_world()
+    lgssm = model.dynamics.lgssm()
+    slow = scale_period(lgssm, 0.5)
+    h, P = torch.randn(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
+    one, two = exact.rollout(lgssm, h, P, 3).mean, exact.rollout(slow, h, P, 6).mean[1::2]
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
+
+
+def test_a_shift_moves_one_object_alone():
+    push = torch.zeros(3, 4)
+    push[0] = torch.tensor([1.0, 2.0, 30.0, 0.0])
+    _, plain = ask(Change())
+    data, pushed = ask(Change(shift=push))
+    moved = pushed.mean - plain.mean
+    delta = data.dynamics.lgssm.A[0, 2]
+    n = torch.arange(1, 11, dtype=torch.float64)
+    torch.testing.assert_close(moved[:, 0, 10:, 0], (1 + 30 * delta * n).expand(8, 10), rtol=0, atol=1e-5)
+    torch.testing.assert_close(moved[:, 0, 10:, 1], torch.full((8, 10), 2.0, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert float(moved[:, :, :10].abs().max()) < 1e-3
+    assert float(moved[:, 1:].abs().max()) < 1e-3
+    drawn = pushed.samples - plain.samples
+    torch.testing.assert_close(drawn[..., 0, 10:, 1], torch.full((3, 8, 10), 2.0, dtype=torch.float64))
+
+
+def test_a_removed_object_is_gone_from_the_images():
+    data, p = ask(Change(removed=torch.tensor([True, False, False])))
+    assert p.mean[:, 0, 10:].isnan().all()
+    assert not p.mean[:, :, :10].isnan().any()
+    assert not p.mean[:, 1:].isnan().any()
+    _, model = true_world()
+    empty = model.renderer.to_v(model.renderer.theta_x0.tanh()).sigmoid().unflatten(-1, (32, 32))
+    alone = data.n_objects == 1
+    torch.testing.assert_close(p.images[alone, 10:], empty.expand(int(alone.sum()), 10, 32, 32))
+    assert float((p.images[alone, :10] - empty).abs().max().detach()) > 0.01
+    assert torch.isfinite(p.images).all()
+    assert torch.isfinite(p.sample_images).all()
+
+
+def test_an_unchanged_future_is_the_averaged_forecast(small_data):
+    """Given the first frames alone, both average over q and z; 6 standard errors of the differing samples."""
+    model, guide = make_model(position_noise=0.2, delta=0.3), make_guide()
+    images, n_objects, n = small_data.images[:2, :4], small_data.n_objects[:2], 300
+    torch.manual_seed(0)
+    one = what_if(model, guide, images, n_objects, Change(), frame=4, n_frames=8, n_samples=n)
+    two = averaged(model, generate(model, guide, images, n_objects, n_frames=8, n_samples=n), n_objects)
+    scale = two.cov.diagonal(0, -2, -1).sqrt()
+    assert ((one.mean - two.mean).abs() < 6 * scale * (2 / n) ** 0.5).all()
+    assert ((one.cov.diagonal(0, -2, -1) / scale**2 - 1)[:, :, 4:].abs() < 6 * (4 / n) ** 0.5).all()
+    draws = one.samples[..., 4:, :]
+    assert ((draws.mean(0) - one.mean[:, :, 4:]).abs() < 6 * scale[:, :, 4:] / n**0.5).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"frame": 0}, {"frame": 31, "n_frames": 40}, {"frame": 10, "n_frames": 10}, {"n_samples": 0}],
+    ids=["before the first", "beyond the last", "nothing after", "no samples"],
+)
+def test_bad_input(options):
+    with pytest.raises(ValueError):
+        ask(Change(), **options)
