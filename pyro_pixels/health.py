@@ -61,7 +61,7 @@ _STARTS = (
     "fewer ways"
 )
 _NOT_LINEAR = (
-    " or of objects that do not move linearly themselves, as where they bounce off walls, for which no training helps"
+    ", or of objects that do not move linearly themselves, as where they bounce off walls: then no training helps"
 )
 _ADVICE = {
     "bound_ratio": "images cost {x:.2f} of what one grey value everywhere would cost (a good run: about 0.2): "
