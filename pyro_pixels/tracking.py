@@ -185,10 +185,11 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
     )
 
     l, nobody = claim.transpose(0, 1), None  # from here on the orders come first
-    for _ in range(DETECTION_ROUNDS):
+    for narrow in torch.linspace(0, 1, DETECTION_ROUNDS).tolist():
         y, _ = share(pixels[0], l, nobody)  # (S, B, N, 1, 2)
-        l = log_density(homogeneous[0], y, tracks.blob_precision, absent)
-        nobody = tracks.log_clutter(homogeneous[0, ..., :2], tracks.blob_precision)
+        blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
+        l = log_density(homogeneous[0], y, blob_precision, absent)
+        nobody = tracks.log_clutter(homogeneous[0, ..., :2], blob_precision)
     e = claim.new_zeros(S, B * N, 2 * T)
     ys = []
     for i in range(T):

@@ -227,11 +227,12 @@ def test_pixels_far_from_every_object_are_nobodys():
     tracks = Tracks.of(head.dynamics, head.blob, T, torch.float32, head.clutter)
     place, centre = torch.rand(7, 2) * 2 - 1, torch.rand(3, 2) * 2 - 1
     place[:3] = centre + 0.05
-    l, nobody = log_density(place, centre, tracks.blob_precision), tracks.log_clutter(place, tracks.blob_precision)
-    _, mass = share(torch.ones(7), place, l, torch.zeros(3, 1, dtype=torch.bool), nobody)
+    pixels, nobody = F.pad(place, (0, 1), value=1.0), tracks.log_clutter(place, tracks.blob_precision)
+    l = log_density(pixels, centre.unsqueeze(1), tracks.blob_precision, torch.zeros(3, dtype=torch.bool))
+    _, mass = share(pixels, l, nobody)
     blobs = torch.distributions.MultivariateNormal(centre, precision_matrix=tracks.blob_precision)
     per_object, background = 4 * torch.pi, 0.02 * W * W / 4  # white pixels, and white pixels in a unit of area
-    mass = mass.detach().squeeze(-1)
+    mass = mass.detach().flatten()
     rates = per_object * blobs.log_prob(place[:, None]).exp()
     posterior = rates / (rates.sum(1, keepdim=True) + background)
     torch.testing.assert_close(mass, posterior.sum(0).detach(), rtol=1e-4, atol=0)
