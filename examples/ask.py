@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from common import QueryArguments, Shown, ask, markdown, new_folder, sequences_for, start
-from common import save as save_figure
+from common import QueryArguments, Shown, ask, markdown, new_folder, save, sequences_for, start
 from pyro_pixels import metrics, query_plots
 from pyro_pixels.calibration import LEVELS, corrected, coverage, distances, fit_correction
 from pyro_pixels.evidence import count_objects, log_evidence
 from pyro_pixels.lgssm import Gaussians
-from pyro_pixels.queries import interpolate, smooth
+from pyro_pixels.queries import States, interpolate, smooth
 from pyro_pixels.states import filter_states, positions, retrodict, states
 from pyro_pixels.streaming import forecast, start_images, step, step_image
 from pyro_pixels.streaming import start as start_stream
@@ -38,13 +38,13 @@ class Arguments(QueryArguments):
 
 
 class Scene(Shown):
-    """The sequences that are drawn, two of each N, and Gaussians as they are plotted."""
+    """The sequences that are drawn, so many of each N, and Gaussians as they are plotted."""
 
-    def __init__(self, args: Arguments) -> None:
+    def __init__(self, args: Arguments, per_n: int = 2) -> None:
         run, data, device = ask(args)
         super().__init__(run, data, device)
         self.args, self.model, self.guide, self.dynamics = args, run.model, run.guide, run.model.dynamics
-        self.rows = self.pick(2)
+        self.rows = self.pick(per_n)
 
     def regions(self, found: Gaussians) -> tuple[Tensor, Tensor]:
         """Means and covariances of positions, in pixels if the truth is known."""
@@ -53,53 +53,57 @@ class Scene(Shown):
             cov = self.to_pixels.covariance(cov)
         return self.tracks(found.mean), cov if self.order is None else metrics.reorder(cov, self.order)
 
-    def draw(self, found: Gaussians, known: Tensor, truth: Tensor | None = None) -> None:
-        """One picture, named after the question."""
+    def picture(self, found: Gaussians, known: Tensor, truth: Tensor | None = None) -> Figure:
+        """The regions of positions of the sequences that are drawn."""
         mean, cov = self.regions(found)
         known = known.expand(mean.shape[:-1]).cpu()
         known = known if self.order is None else metrics.reorder(known, self.order)
         truth = self.data.positions if truth is None else truth
         rows = self.rows
-        figure = query_plots.plot_regions(
+        return query_plots.plot_regions(
             mean[rows], cov[rows], known=known[rows], truth=None if truth is None or self.size is None else truth[rows],
             n_objects=self.data.n_objects[rows], size=self.size,
         )  # fmt: skip
-        self.save(figure)
 
-    def save(self, figure: object) -> None:
-        out = new_folder(self.args.out or self.args.home / "ask")
-        save_figure(figure, out / f"{self.args.question}.png")
+    def moves(self, h: States) -> Gaussians:
+        """The expected move to the next frame, B (A - I) h + B u, as it is plotted."""
+        A, B, u = self.dynamics.lgssm()[:3]
+        step_matrix = B @ A - B
+        mean, cov = self.regions(Gaussians(h.mean @ step_matrix.mT + B @ u, step_matrix @ h.cov @ step_matrix.mT))
+        return Gaussians(mean - self.tracks(torch.zeros_like(h.mean[..., :2])), cov)  # the map's offset is no move's
+
+    def true_moves(self) -> Tensor | None:
+        """(B, N, T, 2) in pixels, NaN in the last frame; None where the true paths are not known."""
+        paths = self.data.paths
+        if self.size is None or paths is None:
+            return None
+        return torch.cat([paths.diff(dim=2), torch.full_like(paths[:, :, :1], torch.nan)], 2)
 
 
-def ask_filter(scene: Scene) -> None:
+def ask_filter(scene: Scene) -> Figure:
     a = scene.inference.mean
-    lgssm = scene.dynamics.lgssm()
     found = {"so far": filter_states(scene.dynamics, a), "in hindsight": smooth(scene.dynamics, a)}
-    step_matrix = lgssm.B @ lgssm.A - lgssm.B  # the expected move to the next frame is step_matrix h + B u
-    means, stds = {}, {}
-    for name, h in found.items():
-        moves = Gaussians(h.mean @ step_matrix.mT + lgssm.B @ lgssm.u, step_matrix @ h.cov @ step_matrix.mT)
-        mean, cov = scene.regions(moves)
-        origin = scene.tracks(torch.zeros_like(a))  # the map's offset is none of a move's
-        means[name], stds[name] = ((x[scene.rows, 0, :, 1]) for x in (mean - origin, cov.diagonal(0, -2, -1).sqrt()))
-    truth = None
-    if scene.size and scene.data.paths is not None:
-        paths = scene.data.paths[scene.rows, 0, :, 1]
-        truth = torch.cat([paths.diff(dim=-1), torch.full_like(paths[:, :1], torch.nan)], -1)
+    moves = {name: scene.moves(h) for name, h in found.items()}
+    means = {name: x.mean[scene.rows, 0, :, 1] for name, x in moves.items()}
+    stds = {name: x.cov[scene.rows, 0, :, 1, 1].sqrt() for name, x in moves.items()}
+    truth = scene.true_moves()
     titles = [f"N = {n}, object 1" for n in scene.data.n_objects[scene.rows].tolist()]
-    scene.save(query_plots.plot_over_time(means, stds, truth=truth, titles=titles, label="downward move a frame"))
+    return query_plots.plot_over_time(
+        means, stds, truth=None if truth is None else truth[scene.rows, 0, :, 1], titles=titles,
+        label="downward move a frame",
+    )  # fmt: skip
 
 
-def ask_hidden(scene: Scene) -> None:
+def ask_hidden(scene: Scene) -> Figure:
     B, N, T = scene.inference.mean.shape[:3]
     observed = torch.ones(B, N, T, dtype=torch.bool, device=scene.device)
     observed[:, 0, T // 3 : 2 * T // 3] = False
     found = interpolate(scene.model, scene.guide, scene.images, scene.n_objects, observed)
     print(f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}")
-    scene.draw(Gaussians(found.mean, found.cov), observed)
+    return scene.picture(Gaussians(found.mean, found.cov), observed)
 
 
-def ask_retrodict(scene: Scene) -> None:
+def ask_retrodict(scene: Scene) -> Figure:
     n = 10
     after = states(scene.model, scene.guide, scene.images, scene.n_objects, n_samples=scene.args.n_samples)
     before = retrodict(scene.dynamics, after, n)
@@ -109,56 +113,56 @@ def ask_retrodict(scene: Scene) -> None:
     for _ in range(n if truth is not None else 0):  # a parabola has no third differences
         truth = torch.cat([3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3], truth], 2)
     print(f"frames {1 - n} to 0, before the first; drawn is the path, the truth a parabola")
-    scene.draw(found, torch.arange(found.mean.shape[2]) >= n, truth)
+    return scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
 
 
-def ask_what_if(scene: Scene) -> None:
+def ask_what_if(scene: Scene) -> Figure:
     push = torch.tensor([0.0, 0.0, 0.0, -0.15])  # upwards
     changes = {
-        "no gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.0)),
         "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),
-        "pushed": Change(shift=push),
+        "no gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.0)),
+        "a push upwards": Change(shift=push.to(scene.device)),
+        "one object fewer": Change(removed=torch.arange(scene.inference.mean.shape[1], device=scene.device) == 0),
     }
-    rows, T = scene.pick(1), scene.images.shape[1]
+    row, T = scene.rows[:1], scene.images.shape[1]
     frame = 2 * T // 5
-    means, covs, titles = [], [], []
-    for name, change in changes.items():
+    means, covs = [], []
+    for change in changes.values():
         found = what_if(
             scene.model, scene.guide, scene.images, scene.n_objects, change,
             frame=frame, n_frames=T, n_samples=scene.args.n_samples,
         )  # fmt: skip
         mean, cov = scene.regions(Gaussians(found.mean, found.cov))
-        means.append(mean[rows])
-        covs.append(cov[rows])
-        titles += [f"{name} from frame {frame} on"] * len(rows)
-    mean, truth = torch.cat(means), scene.data.positions
-    figure = query_plots.plot_regions(
+        means.append(mean[row])
+        covs.append(cov[row])
+    mean, truth, n = torch.cat(means), scene.data.positions, len(changes)
+    return query_plots.plot_regions(
         mean, torch.cat(covs), known=(torch.arange(T) < frame).expand(mean.shape[:-1]),
-        truth=None if truth is None or scene.size is None else truth[rows].repeat(len(changes), 1, 1, 1),
-        n_objects=scene.data.n_objects[rows].repeat(len(changes)), size=scene.size, titles=titles, columns=len(rows),
+        truth=None if truth is None or scene.size is None else truth[row].repeat(n, 1, 1, 1),
+        n_objects=scene.data.n_objects[row].repeat(n), size=scene.size, columns=2,
+        titles=[f"{name} from frame {frame + 1} on" for name in changes],
     )  # fmt: skip
-    scene.save(figure)
 
 
-def ask_evidence(scene: Scene) -> None:
+def ask_evidence(scene: Scene) -> Figure:
     args, T = (scene.model, scene.guide, scene.images, scene.n_objects), scene.images.shape[1]
     one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in range(5)]).mean(0)
     found = log_evidence(*args, n_samples=scene.args.n_samples)
     print(f"bound of Eq (7) {float(one.mean()) / T:.2f}, with {scene.args.n_samples} samples "
           f"{float(found.log_evidence.mean()) / T:.2f} nats per frame; "
           f"effective samples {float(found.effective_samples.mean()):.1f}")  # fmt: skip
-    scene.save(query_plots.plot_evidence(one, found.log_evidence, found.effective_samples, scene.data.n_objects, T))
+    return query_plots.plot_evidence(one, found.log_evidence, found.effective_samples, scene.data.n_objects, T)
 
 
-def ask_count(scene: Scene) -> None:
+def ask_count(scene: Scene) -> Figure:
     most = int(scene.n_objects.max())
     found = count_objects(scene.model, scene.guide, scene.images, most, n_samples=max(1, scene.args.n_samples // 2))
     right = found.n_objects == scene.n_objects
     print(f"right in {int(right.sum())} of {len(right)} sequences")
-    scene.save(query_plots.plot_counts(scene.data.n_objects, found.n_objects.cpu(), found.log_evidence.cpu()))
+    return query_plots.plot_counts(scene.data.n_objects, found.n_objects.cpu(), found.log_evidence.cpu())
 
 
-def ask_stream(scene: Scene) -> None:
+def ask_stream(scene: Scene) -> Figure:
     lgssm, ahead = scene.dynamics.lgssm(), []
     try:
         stream = start_images(scene.model, scene.guide, scene.n_objects)
@@ -176,10 +180,10 @@ def ask_stream(scene: Scene) -> None:
     print("each position is forecast from the frames before it; drawn from frame 3 on")
     mean = found.mean.clone()
     mean[:, :, :2] = torch.nan
-    scene.draw(Gaussians(mean, found.cov), torch.zeros(mean.shape[:-1], dtype=torch.bool))
+    return scene.picture(Gaussians(mean, found.cov), torch.zeros(mean.shape[:-1], dtype=torch.bool))
 
 
-def ask_calibration(scene: Scene) -> None:
+def ask_calibration(scene: Scene) -> Figure:
     n_samples = 0 if scene.run.config.guide == "structured" else scene.args.n_samples
     raw = distances(scene.model, scene.guide, scene.data, n_samples=n_samples)
     validation = sequences_for(scene.run, None, scene.args.n_validation, scene.args.seed + 1)
@@ -197,10 +201,10 @@ def ask_calibration(scene: Scene) -> None:
                 rows.append([kind + state, "all" if n is None else str(n), *shares])
     levels = " / ".join(f"{100 * level:.0f}" for level in LEVELS)
     print(markdown(["prediction", "N", f"coverage of {levels} %", "identities held"], rows))
-    scene.save(query_plots.plot_reliability(curves))
+    return query_plots.plot_reliability(curves)
 
 
-ASK: dict[str, Callable[[Scene], None]] = {
+ASK: dict[Question, Callable[[Scene], Figure]] = {
     "filter": ask_filter,
     "hidden": ask_hidden,
     "retrodict": ask_retrodict,
@@ -215,7 +219,8 @@ assert set(ASK) == set(get_args(Question))
 
 @torch.no_grad()
 def main(args: Arguments) -> None:
-    ASK[args.question](Scene(args))
+    out = new_folder(args.out or args.home / "ask")
+    save(ASK[args.question](Scene(args)), out / f"{args.question}.png")
 
 
 if __name__ == "__main__":

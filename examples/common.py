@@ -281,14 +281,19 @@ def draw_generation(shown: Shown, prediction: Prediction, out: Path) -> None:
         columns=3,
     )
     save(figure, out / "generated_trajectories.png")
-    rows = shown.pick(1)
+    draw_forecast(shown, prediction, out / "generation.gif")
+
+
+def draw_forecast(shown: Shown, prediction: Prediction, path: Path) -> None:
+    """A GIF of the truth, the reconstruction, and what was generated after the first frames."""
+    rows, T = shown.pick(1), min(shown.images.shape[1], prediction.images.shape[1])
     panels = {
-        "truth": truth[rows, :T],
+        "truth": shown.data.images[rows, :T],
         "reconstruction": shown.reconstruction().cpu()[rows, :T],
-        "generation": drawn[rows, :T],
+        "generation": prediction.images.cpu()[rows, :T],
     }
-    plotting.gif(out / "generation.gif", panels, scale=4, mark={"generation": tau})
-    print(f"  {out / 'generation.gif'}")
+    plotting.gif(path, panels, scale=4, mark={"generation": shown.n_seen})
+    print(f"  {path}")
 
 
 def draw_interpolation(shown: Shown, generated: Prediction, interpolated: Prediction, out: Path) -> None:

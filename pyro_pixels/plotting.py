@@ -8,48 +8,54 @@ Departures from the paper: the truth that Fig 3 repeats in red behind the inferr
 generated throughout; Fig 9 has the true images once, between the generated and the interpolated ones.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
+from pyro_pixels.canvas import (
+    INFERRED,
+    OBJECTS,
+    QUIET,
+    SEEN,
+    TEXT,
+    TRUTH,
+    Data,
+    Floats,
+    Named,
+    add_legend,
+    colour_of,
+    draw_tracks,
+    grid,
+    plane,
+    read,
+    read_tracks,
+    seen_frames,
+    style_axes,
+)
 from pyro_pixels.data import atomic_write
 
-Data = ArrayLike | Tensor
-Named = Mapping[str, Data]
-Floats = NDArray[np.float64]
-
-TRUTH, INFERRED, GENERATED, INTERPOLATED = "#1a1a1a", "#2b5fc4", "#d8323c", "#12b5cf"
-OBJECTS = ("#2b5fc4", "#e07b1f", "#2a9d6a", "#b04fa8", "#8a6d3b", "#6b7a8f")  # one colour an object, then round again
-SEEN, QUIET = "#f2a93b", "#a6a6a6"  # frames that a model was shown; what is to be looked past
-FONT, DARKEST = 8.0, 0.28  # points; the shade of an overlay's first frame, where the last is 1
-_ROLES = {"truth": TRUTH, "infer": INFERRED, "generat": GENERATED, "interpolat": INTERPOLATED}
-_TEXT: dict[str, Any] = {"fontsize": FONT, "color": TRUTH}
-_CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 40)) for f in (np.cos, np.sin)], -1)
+DARKEST = 0.28  # the shade of an overlay's first frame, where the last is 1
 
 
 def overlay(images: Data) -> Floats:
     """A sequence (T, H, W) as one image (H, W), overlaid in time: lighter shades are more recent, on top (Fig 1)."""
-    images = _read("T H W", {"images": images})["images"]
+    images = read("T H W", {"images": images})["images"]
     shades = np.linspace(1.0, DARKEST, len(images))[::-1]
     return (shades[:, None, None] * images).max(0)
 
 
 def plot_sequences(images: Data, *, columns: int = 4, titles: Sequence[str] | None = None) -> Figure:
     """Sequences (B, T, H, W), each overlaid in time (Fig 1)."""
-    images = _read("B T H W", {"images": images})["images"]
+    images = read("B T H W", {"images": images})["images"]
     if titles is not None and len(titles) != len(images):
         raise ValueError(f"there are {len(titles)} titles for {len(images)} sequences; wanted one each")
-    figure, cells = _grid(len(images), columns, 1.6, [1.6 * images.shape[2] / images.shape[3]])
+    figure, cells = grid(len(images), columns, 1.6, [1.6 * images.shape[2] / images.shape[3]])
     for b, (ax,) in enumerate(cells):
         _show(ax, [images[b]], titles[b : b + 1] if titles else ())
     return figure
@@ -63,39 +69,40 @@ def plot_positions(
     The truth is in pixels. Inferred positions are in latent units, each plot at its own scale, or in pixels where
     ``size`` (H, W) is given; then the truth is behind them in grey.
     """
-    tracks = _read_tracks({"truth": truth, "inferred": inferred}, n_objects)
-    figure, cells = _grid(2 * len(tracks["truth"]), 2 * columns, 1.6, [1.6])
+    tracks = read_tracks({"truth": truth, "inferred": inferred}, n_objects)
+    figure, cells = grid(2 * len(tracks["truth"]), 2 * columns, 1.6, [1.6])
     for b, ((left,), (right,)) in enumerate(zip(cells[::2], cells[1::2])):
-        _draw(left, tracks["truth"][b], TRUTH, start=True)
-        _draw(right, tracks["truth"][b][: None if size else 0], QUIET, linewidth=0.8)
-        _draw(right, tracks["inferred"][b], INFERRED, start=True)
-        _plane(left, size)
-        _plane(right, size, latent=size is None)
-    return _legend(figure, tracks)
+        draw_tracks(left, tracks["truth"][b], TRUTH, start=True)
+        draw_tracks(right, tracks["truth"][b][: None if size else 0], QUIET, linewidth=0.8)
+        draw_tracks(right, tracks["inferred"][b], INFERRED, start=True)
+        plane(left, size)
+        plane(right, size, latent=size is None)
+    return add_legend(figure, tracks)
 
 
 def plot_start(h: Data, a: Data) -> Figure:
     """A draw of h (dots) and a (crosses), (N, T, 2) in latent units, before learning; a colour an object (Fig 4)."""
-    draws = _read("N T 2", {"h": h, "a": a})
-    figure, [(ax,)] = _grid(1, 1, 3.4, [3.2])
+    draws = read("N T 2", {"h": h, "a": a})
+    figure, [(ax,)] = grid(1, 1, 3.4, [3.2])
     for n, (dots, crosses) in enumerate(zip(*draws.values())):
-        ax.scatter(*crosses.T, s=18, marker="x", linewidths=0.9, color=_colour("", n), alpha=0.7)
-        ax.scatter(*dots.T, s=9, color=_colour("", n), zorder=3)
-    _plane(ax, latent=True)
-    return _legend(figure, (), [Line2D([], [], ls="", color=TRUTH, ms=4, marker=m, label=s) for m, s in ("oh", "xa")])
+        ax.scatter(*crosses.T, s=18, marker="x", linewidths=0.9, color=colour_of("", n), alpha=0.7)
+        ax.scatter(*dots.T, s=9, color=colour_of("", n), zorder=3)
+    plane(ax, latent=True)
+    marks = [Line2D([], [], ls="", color=TRUTH, ms=4, marker=m, label=s) for m, s in ("oh", "xa")]
+    return add_legend(figure, (), marks)
 
 
 def plot_inference_means(snapshots: Named) -> Figure:
     """Inferred means (B, N, T, 2) of a batch, in latent units, at each named stage of training (Fig 5(a))."""
-    stages = _read("B N T 2", snapshots)
+    stages = read("B N T 2", snapshots)
     objects = [f"object {n + 1}" for n in range(next(iter(stages.values())).shape[1])]
-    figure, cells = _grid(len(stages), len(stages), 2.2, [2.3])
+    figure, cells = grid(len(stages), len(stages), 2.2, [2.3])
     for (ax,), (name, means) in zip(cells, stages.items()):
         for n in range(len(objects)):
-            _draw(ax, means[:, n], _colour("", n), linewidth=0.5, marker="o", markersize=1.2, alpha=0.6)
-        _plane(ax, latent=True)
-        ax.set_title(name, **_TEXT)
-    return _legend(figure, objects)
+            draw_tracks(ax, means[:, n], colour_of("", n), linewidth=0.5, marker="o", markersize=1.2, alpha=0.6)
+        plane(ax, latent=True)
+        ax.set_title(name, **TEXT)
+    return add_legend(figure, objects)
 
 
 def plot_generated_images(generated: Data | Named, truth: Data, *, rows: int = 1) -> Figure:
@@ -103,18 +110,18 @@ def plot_generated_images(generated: Data | Named, truth: Data, *, rows: int = 1
 
     ``generated`` may map the names of models to their images; each has ``rows`` rows of pairs.
     """
-    truth = _read("B T H W", {"truth": truth})["truth"]
+    truth = read("B T H W", {"truth": truth})["truth"]
     models = generated if isinstance(generated, Mapping) else {"generated": generated}
-    models = _read("B T H W", models, like=dict.fromkeys(models, truth))
+    models = read("B T H W", models, like=dict.fromkeys(models, truth))
     columns = -(-len(truth) // rows)
-    figure, cells = _grid(len(models) * rows * columns, columns, 2.0, [truth.shape[2] / truth.shape[3]])
+    figure, cells = grid(len(models) * rows * columns, columns, 2.0, [truth.shape[2] / truth.shape[3]])
     for i, (ax,) in enumerate(cells):
         (name, images), b = [*models.items()][i // (rows * columns)], i % (rows * columns)
         ax.set_axis_off()
         if b < len(truth):
             _show(ax, [images[b], truth[b]], ("generated", "truth") if i < columns else ())
         if b == 0 and isinstance(generated, Mapping):
-            ax.text(-0.03, 0.5, name, transform=ax.transAxes, rotation=90, ha="right", va="center", **_TEXT)
+            ax.text(-0.03, 0.5, name, transform=ax.transAxes, rotation=90, ha="right", va="center", **TEXT)
     return figure
 
 
@@ -132,39 +139,39 @@ def plot_trajectories(
         images: name -> (B, T, H, W), shown side by side, overlaid in time.
     """
     given = {"truth": truth, "inferred": inferred, "generated": generated, "interpolated": interpolated}
-    tracks = _read_tracks({name: x for name, x in given.items() if x is not None}, n_objects)
-    sds = _read("B N T 2", bands or {}, like=tracks)
+    tracks = read_tracks({name: x for name, x in given.items() if x is not None}, n_objects)
+    sds = read("B N T 2", bands or {}, like=tracks)
     B = len(next(iter(tracks.values())))
-    shown = _read(f"{B} T H W", images) if images else {}
+    shown = read(f"{B} T H W", images) if images else {}
     heights = [x.shape[2] / x.shape[3] / len(shown) for x in shown.values()][:1]
     heights = [2.2 * (size[0] / size[1] if size else 1), *(2.2 * height + 0.1 for height in heights)]
-    figure, cells = _grid(B, columns, 2.2, heights)
+    figure, cells = grid(B, columns, 2.2, heights)
     for b, (ax, *below) in enumerate(cells):
         for name, x in tracks.items():
             first, sd = name == next(iter(tracks)), sds[name][b] if name in sds else None
-            _draw(ax, x[b], _colour(name), start=first, sd=sd, linewidth=0.8 if name == "truth" else 1.4)
-        _plane(ax, size)
+            draw_tracks(ax, x[b], colour_of(name), start=first, sd=sd, linewidth=0.8 if name == "truth" else 1.4)
+        plane(ax, size)
         for picture_ax in below:
             _show(picture_ax, [x[b] for x in shown.values()], [*shown])
-    return _legend(figure, tracks)
+    return add_legend(figure, tracks)
 
 
 def plot_error_over_time(errors: Named, *, floors: Named | None = None, seen: Data | slice | None = None) -> Figure:
     """Mean errors (T,) in pixels, ``floors`` dashed, frames ``seen`` (first so many, slice, indices, mask) shaded."""
-    solid = _read("T", errors)
-    dashed = _read("T", floors or {}, like=solid)
-    figure, [(ax,)] = _grid(1, 1, 4.8, [2.6])
+    solid = read("T", errors)
+    dashed = read("T", floors or {}, like=solid)
+    figure, [(ax,)] = grid(1, 1, 4.8, [2.6])
     T = len(next(iter(solid.values())))
     for i, (name, error) in enumerate(solid.items()):
-        ax.plot(np.arange(T) + 1, error, color=_colour(name, i), linewidth=1.4)
+        ax.plot(np.arange(T) + 1, error, color=colour_of(name, i), linewidth=1.4)
         if name in dashed:
-            ax.plot(np.arange(T) + 1, dashed[name], color=_colour(name, i), linewidth=1.2, linestyle="--")
-    shown = np.flatnonzero(_seen_frames(0 if seen is None else seen, T))
+            ax.plot(np.arange(T) + 1, dashed[name], color=colour_of(name, i), linewidth=1.2, linestyle="--")
+    shown = np.flatnonzero(seen_frames(0 if seen is None else seen, T))
     shade = [ax.axvspan(t + 0.5, t + 1.5, color=SEEN, alpha=0.2, linewidth=0, label="seen") for t in shown]
     ax.set(xlim=(0.5, T + 0.5), ylim=(0, None))
-    _style(ax, "frame", "mean error (pixels)")
+    style_axes(ax, "frame", "mean error (pixels)")
     floor = [Line2D([], [], color=QUIET, linewidth=1.2, linestyle="--", label="floor")] if floors else []
-    return _legend(figure, solid, [*floor, *shade[:1]])
+    return add_legend(figure, solid, [*floor, *shade[:1]])
 
 
 def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
@@ -174,7 +181,7 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
     needed = {"step", *names} - {"validation_bound_per_frame"}
     if not metrics or any(needed - line.keys() for line in metrics):
         raise ValueError(f"metrics have {len(metrics)} lines; wanted at least one, each with {sorted(needed)}")
-    figure, [axes] = _grid(1, 1, 4.8, [2.4, 1.1, 1.1], sharex=True)
+    figure, [axes] = grid(1, 1, 4.8, [2.4, 1.1, 1.1], sharex=True)
     for i, (key, name) in enumerate(names.items()):
         points = np.array([(line["step"], line[key]) for line in metrics if key in line])
         if len(points):
@@ -184,9 +191,9 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
     axes[0].set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     axes[2].set_yscale("log")
     for ax, label in zip(axes, ("nats per frame", "KL per frame", "KL weight")):
-        _style(ax, "step" if ax is axes[-1] else "", label)
+        style_axes(ax, "step" if ax is axes[-1] else "", label)
         ax.yaxis.set_major_formatter("{x:g}")
-    return _legend(figure, (), axes[0].lines)
+    return add_legend(figure, (), axes[0].lines)
 
 
 def plot_learning_curves(
@@ -200,22 +207,22 @@ def plot_learning_curves(
     """
     if not any(len(seed) for seeds in curves.values() for seed in seeds):
         raise ValueError("there are no evaluations to draw; wanted at least one (seconds, error)")
-    figure, [(ax,)] = _grid(1, 1, 4.8, [2.8])
+    figure, [(ax,)] = grid(1, 1, 4.8, [2.8])
     names = [*curves]
     for i, seeds in enumerate(curves.values()):
         for seed in seeds:
-            ax.plot(*np.array(seed).reshape(-1, 2).T, color=_colour("", i), linewidth=1.0, alpha=0.7)
+            ax.plot(*np.array(seed).reshape(-1, 2).T, color=colour_of("", i), linewidth=1.0, alpha=0.7)
     crosses = []
     for name, point in (marks or {}).items():
         i = next((i for i, curve in enumerate(names) if name.startswith(curve)), len(names))
-        crosses += ax.plot(*np.reshape(point, (2, 1)), "x", color=_colour("", i), markersize=6, label=name)
+        crosses += ax.plot(*np.reshape(point, (2, 1)), "x", color=colour_of("", i), markersize=6, label=name)
     ax.set(xscale="log", yscale="log")
-    _style(ax, "seconds of training", "mean error (pixels)")
+    style_axes(ax, "seconds of training", "mean error (pixels)")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
-    lines = [Line2D([], [], color=_colour("", i), label=name) for i, name in enumerate(names)]
-    return _legend(figure, (), [*lines, *crosses])
+    lines = [Line2D([], [], color=colour_of("", i), label=name) for i, name in enumerate(names)]
+    return add_legend(figure, (), [*lines, *crosses])
 
 
 def gif(
@@ -229,11 +236,11 @@ def gif(
         mark: some of the names -> the frames seen, as in `plot_error_over_time`; the panel then says so, with a border.
     """
     form = "T H W" if all(np.ndim(x) == 3 for x in panels.values()) else "R T H W"
-    images = {name: x.reshape(-1, *x.shape[-3:]) for name, x in _read(form, panels).items()}
+    images = {name: x.reshape(-1, *x.shape[-3:]) for name, x in read(form, panels).items()}
     R, T, H, W = next(iter(images.values())).shape
     if not (mark or {}).keys() <= images.keys():
         raise ValueError(f"marks are for {sorted(mark or ())}; wanted some of {sorted(images)}")
-    seen = {name: _seen_frames((mark or {}).get(name, 0), T) for name in images}
+    seen = {name: seen_frames((mark or {}).get(name, 0), T) for name in images}
     white, border, margin = 223, 239, 10  # the palette runs from black to white, and on to the colour of SEEN
     ramps = [np.interp(np.arange(border + 1), (0, white, border), (0, 255, 255 * c)) for c in to_rgb(SEEN)]
     font = ImageFont.load_default(13)
@@ -264,95 +271,10 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=130, bbox_inches="tight")
 
 
-def _read(form: str, named: Named, like: Mapping[str, Floats] | None = None) -> dict[str, Floats]:
-    """Arrays as float64, all of one shape, such as "B N T 2"; ``like`` has the names allowed, and that shape."""
-    if not (named or like) or (like is not None and named.keys() - like.keys()):
-        raise ValueError(f"there are {sorted(named)}; wanted {f'some of {sorted(like)}' if like else 'at least one'}")
-    arrays = {k: np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, np.float64) for k, x in named.items()}
-    axes, shape = form.split(), next(iter((like or arrays).values())).shape
-    for name, x in arrays.items():
-        fits = len(axes) == x.ndim and x.size and all(a.isalpha() or a == str(n) for a, n in zip(axes, x.shape))
-        if not fits or x.shape != shape:
-            wanted = f"({', '.join(axes)})" + f" = {shape}" * (x.shape != shape)
-            raise ValueError(f"{name} has shape {x.shape}; wanted {wanted}")
-        if form.endswith("H W") and not (x.min() >= 0 and x.max() <= 1):
-            raise ValueError(f"{name} has values from {x.min():g} to {x.max():g}; wanted 0 to 1 (divide bytes by 255)")
-    return arrays
-
-
-def _read_tracks(named: Named, n_objects: Data | None) -> dict[str, Floats]:
-    tracks = _read("B N T 2", named)
-    B, N = next(iter(tracks.values())).shape[:2]
-    n = np.full(B, N) if n_objects is None else _read(f"{B}", {"n_objects": n_objects})["n_objects"]
-    return {name: np.where((np.arange(N) < n[:, None])[:, :, None, None], x, np.nan) for name, x in tracks.items()}
-
-
-def _seen_frames(seen: Any, n_frames: int) -> NDArray[np.bool_]:
-    frames = np.arange(n_frames)
-    try:
-        return np.isin(frames, frames[slice(seen) if isinstance(seen, int | np.integer) else seen])
-    except IndexError:
-        raise ValueError(f"seen is {seen}; wanted a number, slice, indices or mask of {n_frames} frames") from None
-
-
-def _grid(n: int, columns: int, width: float, heights: list[float], **options: Any) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of n cells, each of axes below each other, so many inches wide and high."""
-    columns, k = min(columns, n), len(heights)
-    rows = -(-n // columns)
-    figure = Figure((columns * width, rows * sum(heights) + 0.2), layout="constrained", facecolor="white")
-    axes = figure.subplots(k * rows, columns, squeeze=False, height_ratios=[*heights] * rows, **options)
-    cells = [list(axes[i // columns * k :, i % columns][:k]) for i in range(rows * columns)]
-    for ax in (ax for cell in cells[n:] for ax in cell):
-        ax.remove()
-    return figure, cells[:n]
-
-
 def _show(ax: Axes, sequences: Sequence[Floats], labels: Sequence[str] = ()) -> None:
     """Sequences (T, H, W) side by side, each overlaid in time and below its label."""
     picture = np.hstack([np.pad(overlay(x), 1, constant_values=np.nan) for x in sequences])
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
     for i, label in enumerate(labels):
-        ax.text((i + 0.5) / len(labels), 1, label, transform=ax.transAxes, ha="center", va="bottom", **_TEXT)
-
-
-def _draw(ax: Axes, tracks: Floats, colour: str, start: bool = False, sd: Floats | None = None, **style: Any) -> None:
-    """Tracks (N, T, 2), with ellipses of two ``sd`` in a tint that hides what is below, so that they make a ribbon."""
-    for n, track in enumerate(tracks):
-        there = np.isfinite(track).all(-1)
-        if not there.any():
-            continue
-        if sd is not None:
-            ellipses = track[there][:, None] + 2 * sd[n][there][:, None] * _CIRCLE
-            ax.add_collection(PolyCollection(ellipses, facecolor=0.83 + 0.17 * np.array(to_rgb(colour)), zorder=1))
-        ax.plot(*track.T, color=colour, solid_joinstyle="round", **{"linewidth": 1.3, **style})
-        if start:
-            ax.scatter(*track[there][0], s=22, facecolor="white", edgecolor=colour, linewidths=0.9, zorder=3)
-
-
-def _plane(ax: Axes, size: tuple[int, int] | None = None, *, latent: bool = False) -> None:
-    ax.set_aspect("equal", adjustable="box" if size else "datalim")
-    if size:
-        ax.set(xlim=(0, size[1] - 1), ylim=(size[0] - 1, 0), xticks=[0, size[1] - 1], yticks=[0, size[0] - 1])
-    else:
-        ax.locator_params(nbins=4)
-        ax.yaxis.set_inverted(not latent)
-    _style(ax)
-
-
-def _style(ax: Axes, x: str = "", y: str = "") -> None:
-    ax.tick_params(which="both", labelsize=FONT - 1.5, colors="#777777", length=2, pad=2)
-    ax.spines[:].set(color=QUIET, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(not y)
-    ax.set_xlabel(x, **_TEXT)
-    ax.set_ylabel(y, **_TEXT)
-
-
-def _colour(name: str, i: int = 0) -> str:
-    return next((c for stem, c in _ROLES.items() if name.lower().startswith(stem)), OBJECTS[i % len(OBJECTS)])
-
-
-def _legend(figure: Figure, names: Iterable[str], extra: Iterable[Any] = ()) -> Figure:
-    handles = [*(Line2D([], [], color=_colour(name, i), label=name) for i, name in enumerate(names)), *extra]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=FONT, handlelength=1.4)
-    return figure
+        ax.text((i + 0.5) / len(labels), 1, label, transform=ax.transAxes, ha="center", va="bottom", **TEXT)

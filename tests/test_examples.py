@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
     "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz", "other_worlds", "ask",
+    "gallery",
 }  # fmt: skip
 
 
@@ -261,6 +262,16 @@ def test_questions_are_answered_and_drawn(question, tmp_path):
     assert (tmp_path / f"runs/pretrained/ask/{question}.png").stat().st_size > 5000
 
 
+def test_the_gallery_is_drawn(tmp_path):
+    """The pictures that are the gallery's own; the others are those of `ask`."""
+    pictures = ("positions", "velocities", "starts", "fan", "missing", "calibration", "what-if")
+    done = script("gallery", "--n-sequences", 6, "--n-samples", 3, "--pictures", *pictures, "forecast", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = {path.name: path.stat().st_size for path in (tmp_path / "docs/figures/gallery").iterdir()}
+    assert made.keys() == {"forecast.gif", *(f"{name}.png" for name in pictures)}
+    assert min(made.values()) > 5000
+
+
 def test_questions_without_a_truth(own_file, tmp_path):
     """A user's own sequences, with the paper's guide, which is streamed images and knows no dynamics."""
     config = replace(PRESETS["quick"], guide="recurrent", state_size=8, data=CannonballConfig(height=20, width=24))
@@ -272,6 +283,9 @@ def test_questions_without_a_truth(own_file, tmp_path):
     for question in ("filter", "hidden", "retrodict", "what-if", "stream"):
         done = script("ask", "--question", question, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+    pictures = ("positions", "velocities", "starts", "fan", "missing")
+    done = script("gallery", "--no-pretrained", *options, "--out", "g", "--pictures", *pictures, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     done = script("ask", "--question", "calibration", *options, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 

@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pyro_pixels import plotting
+from pyro_pixels import canvas, plotting
 from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.simulation import simulate
 
@@ -96,7 +96,7 @@ def test_the_other_figures_draw_what_they_are_given(data):
     error = np.linspace(0, 1, T)
     figure = plotting.plot_error_over_time({"generated": error, "ED-LSTM": error}, floors={"generated": error})
     assert len(figure.axes[0].lines) == 3
-    assert figure.axes[0].lines[0].get_color() == plotting.GENERATED
+    assert figure.axes[0].lines[0].get_color() == canvas.GENERATED
     assert [text.get_text() for text in figure.legends[0].texts] == ["generated", "ED-LSTM", "floor"]
 
     keys = ("bound_per_frame", "log_likelihood_per_frame", "kl_per_frame", "kl_weight")
@@ -115,7 +115,7 @@ def test_the_frames_seen_are_shaded(seen):
 def test_a_gif_has_a_page_a_frame_and_marks_the_frames_seen(tmp_path):
     still = torch.zeros(T, H, W)  # equal frames must not be merged
     plotting.gif(tmp_path / "a.gif", {"a": still, "b": still}, scale=3, mark={"b": 3})
-    seen = np.round(255 * np.array(to_rgb(plotting.SEEN)))
+    seen = np.round(255 * np.array(to_rgb(canvas.SEEN)))
     marked = []
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == T

@@ -2,15 +2,19 @@
 
 import numpy as np
 import pytest
+from matplotlib.quiver import Quiver
 from scipy.stats import chi2
 
 from pyro_pixels.query_plots import (
     RADIUS_95,
     plot_counts,
     plot_evidence,
+    plot_fan,
+    plot_moves,
     plot_over_time,
     plot_regions,
     plot_reliability,
+    plot_starts,
 )
 
 B, N, T = 2, 2, 5
@@ -94,3 +98,44 @@ def test_evidence_is_per_frame_and_sorted():
 def test_bad_input(draw):
     with pytest.raises(ValueError):
         draw()
+
+
+def test_arrows_are_the_moves_of_so_many_frames():
+    moves = rng.normal(size=(B, N, T, 2))
+    axes = plot_moves(mean, moves, truth=(mean, 2 * moves), n_objects=[2, 1], every=2, stretch=3.0).axes
+    arrows = [c for c in axes[0].collections if isinstance(c, Quiver)]
+    assert len(arrows) == 2 * N
+    for n in range(N):
+        for arrow, factor in zip(arrows[2 * n : 2 * n + 2], (1, 2)):
+            np.testing.assert_allclose(np.stack([arrow.U, arrow.V], -1), factor * moves[0, n, ::2])
+            np.testing.assert_allclose(arrow.get_offsets(), mean[0, n, ::2])
+            assert arrow.scale == pytest.approx(1 / 3)
+    absent = [c for c in axes[1].collections if isinstance(c, Quiver)][2]
+    assert np.all(absent.Umask)
+
+
+def test_starts_lie_in_the_colour_of_their_component():
+    centres, spreads = rng.normal(size=(2, 4)), np.stack([np.diag([1.0, 2, 3, 4])] * 2)
+    found, component = rng.normal(size=(6, 4)), np.array([0, 1, 1, 0, 1, 0])
+    figure = plot_starts(centres, spreads, found, component, sides=[0, 0, 1, 1, 0, 1], size=(32, 32))
+    for ax, i in zip(figure.axes, (0, 2)):
+        for k, outline in enumerate(ax.lines):
+            e = (outline.get_xydata() - centres[k, i : i + 2]) ** 2 / spreads[k].diagonal()[i : i + 2]
+            np.testing.assert_allclose(e.sum(-1), RADIUS_95**2, rtol=1e-9)
+        dots = np.concatenate([c.get_offsets() for c in ax.collections])
+        colours = np.concatenate([c.get_facecolors() for c in ax.collections])
+        order = [0, 1, 4, 2, 3, 5]  # by side
+        np.testing.assert_allclose(dots, found[order, i : i + 2])
+        same = (colours[:, None] == colours).all(-1)
+        np.testing.assert_array_equal(same, component[order][:, None] == component[order])
+
+
+def test_a_fan_begins_at_the_last_seen_frame():
+    samples, images = rng.normal(size=(3, B, N, T, 2)), rng.uniform(size=(B, T, 6, 8))
+    figure = plot_fan(samples, n_seen=2, images=images, truth=mean, n_objects=[2, 1], titles=["a", "b"])
+    first, second = figure.axes
+    assert (len(first.lines), len(second.lines)) == (3 * 2 + 2, 3 + 1)
+    np.testing.assert_allclose(first.lines[0].get_xydata(), samples[0, 0, 0, 1:])
+    assert first.get_xlim() == (0, 7)
+    assert first.images[0].get_array().shape == (6, 8)
+    assert len(plot_fan(samples, n_seen=2).axes[0].lines) == 3 * N
