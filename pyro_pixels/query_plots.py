@@ -183,7 +183,8 @@ def plot_fan(
         titles: one a sequence.
     """
     S, B, N = np.shape(samples)[:3]
-    drawn = [read_tracks({"samples": samples[s]}, n_objects)["samples"] for s in range(S)]
+    drawn = read("S B N T 2", {"samples": samples})["samples"]
+    drawn = [read_tracks({"samples": x}, n_objects)["samples"] for x in drawn]
     true = None if truth is None else read_tracks({"truth": truth}, n_objects)["truth"]
     frames = None if images is None else read(f"{B} T H W", {"images": images})["images"]
     size = None if frames is None else frames.shape[2:]

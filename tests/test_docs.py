@@ -36,3 +36,24 @@ def test_links_to_files_resolve(page):
         if not re.match(r"[a-z]+:", target):
             places = [page.parent / target, page.parent / f"{target}.md"]
             assert any(p.exists() for p in places), f"{page.name} links to {target}"
+
+
+def test_reference_has_every_module_after_those_that_it_imports():
+    listed = re.findall(r"^\.\. automodule:: pyro_pixels\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    modules = {path.stem: path.read_text() for path in (ROOT / "pyro_pixels").glob("*.py") if path.stem != "__init__"}
+    assert sorted(listed) == sorted(modules)
+    for i, name in enumerate(listed):
+        imported = set(re.findall(r"^from pyro_pixels\.(\w+) import", modules[name], re.MULTILINE))
+        imported |= set(re.findall(r"^from pyro_pixels import (\w+)", modules[name], re.MULTILINE))
+        assert imported <= set(listed[:i]), f"{name} imports {imported - set(listed[:i])}, which stand after it"
+
+
+def test_every_page_is_in_the_index_and_has_its_pictures():
+    """Pages in the toctree, each once; pictures of the gallery small enough to load quickly, all of them shown."""
+    index = (ROOT / "docs/index.md").read_text()
+    toctree = re.search(r"```{toctree}\n(?::.*\n)*\n(.*?)```", index, re.DOTALL)[1].split()
+    assert sorted(toctree) == sorted(path.stem for path in PAGES if path.stem not in ("README", "index"))
+    gallery = (ROOT / "docs/gallery.md").read_text()
+    for picture in (ROOT / "docs/figures/gallery").iterdir():
+        assert f"figures/gallery/{picture.name}" in gallery
+        assert picture.stat().st_size < (500_000 if picture.suffix == ".gif" else 150_000)
