@@ -155,7 +155,7 @@ from conftest import SMALL
 from pyro_pixels.learning import fit
 from pyro_pixels.simulation import simulate
 processes.init_process_group("gloo")
-run = pair(sys.argv[2])
+run = [module.double() for module in pair(sys.argv[2])]
 result = fit(*run, simulate(SMALL, 12, seed=0), SHARED, run_dir=sys.argv[3], progress=False)
 assert result.step == SHARED.steps
 processes.destroy_process_group()
@@ -165,7 +165,10 @@ SHARED = replace(QUICK, parts=2, fit_starts_at=(4,), single_object_steps=1)
 
 @pytest.mark.parametrize("kind", ["recurrent", "smooth"])
 def test_two_processes_give_the_numbers_of_one(kind, small_data, tmp_path):
-    """PyTorch's own launcher and engine; parameters are frozen, freed and fitted on the way."""
+    """PyTorch's own launcher and engine; parameters are frozen, freed and fitted on the way.
+
+    In float64: Adam makes rounding errors of gradients near 0 as large as a step.
+    """
     (tmp_path / "program.py").write_text(PROGRAM)
     tests = Path(__file__).parent
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -174,13 +177,12 @@ def test_two_processes_give_the_numbers_of_one(kind, small_data, tmp_path):
         cwd=tests.parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    model, guide = pair(kind)
+    model, guide = (module.double() for module in pair(kind))
     one = fit(model, guide, small_data, SHARED, progress=False)
     state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
     for part, module in (("model", model), ("guide", guide)):
         for name, x in module.state_dict().items():
-            # a hundredth of one step of Adam, which makes a difference in the last digit of a gradient larger
-            torch.testing.assert_close(state[part][name], x, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(state[part][name], x, rtol=1e-6, atol=1e-8)
     line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     assert f'"bound_per_frame": {one.metrics["bound_per_frame"]:.4f}'[:25] in line
 
