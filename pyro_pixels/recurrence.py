@@ -48,7 +48,7 @@ class _Recurrence(torch.autograd.Function):
             gate, later = gates[d, first:last], int(first == 0)  # the first object has none before it
             image = from_image[T - 1 - d + first : T - 1 - d + last].reshape(-1, 2 * D)
             torch.addmm(image, s_time.view(-1, D), W_time, out=gate.view(-1, 2 * D))
-            gate[later:].view(-1, 2 * D).addmm_(s_object[later:].view(-1, D), W_object)
+            _add_product(gate[later:], s_object[later:], W_object)
             beta, s_hat = gate[..., :D].sigmoid_(), gate[..., D:].tanh_()
             torch.lerp(s_object, s_hat, beta, out=H[d + 1, first + 1 : last + 1])
         ctx.save_for_backward(H, gates, W)
@@ -73,11 +73,16 @@ class _Recurrence(torch.autograd.Function):
             torch.mul(kept * beta, s_hat - s_object, out=grad_gate[..., :D])
             torch.addcmul(g_hat, g_hat * s_hat, s_hat, value=-1, out=grad_gate[..., D:])
             later = int(first == 0)
-            G[d, first + 1 : last + 1].view(-1, D).addmm_(grad_gate.view(-1, 2 * D), W_time)
-            g_object = G[d, first + later : last]
-            g_object.add_(kept[later:]).view(-1, D).addmm_(grad_gate[later:].view(-1, 2 * D), W_object)
+            _add_product(G[d, first + 1 : last + 1], grad_gate, W_time)
+            _add_product(G[d, first + later : last].add_(kept[later:]), grad_gate[later:], W_object)
         grad_W_time = grad_gates.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
         grad_W_object = grad_gates[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)
         grad_image = grad_gates[t + n, n].sum(0).flip(0)
         grad_s_0 = torch.stack([G[: n + 1, n + 1].sum(0) for n in range(N)])
         return grad_image, grad_s_0, torch.cat([grad_W_time, grad_W_object], 1)
+
+
+def _add_product(to: Tensor, x: Tensor, W: Tensor) -> None:
+    """to += x W, row by row."""
+    rows = to.view(-1, to.shape[-1])
+    torch.addmm(rows, x.view(-1, x.shape[-1]), W, out=rows)
