@@ -196,7 +196,7 @@ class RefusingDevice(CapturedSteps):
 
 def test_where_a_step_cannot_be_recorded_steps_go_on_and_say_why(small_data, monkeypatch):
     @contextmanager
-    def refuse(graph, stream):
+    def refuse(graph, pool, stream):
         yield
         raise RuntimeError("no graphs here\nand more")
 
@@ -208,6 +208,7 @@ def test_where_a_step_cannot_be_recorded_steps_go_on_and_say_why(small_data, mon
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Nothing)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     steps, _ = one_step(RefusingDevice, small_data, parts=1)
     batch = Batch(small_data.images, small_data.n_objects, torch.arange(7), KNOWN, seed=5)
     for _ in range(WARM_UP - 1):
