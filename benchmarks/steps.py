@@ -12,11 +12,12 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from literal_pyro import LiteralProgram
-from pyro_pixels.data import ImageSequences
+from pyro_pixels.data import ImageSequences, Known, most_white
 from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.guides import RecurrentGuide
 from pyro_pixels.runs import PRESETS, Run, RunConfig, build
 from pyro_pixels.simulation import simulate
+from pyro_pixels.steps import Batch, CapturedSteps, Steps
 from timing import MatrixProduct, Stopwatch, product_flops
 
 KL_WEIGHT = 2.0  # not 1, so that the work of weighing is not left out
@@ -27,37 +28,32 @@ class Step(ABC):
     """One training step of a program; call it to take the next."""
 
     def __init__(self, data: ImageSequences, batch_size: int, device: torch.device) -> None:
-        self._images, self._n_objects = data.images.to(device), data.n_objects
+        self._images, self._n_objects = data.images.to(device), data.n_objects.to(device)
         self._batch_size, self._device = batch_size, device
         self._generator = torch.Generator().manual_seed(0)
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        index = torch.randperm(len(self._images), generator=self._generator)[: self._batch_size]
-        return self._images[index.to(self._device)], self._n_objects[index].to(self._device)
+    def _index(self) -> Tensor:
+        return torch.randperm(len(self._images), generator=self._generator)[: self._batch_size]
 
     @abstractmethod
     def __call__(self) -> None: ...
 
 
 class OurStep(Step):
-    """What `pyro_pixels.fit` does in a step when all parameters are learned at one rate."""
+    """What `pyro_pixels.fit` does in a step when all parameters are learned at one rate; on CUDA a recorded graph."""
 
     def __init__(self, run: Run, data: ImageSequences, device: torch.device) -> None:
         super().__init__(data, run.config.schedule.batch_size, device)
-        self._elbo = AnnealedELBO(KL_WEIGHT)
-        self._loss = self._elbo(run.model, run.guide)
-        self._optimizer = torch.optim.Adam(self._loss.parameters(), lr=run.config.schedule.learning_rate, fused=True)
+        elbo, self._learning_rate = AnnealedELBO(), run.config.schedule.learning_rate
+        loss = elbo(run.model, run.guide)
+        kind = CapturedSteps if device.type == "cuda" else Steps
+        self._steps = kind(elbo, loss, self._learning_rate, {1.0: list(loss.parameters())})
+        self._known = Known(int(data.n_objects.max()), most_white(data.images.flatten(2)))
 
     def __call__(self) -> None:
-        with pyro.validation_enabled(False):
-            images, n_objects = self._batch()
-            loss = self._loss(images, n_objects) / len(images)
-            self._optimizer.zero_grad()
-            loss.backward()
-            self._optimizer.step()
-            assert self._elbo.terms is not None
-            for term in self._elbo.terms:  # what fit sums up for its metrics
-                float(term.sum())
+        with pyro.validation_enabled(False), self._steps.stream():
+            self._steps.set(KL_WEIGHT, self._learning_rate)
+            self._steps.take(Batch(self._images, self._n_objects, self._index(), self._known, seed=0))
 
 
 class LiteralStep(Step):
@@ -73,8 +69,8 @@ class LiteralStep(Step):
 
     def __call__(self) -> None:
         with pyro.validation_enabled(True):
-            images, n_objects = self._batch()
-            self._svi.step(images.float(), n_objects, KL_WEIGHT)
+            index = self._index().to(self._device)
+            self._svi.step(self._images[index].float(), self._n_objects[index], KL_WEIGHT)
 
 
 def make_step(kind: type[OurStep] | type[LiteralStep], config: RunConfig, device: torch.device) -> Step:

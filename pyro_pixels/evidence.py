@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels.data import check_batch, object_mask
@@ -149,9 +148,8 @@ def _log_weights(
 
 def _log_pixels(model: PixelModel, a: Tensor, present: Tensor, images: Tensor) -> Tensor:
     """log p(v | a) (B,), float64."""
-    logits = model.renderer(a, present)
-    v = images.to(logits.dtype)
-    return -F.binary_cross_entropy_with_logits(logits, v, reduction="none").double().sum((1, 2, 3))
+    logits = model.renderer(a, present).double()
+    return model.likelihood(logits).log_prob(images.to(logits.dtype))
 
 
 def _log_empty(model: PixelModel, images: Tensor) -> Tensor:

@@ -189,10 +189,11 @@ class Training:
                 write_lines(self.run_dir, [])
 
     def result(self, stop: threading.Event) -> FitResult:
-        """How it ended; where it was stopped it is saved first."""
-        if stop.is_set():
+        """How it ended; where it was stopped before the last step it is saved first."""
+        interrupted = stop.is_set() and self.step < self.schedule.steps
+        if interrupted:
             self._save()
-        return FitResult(self.step, self.seconds, self.metrics, stop.is_set())
+        return FitResult(self.step, self.seconds, self.metrics, interrupted)
 
     def start_from_best(self, others: "Sequence[Training]", steps: int, stop: threading.Event, progress: bool) -> None:
         """Trains itself and others for so many steps, and takes over the state of the one with the highest bound."""

@@ -116,7 +116,7 @@ GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
 _NOISE = ("model.dynamics.root_Sigma_H", "model.dynamics.root_Sigma_A")
 
 PRESETS: dict[str, RunConfig] = {
-    "paper": RunConfig(),
+    "paper": RunConfig(schedule=Schedule(one_n_per_batch=True)),  # the paper does not say what is in a batch
     # Minutes on two CPU cores. Why each value is what it is: docs/decisions.md.
     "quick": RunConfig(
         guide="structured",

@@ -92,13 +92,16 @@ class Steps:
 
     def _add_gradient(self, loss: nn.Module, batch: Batch, part: int, index: Tensor, weight: float = 1.0) -> None:
         """Adds the gradient of a part's share of the mean loss of the batch's sequences, times ``weight``."""
-        if self.parts > 1:
-            torch.manual_seed((batch.seed * 1_009 + part) % 2**63)
+        self._seed(batch, part)
         chosen, n = index.to(batch.images.device, non_blocking=True), len(batch.index)
         (loss(batch.images[chosen], batch.n_objects[chosen]) * (weight / n)).backward()
         terms = self.elbo.terms
         assert terms is not None
         self.totals += torch.stack([terms.log_likelihood.sum(), terms.kl.sum()]) / n
+
+    def _seed(self, batch: Batch, part: int) -> None:
+        if self.parts > 1:
+            torch.manual_seed((batch.seed * 1_009 + part) % 2**63)
 
     def _move(self) -> None:
         if self.clip_norm is not None:
@@ -155,6 +158,7 @@ class CapturedSteps(Steps):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._stream = torch.cuda.Stream(self.totals.device)
+        self._memory = torch.cuda.graph_pool_handle()  # of all recordings: no two are replayed at once
         self._taken: dict[Hashable, int] = {}
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -170,6 +174,9 @@ class CapturedSteps(Steps):
     def read_totals(self) -> Tensor:
         torch.cuda.current_stream(self.totals.device).wait_stream(self._stream)
         return super().read_totals()
+
+    def _seed(self, batch: Batch, part: int) -> None:
+        """Nothing: a recording has no seeds, its random numbers go on where the last ones ended."""
 
     def set(self, kl_weight: float, learning_rate: float) -> None:
         device = self.totals.device
@@ -198,7 +205,7 @@ class CapturedSteps(Steps):
         graph, index = torch.cuda.CUDAGraph(), batch.index.to(self.totals.device)
         torch.cuda.synchronize(self.totals.device)
         try:
-            with knowing(batch.known), torch.cuda.graph(graph, stream=self._stream):
+            with knowing(batch.known), torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
                 super().take(batch._replace(index=index))
         except Exception as error:  # whatever model, guide or driver object to
             self.refused = (str(error).splitlines() or [type(error).__name__])[0]

@@ -118,15 +118,17 @@ def test_our_step_is_that_of_fit():
 
 
 def test_products_are_counted_as_by_hand():
-    """A product and its two gradients are three; images need none, and the corners of the diagonals are empty."""
+    """A product and its two gradients are three. Images need none, and nothing is before the first object; the gradient
+    of the weights goes over all diagonals, whose corners are empty."""
     config = tiny(n_objects=(3,))
     B, N, T = config.schedule.batch_size, 3, config.data.n_frames
     P, D, E = config.data.height * config.data.width, config.state_size, config.guide_state_size
     frames, cells = B * T, B * N * T
-    corners = B * N * (T + N - 1) - cells  # cells that do not exist, in the product for the gradient of W
-    image, recurrence, head = 2 * frames * P * 2 * E, 2 * cells * 2 * E * 2 * E, 2 * cells * E * 4
+    halves = 2 * cells - frames  # products with a state before: in time, and among the objects
+    with_corners = B * (2 * N - 1) * (T + N - 1)
+    image, recurrence, head = 2 * frames * P * 2 * E, 2 * (2 * halves + with_corners) * E * 2 * E, 2 * cells * E * 4
     objects, pixels = 2 * (2 * cells * 2 * D), 2 * frames * D * P
-    networks = 2 * image + 3 * (recurrence + head + objects + pixels) + 2 * corners * 2 * E * 2 * E
+    networks = 2 * image + recurrence + 3 * (head + objects + pixels)
 
     dynamics, a = Dynamics(config.dynamics), torch.randn(B, N, T, 2, requires_grad=True)
     prior = product_flops(lambda: dynamics.positions(T).log_prob(a).sum().backward())
