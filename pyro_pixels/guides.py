@@ -143,9 +143,8 @@ class InferenceRNN(StateNetwork):
 
     def advance(self, s: Tensor, images: Tensor) -> Tensor:
         """The states (B, N, T, D) at T more frames (B, T, H, W), from those before them, ``s`` (B, N, D)."""
-        reversed_frames = self.front_end(images).transpose(0, 1).flip(0)  # (T, B, P)
-        from_image = F.linear(reversed_frames, self.from_image.weight, self.from_states.bias)
-        return recur(from_image, s.transpose(0, 1), self.from_states.weight).permute(2, 0, 1, 3)
+        from_image = F.linear(self.front_end(images), self.from_image.weight, self.from_states.bias)  # (B, T, 2 D)
+        return recur(from_image.transpose(0, 1).flip(0), s.transpose(0, 1), self.from_states.weight).permute(2, 0, 1, 3)
 
 
 SIGMA_FLOOR = 1e-4  # latent units

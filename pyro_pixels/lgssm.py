@@ -227,7 +227,12 @@ def response(lgssm: LGSSM, n_steps: int) -> Response:
     lag = torch.arange(T, device=A.device)[:, None] - torch.arange(1, T, device=A.device)  # (T, T - 1)
     G = torch.where((lag >= 0)[..., None, None], F[lag.clamp(min=0)], 0.0)  # (T, T - 1, p, d)
     V = torch.einsum("ikpd,de,jkqe->ipjq", G, Sigma_H, G).reshape(T * p, T * p)
-    return Response(F.reshape(T * p, d), drift.reshape(T * p), V + torch.block_diag(*[Sigma_A] * T))
+    return Response(F.reshape(T * p, d), drift.reshape(T * p), V + on_diagonal(Sigma_A, T))
+
+
+def on_diagonal(block: Tensor, n: int) -> Tensor:
+    """The matrix with ``n`` times the same block (i, j) on its diagonal, and zeros elsewhere."""
+    return torch.kron(torch.eye(n, dtype=block.dtype, device=block.device), block)
 
 
 def marginal_moments(lgssm: LGSSM, n_steps: int) -> tuple[Tensor, Tensor]:

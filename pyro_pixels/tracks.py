@@ -120,9 +120,9 @@ class BlockTracks(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         (_, B, _, _, Sigma_A, m, P), b = self._lgssm, self._block
         F, drift, V = exact.response(_states_observed(self._lgssm), b + 1)  # of the block's states and the next one
-        to_a = torch.block_diag(*[B] * b)  # (2b, 4b)
+        to_a = exact.on_diagonal(B, b)  # (2b, 4b)
         F_a, drift_a = to_a @ F[:-4], drift[:-4] @ to_a.mT
-        V_a = to_a @ V[:-4, :-4] @ to_a.mT + torch.block_diag(*[Sigma_A] * b)
+        V_a = to_a @ V[:-4, :-4] @ to_a.mT + exact.on_diagonal(Sigma_A, b)
         F_h, drift_h, V_h, V_ha = F[-4:], drift[-4:], V[-4:, -4:], V[-4:, :-4] @ to_a.mT
         log_prob = value.new_zeros(())
         for a in value.flatten(-2).split(2 * b, -1):
