@@ -117,7 +117,7 @@ def ask_retrodict(scene: Scene) -> Figure:
 
 
 def ask_what_if(scene: Scene) -> Figure:
-    push = torch.tensor([0.0, 0.0, 0.0, -0.15])  # upwards
+    push = torch.tensor([0.0, 0.0, 0.0, -0.1])  # upwards
     changes = {
         "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),
         "no gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.0)),

@@ -121,6 +121,8 @@ def calibration(scene: Scene) -> Figure:
     """Without the correction that ask.py fits, which takes minutes."""
     levels = torch.linspace(0.05, 0.99, 48).tolist()
     found = distances(scene.model, scene.guide, scene.data)
+    for kind, x in found.items():
+        print(f"{kind}: the 50 % regions hold {100 * float(coverage(x, (0.5,)).shares):.0f} %")
     return query_plots.plot_reliability({kind: tuple(coverage(x, levels)[:2]) for kind, x in found.items()})
 
 
@@ -138,6 +140,7 @@ def main(args: Arguments) -> None:
         began, n = time.perf_counter(), args.n_sequences if name in MANY else min(12, args.n_sequences)
         if n not in scenes:
             scenes[n] = Scene(replace(args, n_sequences=n), per_n=1)
+        torch.manual_seed(args.seed)  # a picture is the same whichever others are made
         if name == "forecast":
             draw_forecast(scenes[n], scenes[n].generation(), out / "forecast.gif")
         else:
