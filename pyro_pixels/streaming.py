@@ -10,12 +10,12 @@ As in Sec 3.4 the means that a guide infers are taken for the positions that are
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.data import check_batch, check_objects
 from pyro_pixels.dynamics import Dynamics
-from pyro_pixels.guides import Guide, RecurrentGuide
+from pyro_pixels.guides import Guide, InferenceRNN, RecurrentGuide
 from pyro_pixels.lgssm import LGSSM, Gaussians
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import render
@@ -99,7 +99,7 @@ def start_images(model: PixelModel, guide: Guide, n_objects: Tensor) -> ImageStr
             association of pixels both look at all frames, also later ones; guides without an `InferenceRNN`.
     """
     check_objects(n_objects)
-    s = _network(guide).rnn.start(n_objects)
+    s = _network(guide)[0].start(n_objects)
     nothing = s.new_full((*s.shape[:2], 2), torch.nan)
     return ImageStream(s, nothing, nothing, start(model.dynamics, s.shape[:2]), n_objects)
 
@@ -113,27 +113,29 @@ def step_image(model: PixelModel, guide: Guide, stream: ImageStream, image: Tens
     Raises:
         ValueError: if the image does not fit the guide, or the guide cannot stream.
     """
-    recurrent, lgssm = _network(guide), model.dynamics.lgssm()
+    (rnn, head), lgssm = _network(guide), model.dynamics.lgssm()
     n_objects, seen = stream.n_objects, image is not None
     ahead = forecast(lgssm, stream.tracks)
     frame = render(model, ahead.mean.unsqueeze(2), n_objects) if image is None else image.unsqueeze(1)
-    frame = frame.to(recurrent.dtype)  # (B, 1, H, W)
-    check_batch(frame, n_objects, (recurrent.rnn.height, recurrent.rnn.width))
-    s = recurrent.rnn.advance(stream.s, frame)
+    frame = frame.to(guide.dtype)  # (B, 1, H, W)
+    check_batch(frame, n_objects, (rnn.height, rnn.width))
+    s = rnn.advance(stream.s, frame)
     if seen:
-        mean, std = (x.squeeze(2) for x in recurrent.head(s, frame, n_objects))
+        mean, std = (x.squeeze(2) for x in head(s, frame, n_objects))
     else:
         mean, std = ahead.mean, ahead.cov.diagonal(dim1=-2, dim2=-1).sqrt()
     observed = torch.full(mean.shape[:2], seen, device=mean.device)
     return ImageStream(s.squeeze(2), mean, std, step(lgssm, stream.tracks, mean, observed), n_objects)
 
 
-def _network(guide: Guide) -> RecurrentGuide:
-    if not isinstance(guide, RecurrentGuide) or any(isinstance(m, TrackingHead) for m in guide.modules()):
-        head = getattr(guide, "head", None)
-        with_head = "" if head is None else f" with a {type(head).__name__}"
-        raise ValueError(
-            f"a {type(guide).__name__}{with_head} looks at all frames before it says where objects are in the first; "
-            "wanted a RecurrentGuide with a LinearHead or an AttentionHead, or infer for all frames at once"
-        )
-    return guide
+def _network(guide: Guide) -> tuple[InferenceRNN, nn.Module]:
+    """What gives states frame by frame, and what reads positions from them."""
+    rnn, head = getattr(guide, "rnn", None), getattr(guide, "head", None)
+    if isinstance(guide, RecurrentGuide) and isinstance(rnn, InferenceRNN) and not isinstance(head, TrackingHead):
+        return rnn, guide.head
+    parts = " and a ".join(type(part).__name__ for part in (rnn, head) if part is not None)
+    raise ValueError(
+        f"a {type(guide).__name__}{parts and f' with a {parts}'} looks at all frames before it says where objects are "
+        "in the first; wanted a RecurrentGuide with an InferenceRNN and a LinearHead or an AttentionHead, or infer for "
+        "all frames at once"
+    )

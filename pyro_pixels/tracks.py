@@ -7,13 +7,14 @@ Departures from the paper: none. The density does not depend on how it is comput
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.lgssm import LGSSM
@@ -62,11 +63,7 @@ class DenseTracks(TorchDistribution):
         return variance.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        identity = torch.eye(self._L.shape[-1], dtype=self._L.dtype, device=self._L.device)
-        whiten = torch.linalg.solve_triangular(self._L, identity, upper=False)  # L^-1, (K, 2T, 2T)
-        log_det = self._L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        white = torch.einsum("...ki,kji->...kj", value.flatten(-2) - self._mean, whiten)
-        return -0.5 * white.square().sum(-1) - log_det - 0.5 * white.shape[-1] * math.log(2 * math.pi)
+        return _LogNormal.apply(value.flatten(-2) - self._mean, self._cov, self._L.detach())  # type: ignore[no-any-return]
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape + self._mean.shape[-1:]
@@ -173,3 +170,29 @@ class StatePath(TorchDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         return exact.sample(self._lgssm, self.event_shape[0], tuple(sample_shape))[0]
+
+
+class _LogNormal(torch.autograd.Function):
+    """log N(e; 0, C) (..., K) of e (..., K, d), C (K, d, d) and its Cholesky factor L.
+
+    With x = C^-1 e the gradients are -x and (x x' - C^-1) / 2, summed over sequences: no need to go through the factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, C: Tensor, L: Tensor) -> Tensor:
+        identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        whiten = torch.linalg.solve_triangular(L, identity, upper=False)  # L^-1
+        white = torch.einsum("...ki,kji->...kj", e, whiten)
+        ctx.save_for_backward(whiten, white)
+        log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return -0.5 * white.square().sum(-1) - log_det - 0.5 * e.shape[-1] * math.log(2 * math.pi)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        whiten, white = ctx.saved_tensors
+        K, d = white.shape[-2:]
+        grad_e = grad.unsqueeze(-1) * torch.einsum("...kj,kji->...ki", white, -whiten)
+        spread = torch.einsum("nki,nkj->kij", (grad.unsqueeze(-1) * white).reshape(-1, K, d), white.reshape(-1, K, d))
+        excess = spread - torch.diag_embed(grad.reshape(-1, K).sum(0).unsqueeze(-1).expand(K, d))
+        return grad_e, 0.5 * whiten.mT @ excess @ whiten, None
