@@ -10,7 +10,7 @@ quickstart: $(STAMP)  ## simulate, train, evaluate and draw; everything lands in
 	$(PY) examples/quickstart.py $(ARGS)
 
 test: $(STAMP)  ## the fast tests
-	$(PY) -m pytest -q -n auto $(ARGS)
+	$(PY) -m pytest -q -n auto --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(PY) -m pytest -q -m "slow and not gpu" $(ARGS)

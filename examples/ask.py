@@ -7,13 +7,24 @@ objects are there? stream: frame by frame. calibration: are the stated uncertain
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from common import QueryArguments, Shown, ask, markdown, new_folder, save, sequences_for, start
+from common import (
+    QueryArguments,
+    Shown,
+    ask,
+    environment,
+    markdown,
+    new_folder,
+    save,
+    sequences_for,
+    start,
+    write_json,
+)
 from pyro_pixels import metrics, query_plots
 from pyro_pixels.calibration import LEVELS, corrected, coverage, distances, fit_correction
 from pyro_pixels.evidence import count_objects, log_evidence
@@ -45,6 +56,8 @@ class Scene(Shown):
         super().__init__(run, data, device)
         self.args, self.model, self.guide, self.dynamics = args, run.model, run.guide, run.model.dynamics
         self.rows = self.pick(per_n)
+        self.numbers: dict[str, Any] = {}
+        """What an answer says in numbers, for a file beside the picture."""
 
     def regions(self, found: Gaussians) -> tuple[Tensor, Tensor]:
         """Means and covariances of positions, in pixels if the truth is known."""
@@ -157,8 +170,10 @@ def ask_evidence(scene: Scene) -> Figure:
 def ask_count(scene: Scene) -> Figure:
     most = int(scene.n_objects.max())
     found = count_objects(scene.model, scene.guide, scene.images, most, n_samples=max(1, scene.args.n_samples // 2))
-    right = found.n_objects == scene.n_objects
+    right = (found.n_objects == scene.n_objects).cpu()
     print(f"right in {int(right.sum())} of {len(right)} sequences")
+    by_n = {n: right[scene.data.n_objects == n] for n in sorted(set(scene.data.n_objects.tolist()))}
+    scene.numbers["right"] = {str(n): {"right": int(x.sum()), "of": len(x)} for n, x in by_n.items()}
     return query_plots.plot_counts(scene.data.n_objects, found.n_objects.cpu(), found.log_evidence.cpu())
 
 
@@ -189,6 +204,7 @@ def ask_calibration(scene: Scene) -> Figure:
     validation = sequences_for(scene.run, None, scene.args.n_validation, scene.args.seed + 1)
     factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples)
     print(f"factors: {factors.position_noise:.2f} on Sigma_A, {factors.measurement_noise:.2f} on R")
+    scene.numbers |= {"factors": factors._asdict(), "levels": LEVELS, "coverage": {}}
     grid, curves, rows = torch.linspace(0.05, 0.99, 48).tolist(), {}, []
     mended = distances(*corrected(scene.model, scene.guide, factors), scene.data, n_samples=n_samples)
     for state, each in {"": raw, ", corrected": mended}.items():
@@ -198,7 +214,10 @@ def ask_calibration(scene: Scene) -> Figure:
                 among = torch.ones_like(found.held) if n is None else scene.data.n_objects == n
                 cells = [coverage(found, LEVELS, part).shares.tolist() for part in (among, among & found.held)]
                 shares = [" / ".join(f"{100 * share:.0f}" for share in cell) for cell in cells]
-                rows.append([kind + state, "all" if n is None else str(n), *shares])
+                name = "all" if n is None else str(n)
+                rows.append([kind + state, name, *shares])
+                about = {"every": cells[0], "held": cells[1], "positions": coverage(found, LEVELS, among).n_positions}
+                scene.numbers["coverage"].setdefault(kind + state, {})[name] = about
     levels = " / ".join(f"{100 * level:.0f}" for level in LEVELS)
     print(markdown(["prediction", "N", f"coverage of {levels} %", "identities held"], rows))
     return query_plots.plot_reliability(curves)
@@ -219,8 +238,12 @@ assert set(ASK) == set(get_args(Question))
 
 @torch.no_grad()
 def main(args: Arguments) -> None:
-    out = new_folder(args.out or args.home / "ask")
-    save(ASK[args.question](Scene(args)), out / f"{args.question}.png")
+    out, scene = new_folder(args.out or args.home / "ask"), Scene(args)
+    save(ASK[args.question](scene), out / f"{args.question}.png")
+    if scene.numbers:
+        about = {"seed": args.seed, "n_sequences": len(scene.data), "environment": environment(scene.device)}
+        write_json(out / f"{args.question}.json", {**scene.numbers, **about})
+        print(f"  {out / args.question}.json")
 
 
 if __name__ == "__main__":
