@@ -252,14 +252,18 @@ def test_beliefs_of_a_users_own_file_are_written_too(own_file, tmp_path):
     assert (tmp_path / "out/futures.png").exists()
 
 
+ALSO_IN_THE_GALLERY = ["filter", "hidden", "retrodict", "what-if", "evidence", "stream"]
+
+
 @pytest.mark.parametrize(
-    "question", ["filter", "hidden", "retrodict", "what-if", "evidence", "count", "stream", "calibration"]
+    "question", [*(pytest.param(q, marks=pytest.mark.slow) for q in ALSO_IN_THE_GALLERY), "count", "calibration"]
 )
 def test_questions_are_answered_and_drawn(question, tmp_path):
     options = ("--pretrained", "--n-sequences", 6, "--n-samples", 2, "--n-validation", 6)
     done = script("ask", "--question", question, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / f"runs/pretrained/ask/{question}.png").stat().st_size > 5000
+    assert (tmp_path / f"runs/pretrained/ask/{question}.json").exists() == (question in ("count", "calibration"))
 
 
 def test_the_gallery_is_drawn(tmp_path):
