@@ -35,7 +35,7 @@ def _pixels(config: RunConfig, n_pixels: int) -> RunConfig:
 
 
 AXES: dict[str, Axis] = {
-    "frames": Axis((30, 60, 125, 250, 500, 1000), _frames),
+    "frames": Axis((30, 60, 120, 250, 500, 1000), _frames),
     "frames, structured guide": Axis((15, 30, 60, 120), lambda c, T: _frames(replace(c, guide="structured"), T)),
     "objects": Axis((1, 2, 5, 10), lambda c, N: replace(with_objects(c, N), max_objects=N)),
     "batch": Axis((5, 10, 20, 40, 80), lambda c, B: replace(c, schedule=replace(c.schedule, batch_size=B))),
