@@ -18,11 +18,12 @@ from torch import Tensor
 
 from pyro_pixels import metrics, plotting
 from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
-from pyro_pixels.learning import FitResult, fit
+from pyro_pixels.learning import fit
 from pyro_pixels.queries import Prediction, generate, infer, interpolate, reconstruct
 from pyro_pixels.runs import Run, RunConfig, build, load_pretrained, load_run, save_config
 from pyro_pixels.schedule import Schedule
 from pyro_pixels.simulation import simulate
+from pyro_pixels.training import FitResult
 
 Arguments = TypeVar("Arguments")
 TEST_SEED = 1_000_003  # fresh sequences for figures and tables; training seeds are small numbers

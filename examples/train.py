@@ -21,10 +21,11 @@ from common import TEST_SEED, device_of, new_folder, save, start
 from pyro_pixels import plotting
 from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
 from pyro_pixels.health import START_FRAMES, check_health, format_health
-from pyro_pixels.learning import FitResult, Training, fit, fit_together
+from pyro_pixels.learning import fit, fit_together
 from pyro_pixels.queries import infer
 from pyro_pixels.runs import PRESETS, Run, RunConfig, build, load_config, save_config
 from pyro_pixels.simulation import simulate
+from pyro_pixels.training import FitResult, Training
 from pyro_pixels.worlds import WORLDS
 
 SEEDS_APART = 1_000  # between the starting weights of --starts

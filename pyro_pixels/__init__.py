@@ -13,9 +13,10 @@ Shapes, everywhere: B sequences, N objects, K components, T time steps, H x W pi
 from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.data import load_sequences, save_sequences
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.evaluation import evaluate
 from pyro_pixels.guides import Guide, InferenceRNN, RecurrentGuide
-from pyro_pixels.learning import AnnealedELBO, fit
+from pyro_pixels.learning import fit
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.renderer import Renderer

@@ -32,9 +32,9 @@ from pyro_pixels.checkpoints import (
 )
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import N_SEEN, means_by_n
-from pyro_pixels.learning import FitResult
 from pyro_pixels.renderer import init_as_paper
 from pyro_pixels.tracker import RADIUS, find_disks
+from pyro_pixels.training import FitResult
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pyro_pixels import metrics
 from pyro_pixels.data import ImageSequences
+from pyro_pixels.elbo import bound
 from pyro_pixels.guides import Guide
-from pyro_pixels.learning import bound
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import generate, infer, interpolate
 

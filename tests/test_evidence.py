@@ -9,9 +9,9 @@ from conftest import make_guide, make_model
 
 from pyro_pixels.data import simulate
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.elbo import bound
 from pyro_pixels.evidence import count_objects, log_evidence
 from pyro_pixels.guides import Guide
-from pyro_pixels.learning import bound
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer
 from pyro_pixels.runs import load_pretrained

@@ -10,8 +10,9 @@ from pyro import poutine
 from pyro.infer import Predictive
 
 from pyro_pixels.drawing import Look
+from pyro_pixels.elbo import bound
 from pyro_pixels.health import check_health
-from pyro_pixels.learning import Schedule, bound, fit
+from pyro_pixels.learning import fit
 from pyro_pixels.likelihoods import (
     LIKELIHOODS,
     BernoulliPixels,
@@ -22,6 +23,7 @@ from pyro_pixels.likelihoods import (
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import reconstruct, render
 from pyro_pixels.runs import RunConfig, build, load_run, save_config
+from pyro_pixels.schedule import Schedule
 from pyro_pixels.simulation import simulate
 
 GREY = dataclasses.replace(SMALL, look=Look(brightness=(0.4, 0.9)))

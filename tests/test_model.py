@@ -7,8 +7,8 @@ from pyro import poutine
 
 from pyro_pixels.data import object_mask
 from pyro_pixels.dynamics import Dynamics
+from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.guides import AttentionHead, InferenceRNN, RecurrentGuide
-from pyro_pixels.learning import AnnealedELBO
 from pyro_pixels.model import PixelModel
 from pyro_pixels.renderer import Renderer, init_as_paper
 

@@ -123,7 +123,7 @@ def test_the_quick_preset_finds_one_ball():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_gives_the_bound_of_the_cpu(small_data):
-    from pyro_pixels.learning import bound
+    from pyro_pixels.elbo import bound
 
     for guide in GUIDES:
         run = build(dataclasses.replace(TINY, guide=guide))

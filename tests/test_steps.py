@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_pixels.checkpoints import load_checkpoint
 from pyro_pixels.data import Known, knowing
 from pyro_pixels.elbo import AnnealedELBO
-from pyro_pixels.learning import Training, fit, fit_together
+from pyro_pixels.learning import fit, fit_together
 from pyro_pixels.schedule import Schedule
 from pyro_pixels.steps import WARM_UP, Batch, CapturedSteps, Steps
 from pyro_pixels.structured import StructuredGuide
+from pyro_pixels.training import Training
 
 QUICK = Schedule(
     steps=6, batch_size=4, learn_from={"model.dynamics": 2}, anneal_from=2, anneal_steps=2, evaluate_every=3

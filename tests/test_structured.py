@@ -11,8 +11,9 @@ from torch.autograd import gradcheck
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.guides import AttentionHead, InferenceRNN
-from pyro_pixels.learning import AnnealedELBO, fit
+from pyro_pixels.learning import fit
 from pyro_pixels.schedule import Schedule
 from pyro_pixels.structured import ConditionedTracks, StructuredGuide, factor_sum, solve_sum
 
