@@ -176,14 +176,13 @@ class Dynamics(nn.Module):
 
     def lgssm(self) -> LGSSM:
         """The parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
-        dtype = exact.exact_dtype(self.mu.device)
-        I = torch.eye(2, dtype=dtype, device=self.mu.device)
-        O = torch.zeros_like(I)
+        dtype, device = exact.exact_dtype(self.mu.device), self.mu.device
+        I = torch.eye(4, dtype=dtype, device=device)
         delta = self.log_delta.to(dtype).exp()
-        Sigma_A = _covariance(self.root_Sigma_A.to(dtype)) + self.config.position_noise_floor * I
+        Sigma_A = _covariance(self.root_Sigma_A.to(dtype)) + self.config.position_noise_floor * I[:2, :2]
         return LGSSM(
-            A=torch.cat([torch.cat([I, delta * I], 1), torch.cat([O, I], 1)]),
-            B=torch.cat([I, O], 1),
+            A=I + delta * torch.ones(2, dtype=dtype, device=device).diag(2),
+            B=I[:2],
             u=self.u.to(dtype),
             Sigma_H=_covariance(self.root_Sigma_H.to(dtype)),
             Sigma_A=Sigma_A,

@@ -144,7 +144,7 @@ class InferenceRNN(StateNetwork):
     def advance(self, s: Tensor, images: Tensor) -> Tensor:
         """The states (B, N, T, D) at T more frames (B, T, H, W), from those before them, ``s`` (B, N, D)."""
         from_image = F.linear(self.front_end(images), self.from_image.weight, self.from_states.bias)  # (B, T, 2 D)
-        return recur(from_image.transpose(0, 1).flip(0), s.transpose(0, 1), self.from_states.weight).permute(2, 0, 1, 3)
+        return recur(from_image.transpose(0, 1), s.transpose(0, 1), self.from_states.weight).permute(2, 0, 1, 3)
 
 
 SIGMA_FLOOR = 1e-4  # latent units

@@ -13,10 +13,12 @@ deterministic motion of Sec 3.1 (Sigma_H = 0).
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 
 class LGSSM(NamedTuple):
@@ -221,13 +223,43 @@ def response(lgssm: LGSSM, n_steps: int) -> Response:
     diagonal, where G is the block-Toeplitz matrix of the F_j. The starts of ``lgssm`` play no part.
     """
     A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
-    T, p, d = n_steps, B.shape[-2], A.shape[-1]
-    F = B @ _powers(A, T)  # (T, p, d)
-    drift = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]) @ u  # (T, p)
-    lag = torch.arange(T, device=A.device)[:, None] - torch.arange(1, T, device=A.device)  # (T, T - 1)
-    G = torch.where((lag >= 0)[..., None, None], F[lag.clamp(min=0)], 0.0)  # (T, T - 1, p, d)
-    V = torch.einsum("ikpd,de,jkqe->ipjq", G, Sigma_H, G).reshape(T * p, T * p)
-    return Response(F.reshape(T * p, d), drift.reshape(T * p), V + on_diagonal(Sigma_A, T))
+    F = B @ _powers(A, n_steps)  # (T, p, d)
+    drift, V = _Response.apply(F, u, Sigma_H, Sigma_A)
+    return Response(F.flatten(0, 1), drift, V)
+
+
+class _Response(torch.autograd.Function):
+    """drift (T p,) and V (T p, T p) of F (T, p, d), u, Sigma_H and Sigma_A, with their gradients by hand.
+
+    Row (t, i) of G, and column (s, j), is F_{t-1-s}[i, j], or 0 where s >= t; there is one s less than frames.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, F: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor) -> tuple[Tensor, Tensor]:
+        T, p, d = F.shape
+        falling = torch.cat([F.flip(0), torch.zeros_like(F)])  # F_{T-1}, ..., F_0, 0, ..., 0
+        G = falling.unfold(0, T - 1, 1)[1 : T + 1].flip(0).movedim(-1, 2).reshape(T * p, T - 1, d)
+        summed = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]).flatten(0, 1)  # (T p, d)
+        G_Sigma = G @ Sigma_H
+        V = G_Sigma.flatten(1) @ G.flatten(1).mT
+        V.view(T, p, T, p).diagonal(dim1=0, dim2=2).add_(Sigma_A.unsqueeze(-1))
+        ctx.save_for_backward(F, u, G, G_Sigma, summed)
+        return summed @ u, V
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_drift: Tensor, grad_V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        F, u, G, G_Sigma, summed = ctx.saved_tensors
+        T, p, d = F.shape
+        grad_V_G = (grad_V @ G.flatten(1)).view(-1, d)
+        grad_G = ((grad_V + grad_V.mT) @ G_Sigma.flatten(1)).view(T, p, T - 1, d)
+        # What was laid along the diagonals is added up along them: row t, moved by t, has lag t - 1 - s in column T - 1.
+        rows = pad(grad_G.movedim(2, 1).flip(1), (0, 0, 0, 0, 0, T + 1)).flatten(0, 1)
+        by_lag = rows[: T * (2 * T - 1)].view(T, 2 * T - 1, p, d).sum(0)[T - 1 : -1]
+        later = grad_drift.view(T, p)[1:].flip(0).cumsum(0).flip(0)
+        grad_F = torch.cat([by_lag + later.unsqueeze(-1) * u, torch.zeros_like(F[:1])])
+        grad_Sigma_A = grad_V.view(T, p, T, p).diagonal(dim1=0, dim2=2).sum(-1)
+        return grad_F, summed.mT @ grad_drift, G.view(-1, d).mT @ grad_V_G, grad_Sigma_A
 
 
 def on_diagonal(block: Tensor, n: int) -> Tensor:

@@ -180,19 +180,23 @@ class _LogNormal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, e: Tensor, C: Tensor, L: Tensor) -> Tensor:
-        identity = torch.eye(L.shape[-1], dtype=L.dtype, device=L.device)
+        K, d = e.shape[-2:]
+        identity = torch.eye(d, dtype=L.dtype, device=L.device)
         whiten = torch.linalg.solve_triangular(L, identity, upper=False)  # L^-1
-        white = torch.einsum("...ki,kji->...kj", e, whiten)
+        white = e.reshape(-1, K, d).transpose(0, 1) @ whiten.mT  # (K, n, d)
         ctx.save_for_backward(whiten, white)
         log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * white.square().sum(-1) - log_det - 0.5 * e.shape[-1] * math.log(2 * math.pi)
+        log_prob = -0.5 * white.square().sum(-1).mT - (log_det + 0.5 * d * math.log(2 * math.pi))
+        return log_prob.view(e.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         whiten, white = ctx.saved_tensors
-        K, d = white.shape[-2:]
-        grad_e = grad.unsqueeze(-1) * torch.einsum("...kj,kji->...ki", white, -whiten)
-        spread = torch.einsum("nki,nkj->kij", (grad.unsqueeze(-1) * white).reshape(-1, K, d), white.reshape(-1, K, d))
-        excess = spread - torch.diag_embed(grad.reshape(-1, K).sum(0).unsqueeze(-1).expand(K, d))
-        return grad_e, 0.5 * whiten.mT @ excess @ whiten, None
+        K, _, d = white.shape
+        each = grad.reshape(-1, K).mT  # (K, n)
+        weighed = each.unsqueeze(-1) * white
+        excess = weighed.mT @ white
+        excess.diagonal(dim1=-2, dim2=-1).sub_(each.sum(-1, keepdim=True))
+        grad_e = (weighed @ whiten).neg_().transpose(0, 1).reshape(*grad.shape, d)
+        return grad_e, 0.5 * (whiten.mT @ excess @ whiten), None

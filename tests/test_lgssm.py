@@ -288,6 +288,20 @@ def test_marginal_moments_equal_the_dense_gaussian(system, T):
     assert oracles.relative_error(cov, wanted_cov[np.ix_(places, places)]) < 1e-8
 
 
+@pytest.mark.parametrize("name", ["regular", "d3_p1", "d2_p4", "Sigma_H_zero"])
+@pytest.mark.parametrize("T", [1, 2, 3, 6])
+def test_the_hand_written_gradients_of_the_response(name, T):
+    model = to_torch(SYSTEMS[name])
+
+    def value(*parts):
+        lgssm = model._replace(**dict(zip(("A", "B", "u", "Sigma_H", "Sigma_A"), parts)))
+        return exact.response(lgssm, T)
+
+    parts = (model.A, model.B, model.u, model.Sigma_H, model.Sigma_A)
+    # Sigma_H may be any matrix here, so that each of its elements is moved alone: V is linear in it, not symmetric.
+    assert torch.autograd.gradcheck(value, [x.clone().requires_grad_() for x in parts])
+
+
 def test_marginal_moments_of_a_batch_of_components_equal_separate_ones():
     model = to_torch(SYSTEMS["regular"])
     batch = model._replace(mu=torch.stack([model.mu, -model.mu]), Sigma=torch.stack([model.Sigma, 3 * model.Sigma]))

@@ -1,0 +1,41 @@
+"""Sums of many products with one matrix, which a recursion is made of: to += x W, time after time.
+
+Large matrices that do not fit into a core's cache are brought into the order in which MKL reads them once, instead of
+at every product. With 20 to 60 rows a product of 1024 x 2048 then takes half the time (docs/performance.md).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PACK_FROM = 2**19
+"""Elements of the smallest matrix that is packed; smaller ones gain nothing."""
+
+PACKED = torch.ops.mkl._mkl_linear if hasattr(torch.ops.mkl, "_mkl_linear") else None
+"""torch's product with a packed matrix; None where torch was built without MKL."""
+
+
+def accumulator(W: Tensor, n_rows: int) -> Callable[[Tensor, Tensor], None]:
+    """What does ``to += x W`` in place, for ``to`` (n, j), ``x`` (n, i) and this W (i, j); no gradient.
+
+    Args:
+        W: not to be changed while this is in use.
+        n_rows: the n that most products will have, 0 if there will be none. Others are right too, and slower.
+    """
+    if n_rows > 0 and packs(W):  # MKL's packing crashes for products of no rows
+        columns = _in_order(W.mT)
+        packed = torch.ops.mkl._mkl_reorder_linear_weight(columns, n_rows)
+        return lambda to, x: to.add_(PACKED(x, packed, columns, None, n_rows))
+    rows = _in_order(W) if n_rows > 0 else W
+    return lambda to, x: torch.addmm(to, x, rows, out=to)
+
+
+def packs(W: Tensor) -> bool:
+    """Whether `accumulator` packs a matrix: large, float32, on a processor, by a torch that was built with MKL."""
+    return PACKED is not None and W.device.type == "cpu" and W.dtype == torch.float32 and W.numel() >= PACK_FROM
+
+
+def _in_order(W: Tensor) -> Tensor:
+    """``W.contiguous()``; in strips where rows and columns change places, which takes a quarter of the time."""
+    return W.contiguous() if W.stride(-1) == 1 else torch.cat([*W.split(64, 1)], 1)
