@@ -36,15 +36,16 @@ PARTS: dict[str, Callable[[Stopwatch], dict[str, Any]]] = {
     "queries": asking.measure,
     "memory": partial(memory.measure, preset="quick"),
     "growth": growth.measure,
+    "memory_growth": memory.measure_growth,
     "paper_step": partial(steps.measure, preset="paper"),
     "paper_memory": partial(memory.measure, preset="paper"),
 }
-Part = Literal["step", "density", "queries", "memory", "growth", "paper_step", "paper_memory"]
+Part = Literal["step", "density", "queries", "memory", "growth", "memory_growth", "paper_step", "paper_memory"]
 
 
 @dataclass
 class Arguments:
-    only: tuple[Part, ...] = ("step", "density", "queries", "memory", "growth")
+    only: tuple[Part, ...] = ("step", "density", "queries", "memory", "growth", "memory_growth")
     """What to measure."""
     paper: bool = False
     """The steps also at the sizes of the paper's preset (minutes, and 1 GB a program)."""
@@ -92,7 +93,7 @@ def fill(page: Path, name: str, found: dict[str, Any]) -> None:
         shown = report.describe(part, result)
         if part == "growth":
             figure = page.parent / "figures" / "performance" / f"{name}_growth.png"
-            save(report.plot_growth(result, found.get("density")), figure)
+            save(report.plot_growth(result, found.get("density"), found.get("memory_growth")), figure)
             shown += f"\n\n![growth]({figure.relative_to(page.parent)})"
         text = insert(text, f"{name} {part}", shown)
     with atomic_write(page) as out:
@@ -121,7 +122,8 @@ def main(args: Arguments) -> None:
         print(f"\n{report.describe(part, found[part])}\n")
     print(f"  {file}")
     if "growth" in found:
-        save(report.plot_growth(found["growth"], found.get("density")), args.out / f"{name}_growth.png")
+        figure = report.plot_growth(found["growth"], found.get("density"), found.get("memory_growth"))
+        save(figure, args.out / f"{name}_growth.png")
     if args.page is not None:
         fill(args.page, name, found)
 

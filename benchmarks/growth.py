@@ -29,6 +29,10 @@ def _frames(config: RunConfig, T: int) -> RunConfig:
     return replace(config, data=replace(config.data, n_frames=T))
 
 
+def _in_parts(config: RunConfig) -> RunConfig:
+    return replace(config, schedule=replace(config.schedule, parts=config.schedule.batch_size))
+
+
 def _pixels(config: RunConfig, n_pixels: int) -> RunConfig:
     side = math.isqrt(n_pixels)
     return replace(config, data=replace(config.data, height=side, width=side))
@@ -37,6 +41,7 @@ def _pixels(config: RunConfig, n_pixels: int) -> RunConfig:
 AXES: dict[str, Axis] = {
     "frames": Axis((30, 60, 120, 250, 500, 1000), _frames),
     "frames, structured guide": Axis((15, 30, 60, 120), lambda c, T: _frames(replace(c, guide="structured"), T)),
+    "frames, one sequence at a time": Axis((30, 120, 500, 1000), lambda c, T: _in_parts(_frames(c, T))),
     "objects": Axis((1, 2, 5, 10), lambda c, N: replace(with_objects(c, N), max_objects=N)),
     "batch": Axis((5, 10, 20, 40, 80), lambda c, B: replace(c, schedule=replace(c.schedule, batch_size=B))),
     "state size": Axis((64, 128, 256, 512), lambda c, D: replace(c, state_size=D)),

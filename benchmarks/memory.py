@@ -1,4 +1,5 @@
-"""Peak memory of training steps, each program in a process of its own: `python memory.py PRESET PROGRAM DEVICE`."""
+"""Peak memory of training steps, each program in a process of its own: `python memory.py PRESET PROGRAM DEVICE`, or
+`python memory.py AXIS SIZE DEVICE` for the small step of `growth` with one of its sizes changed."""
 
 import json
 import re
@@ -10,21 +11,31 @@ from typing import Any
 
 import torch
 
-from steps import LITERAL, OURS, STRUCTURED, programs
+from growth import AXES, BASE
+from steps import LITERAL, OURS, STRUCTURED, OurStep, Step, make_step, programs
 from timing import Stopwatch
 
 STEPS = 3
+GROWING = ("frames", "frames, one sequence at a time", "objects", "batch")
 
 
 def measure(watch: Stopwatch, preset: str) -> dict[str, Any]:
     """Bytes at the peak of a few steps, and those that the process had before it made the program."""
-    found = {}
-    for name in [LITERAL, OURS, *([f"{STRUCTURED}, N = 3"] if preset == "quick" else [])]:
-        command = [sys.executable, __file__, preset, name, str(watch.device)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-        found[name] = json.loads(done.stdout)
+    names = [LITERAL, OURS, *([f"{STRUCTURED}, N = 3"] if preset == "quick" else [])]
+    return {name: _elsewhere(preset, name, watch) for name in names}
+
+
+def measure_growth(watch: Stopwatch) -> dict[str, Any]:
+    """The same for each value of those axes of `growth` along which memory has to grow."""
+    return {axis: {str(size): _elsewhere(axis, str(size), watch) for size in AXES[axis].values} for axis in GROWING}
+
+
+def _elsewhere(what: str, which: str, watch: Stopwatch) -> dict[str, int]:
+    command = [sys.executable, __file__, what, which, str(watch.device)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    found: dict[str, int] = json.loads(done.stdout)
     return found
 
 
@@ -40,15 +51,21 @@ def peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main(preset: str, name: str, device_name: str) -> None:
+def main(what: str, which: str, device_name: str) -> None:
     device = torch.device(device_name)
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else peak_of_process()
-    step = programs(preset, device)[name]()
+    step = _step(what, which, device)
     for _ in range(STEPS):
         step()
     peak = torch.cuda.max_memory_allocated(device) if cuda else peak_of_process()
     print(json.dumps({"before": before, "peak": peak}))
+
+
+def _step(what: str, which: str, device: torch.device) -> Step:
+    if what in AXES:
+        return make_step(OurStep, AXES[what].change(BASE, int(which)), device)
+    return programs(what, device)[which]()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ from timing import Times, exponent, quartiles, ratio
 
 Results = dict[str, Any]
 MEGA, GIGA = 1e6, 1e9
-GUIDES = {"frames": "recurrent guide", "frames, structured guide": "structured guide"}
+LABELS = {
+    "frames": "recurrent guide",
+    "frames, structured guide": "structured guide",
+    "frames, one sequence at a time": "one sequence at a time",
+}
 
 
 def step(r: Results) -> str:
@@ -81,9 +85,23 @@ def growth(r: Results) -> str:
     return markdown(["size", "ms", "exponent"], rows)
 
 
+def memory_growth(r: Results) -> str:
+    rows = []
+    for name, sweep in _axes(r).items():
+        sizes, more = _curve(_more(sweep))
+        cells = ", ".join(f"{size:,}: {m[0] / MEGA:,.0f}" for size, m in zip(sizes, more))
+        rows.append([name, cells, f"{exponent(sizes, more):.2f}"])
+    return markdown(["size", "MB more than before", "exponent"], rows)
+
+
+def _more(sweep: dict[str, dict[str, int]]) -> dict[str, list[float]]:
+    """Bytes at the peak, less those that were there before."""
+    return {size: [x["peak"] - x["before"]] for size, x in sweep.items()}
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "step": step, "density": density, "queries": queries, "memory": memory, "growth": growth,
-    "paper_step": step, "paper_memory": memory,
+    "memory_growth": memory_growth, "paper_step": step, "paper_memory": memory,
 }  # fmt: skip
 
 
@@ -102,33 +120,42 @@ def milliseconds(times: Times) -> str:
     return f"{1e3 * statistics.median(times):,.{digits}f} ({1e3 * low:,.{digits}f} to {1e3 * high:,.{digits}f})"
 
 
-def plot_growth(steps: Results, densities: Results | None) -> Figure:
-    """Time of a training step with each size, and of p(a) with T, on logarithmic axes with fitted exponents."""
-    panels: dict[str, dict[str, dict[str, Times]]] = {}
+Curves = dict[str, dict[str, list[float]]]
+"""By label: measurements of each size."""
+
+
+def plot_growth(steps: Results, densities: Results | None, memories: Results | None) -> Figure:
+    """Time of a training step with each size, of p(a) with T, and peak memory, on logarithmic axes with exponents."""
+    times: dict[str, Curves] = {}
     for name, sweep in _axes(steps).items():
-        panels.setdefault(name.split(",")[0], {})[GUIDES.get(name, "")] = sweep
+        times.setdefault(name.split(",")[0], {})[LABELS.get(name, "")] = sweep
     if densities is not None:
         by_frames = densities["seconds"]
         methods = next(iter(by_frames.values()))
-        panels["frames, p(a) alone"] = {m: {T: row[m] for T, row in by_frames.items()} for m in methods}
+        times["frames, p(a) alone"] = {m: {T: row[m] for T, row in by_frames.items()} for m in methods}
+    bytes_more: dict[str, Curves] = {}
+    for name, sweep in _axes(memories or {}).items():
+        bytes_more.setdefault(name.split(",")[0], {})[LABELS.get(name, "")] = _more(sweep)
+    panels = [(name, curves, 1e3, "ms") for name, curves in times.items()]
+    panels += [(name, curves, 1 / MEGA, "MB") for name, curves in bytes_more.items()]
     columns = 3
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(2.7 * columns, 2.3 * rows), layout="constrained")
-    for i, (name, curves) in enumerate(panels.items()):
-        _panel(figure.add_subplot(rows, columns, i + 1), name, curves)
+    for i, panel in enumerate(panels):
+        _panel(figure.add_subplot(rows, columns, i + 1), *panel)
     return figure
 
 
-def _panel(ax: Axes, name: str, curves: dict[str, dict[str, Times]]) -> None:
+def _panel(ax: Axes, name: str, curves: Curves, factor: float, unit: str) -> None:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.margins(y=0.3)
     for (label, sweep), colour in zip(curves.items(), OBJECTS):
-        sizes, times = _curve(sweep)
-        low, high = zip(*([1e3 * q for q in quartiles(t)] for t in times))
+        sizes, measured = _curve(sweep)
+        low, high = zip(*([factor * q for q in quartiles(x)] for x in measured))
         ax.fill_between(sizes, low, high, color=colour, alpha=0.25, linewidth=0)
-        named = f"{label}: {exponent(sizes, times):.2f}".removeprefix(": ")
-        ax.plot(sizes, [1e3 * statistics.median(t) for t in times], "o-", ms=3, lw=1, color=colour, label=named)
+        named = f"{label}: {exponent(sizes, measured):.2f}".removeprefix(": ")
+        ax.plot(sizes, [factor * statistics.median(x) for x in measured], "o-", ms=3, lw=1, color=colour, label=named)
     ticks = sorted({int(size) for sweep in curves.values() for size in sweep})
     ax.set_xticks(ticks, [f"{size:,}" for size in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
@@ -136,7 +163,7 @@ def _panel(ax: Axes, name: str, curves: dict[str, dict[str, Times]]) -> None:
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel(name, fontsize=FONT)
-    ax.set_ylabel("ms", fontsize=FONT)
+    ax.set_ylabel(unit, fontsize=FONT)
     ax.tick_params(labelsize=FONT - 1)
     ax.legend(fontsize=FONT - 1, frameon=False, loc="upper left")
 

@@ -47,7 +47,8 @@ class OurStep(Step):
         elbo, self._learning_rate = AnnealedELBO(), run.config.schedule.learning_rate
         loss = elbo(run.model, run.guide)
         kind = CapturedSteps if device.type == "cuda" else Steps
-        self._steps = kind(elbo, loss, self._learning_rate, {1.0: list(loss.parameters())})
+        parts = run.config.schedule.parts
+        self._steps = kind(elbo, loss, self._learning_rate, {1.0: list(loss.parameters())}, parts=parts)
         self._known = Known(int(data.n_objects.max()), most_white(data.images.flatten(2)))
 
     def __call__(self) -> None:

@@ -253,7 +253,7 @@ class _Response(torch.autograd.Function):
         T, p, d = F.shape
         grad_V_G = (grad_V @ G.flatten(1)).view(-1, d)
         grad_G = ((grad_V + grad_V.mT) @ G_Sigma.flatten(1)).view(T, p, T - 1, d)
-        # What was laid along the diagonals is added up along them: row t, moved by t, has lag t - 1 - s in column T - 1.
+        # What was laid along the diagonals is added up along them: row t, moved by t, has lag l in column T - 1 + l.
         rows = pad(grad_G.movedim(2, 1).flip(1), (0, 0, 0, 0, 0, T + 1)).flatten(0, 1)
         by_lag = rows[: T * (2 * T - 1)].view(T, 2 * T - 1, p, d).sum(0)[T - 1 : -1]
         later = grad_drift.view(T, p)[1:].flip(0).cumsum(0).flip(0)

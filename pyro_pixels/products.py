@@ -23,12 +23,20 @@ def accumulator(W: Tensor, n_rows: int) -> Callable[[Tensor, Tensor], None]:
         W: not to be changed while this is in use.
         n_rows: the n that most products will have, 0 if there will be none. Others are right too, and slower.
     """
-    if n_rows > 0 and packs(W):  # MKL's packing crashes for products of no rows
-        columns = _in_order(W.mT)
+    if PACKED is not None and n_rows > 0 and packs(W):  # MKL's packing crashes for products of no rows
+        product, columns = PACKED, _in_order(W.mT)
         packed = torch.ops.mkl._mkl_reorder_linear_weight(columns, n_rows)
-        return lambda to, x: to.add_(PACKED(x, packed, columns, None, n_rows))
-    rows = _in_order(W) if n_rows > 0 else W
-    return lambda to, x: torch.addmm(to, x, rows, out=to)
+
+        def add(to: Tensor, x: Tensor) -> None:
+            to += product(x, packed, columns, None, n_rows)
+
+    else:
+        rows = _in_order(W) if n_rows > 0 else W
+
+        def add(to: Tensor, x: Tensor) -> None:
+            torch.addmm(to, x, rows, out=to)
+
+    return add
 
 
 def packs(W: Tensor) -> bool:

@@ -1,10 +1,10 @@
 """The recursion of Eq (8) over time and objects, along its diagonals, with its gradient by hand.
 
 s_t^n needs only s_{t-1}^n and s_t^{n-1}, so all cells with equal t + n can be computed at once: T + N - 1 steps
-instead of T N. States are kept by diagonal, `H[d + 1]` holding s_t^n with d = t + n (t, n counted from 0) in the rows of
-object n + 1, so that the cells of a step, and what they read, are rows that follow each other; and the gradient of the
-weights is one product over all cells at the end instead of one a step. The first object has none before it, and no
-product is spent on that. tests/test_guides.py compares both with the literal double loop.
+instead of T N. States are kept by diagonal, s_t^n at `H[d + 1, n + 1]` with d = t + n (t, n counted from 0), so that
+the cells of a step, and what they read, are rows that follow each other; and the gradient of the weights is one product
+over all cells at the end instead of one a step. The first object has none before it, and no product is spent on that.
+tests/test_guides.py compares both with the literal double loop.
 """
 
 from collections.abc import Iterator
@@ -90,4 +90,3 @@ class _Recurrence(torch.autograd.Function):
         grad_image = sum((grad_gates[n : n + T, n] for n in range(1, N)), grad_gates[:T, 0])
         grad_s_0 = torch.stack([G[: n + 1, n + 1].sum(0) for n in range(N)])
         return grad_image, grad_s_0, torch.cat([grad_W_time, grad_W_object], 1)
-

@@ -22,7 +22,10 @@ import asking
 import bench
 import densities
 import growth
+import memory
+import report
 from literal_pyro import LiteralProgram, in_literal_names
+from pyro_pixels import products
 from pyro_pixels.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.learning import fit
@@ -135,6 +138,14 @@ def test_products_are_counted_as_by_hand():
     assert product_flops(make_step(OurStep, config, CPU)) == networks + prior
 
 
+@pytest.mark.skipif(products.PACKED is None, reason="this torch has no MKL")
+def test_products_with_packed_matrices_count_as_any(monkeypatch):
+    step = make_step(OurStep, tiny(n_objects=(3,)), CPU)
+    wanted = product_flops(step)
+    monkeypatch.setattr(products, "PACK_FROM", 1)
+    assert product_flops(step) == wanted
+
+
 def test_the_literal_step_trains_what_ours_trains():
     """A step of Adam moves each learned number by its learning rate."""
     config = tiny(n_objects=(1, 2, 3))
@@ -215,6 +226,16 @@ print((memory.peak_of_process() - before) / 1e6)
     done = in_new_process("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 90 < float(done.stdout) < 130
+
+
+def test_memory_grows_by_size(monkeypatch):
+    monkeypatch.setattr(memory, "GROWING", ("batch",))
+    monkeypatch.setattr(memory, "AXES", {"batch": growth.AXES["batch"]._replace(values=(5, 80))})
+    found = memory.measure_growth(Stopwatch(CPU))["batch"]
+    more = {size: x["peak"] - x["before"] for size, x in found.items()}
+    assert more["80"] > more["5"] + 20e6  # images alone, and their logits, are 20 MB
+    table = report.memory_growth({"batch": found, "environment": {}})
+    assert f"5: {more['5'] / 1e6:,.0f}, 80: {more['80'] / 1e6:,.0f}" in table
 
 
 def some_steps(watch):
