@@ -37,10 +37,12 @@ from pyro_pixels.guides import Guide, RecurrentGuide
 from pyro_pixels.health import check_health
 from pyro_pixels.model import PixelModel
 from pyro_pixels.queries import infer
-from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig
+from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig, load_run
 from pyro_pixels.simulation import simulate
 from pyro_pixels.structured import StructuredGuide
 from pyro_pixels.tracker import evaluate_tracker
+from teach import schedule as lessons
+from teach import sequences, teach
 
 POSITION_BAR_PX, SWITCH_BAR = 0.75, 0.02
 VALIDATION_SEED = TEST_SEED - 1
@@ -121,9 +123,11 @@ VARIANTS: dict[str, Change] = {
 
 @dataclass
 class Arguments:
-    suite: Literal["seeds", "ablation", "recurrent", "small-noise"] = "seeds"
+    suite: Literal["seeds", "ablation", "recurrent", "taught", "small-noise"] = "seeds"
     """seeds: the quick preset; ablation: with one ingredient left out; recurrent: the paper's guide and schedule at the
-    quick preset's size; small-noise: data whose 0.001 is read as a standard deviation, Sigma_A learned faster."""
+    quick preset's size; taught: the paper's guide, and the one with an attention head, taught by the quick runs of the
+    same seeds, which must be there; small-noise: data whose 0.001 is read as a standard deviation, Sigma_A learned
+    faster."""
     seeds: int = 10
     """How many."""
     first_seed: int = 0
@@ -154,6 +158,9 @@ def variants(args: Arguments) -> dict[str, RunConfig]:
             anneal_steps=quarter, evaluate_every=max(1, steps // 20),
         )  # fmt: skip
         return {"recurrent": replace(paper, state_size=quick.state_size, data=quick.data, schedule=schedule)}
+    if args.suite == "taught":
+        taught = replace(quick, guide_state_size=quick.state_size, schedule=lessons(args.steps or 4_000))
+        return {f"taught {guide}": replace(taught, guide=guide) for guide in ("recurrent", "attentive")}
     chosen = VARIANTS if args.suite == "ablation" else {"quick": VARIANTS["quick"]}
     configs = {name: change(quick) for name, change in chosen.items()}
     if args.suite == "small-noise":
@@ -181,7 +188,12 @@ def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
         curve.append({"step": line["step"], "seconds": line["seconds"], **_position_errors(run, validation)})
         write_json(curve_file, curve)
 
-    run, result = train_or_resume(config, folder, device, measure)
+    if args.suite == "taught":
+        teacher = load_run(folder_of(args, "quick", config.seed), device)
+        resume = (folder / "checkpoint.pt").exists()
+        run, result = teach(teacher, config, sequences(teacher.config), folder, resume=resume, progress=False)
+    else:
+        run, result = train_or_resume(config, folder, device, measure)
     if result.interrupted:
         return
     test = simulate(config.data, args.n_test, seed=args.seed)

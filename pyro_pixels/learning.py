@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pyro
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from pyro_pixels.checkpoints import stop_signals
 from pyro_pixels.data import ImageSequences
+from pyro_pixels.elbo import AnnealedELBO
 from pyro_pixels.guides import Guide
 from pyro_pixels.model import PixelModel
 from pyro_pixels.schedule import Schedule
@@ -32,6 +34,8 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     on_evaluation: Callable[[dict[str, float]], None] | None = None,
+    objective: Callable[[], AnnealedELBO] = AnnealedELBO,
+    tracks: Tensor | None = None,
 ) -> FitResult:
     """Maximises Eq (7) over the parameters of model and guide, in place, on the device they are on.
 
@@ -48,12 +52,15 @@ def fit(
             ``guide``. No labels are used.
         resume: continue from the checkpoint in ``run_dir``; on a CPU the numbers are those of an uninterrupted run.
         on_evaluation: called with each line of metrics.
+        objective: what is minimised in place of the bound, such as `teaching.GivenTracks`; called to make it.
+        tracks: (n, N, T, 2), what such an objective is given of each sequence besides its images.
 
     Raises:
         ValueError: if a candidate is of another kind than ``model`` and ``guide``; if ``resume`` finds no checkpoint or
             one of another configuration; if the folder holds a run and ``resume`` is not given; if there is no
-            sequence with N = 1 where the schedule asks for one; or if there are candidates, or ``schedule.parts`` is no
-            multiple of the number of processes, where there are several.
+            sequence with N = 1 where the schedule asks for one; if there are not as many ``tracks`` as sequences; or
+            if there are candidates, or ``schedule.parts`` is no multiple of the number of processes, where there are
+            several.
         FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
     """
 
@@ -62,9 +69,13 @@ def fit(
     if candidates and n_processes() > 1:
         raise ValueError("candidates are compared in one process; leave them out of a torchrun")
     training = Training(
-        model, guide, data, schedule, seed=seed, run_dir=run_dir, validation=validation, on_evaluation=on_evaluation
-    )
-    others = [Training(*start, data, schedule, seed=seed + i + 1) for i, start in enumerate(candidates)]
+        model, guide, data, schedule, seed=seed, run_dir=run_dir, validation=validation, on_evaluation=on_evaluation,
+        objective=objective, tracks=tracks,
+    )  # fmt: skip
+    others = [
+        Training(*start, data, schedule, seed=seed + i + 1, objective=objective, tracks=tracks)
+        for i, start in enumerate(candidates)
+    ]
     with _prepared([training], resume) as stop:
         if others and not resume:
             training.start_from_best(others, candidate_steps, stop, progress)

@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     index: Tensor  # (B,), which of them, on the CPU
     known: Known  # of any batch of this kind
     seed: int  # of this step
+    tracks: Tensor | None = None  # (n, N, T, 2), on the device, for objectives that learn from tracks
 
 
 class Steps:
@@ -94,7 +95,8 @@ class Steps:
         """Adds the gradient of a part's share of the mean loss of the batch's sequences, times ``weight``."""
         self._seed(batch, part)
         chosen, n = index.to(batch.images.device, non_blocking=True), len(batch.index)
-        (loss(batch.images[chosen], batch.n_objects[chosen]) * (weight / n)).backward()
+        given = [x[chosen] for x in (batch.images, batch.n_objects, batch.tracks) if x is not None]
+        (loss(*given) * (weight / n)).backward()
         terms = self.elbo.terms
         assert terms is not None
         self.totals += torch.stack([terms.log_likelihood.sum(), terms.kl.sum()]) / n

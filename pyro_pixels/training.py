@@ -60,13 +60,18 @@ class Training:
         run_dir: str | Path | None = None,
         validation: ImageSequences | None = None,
         on_evaluation: Callable[[dict[str, float]], None] | None = None,
+        objective: Callable[[], AnnealedELBO] = AnnealedELBO,
+        tracks: Tensor | None = None,
     ) -> None:
         self.schedule, self.seed, self.validation, self.on_evaluation = schedule, seed, validation, on_evaluation
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.device = next(model.parameters()).device
-        self.model, self.guide, elbo = model, guide, AnnealedELBO()
+        self.model, self.guide, self.objective, elbo = model, guide, objective, objective()
         loss = elbo(model, guide)  # a module: its parameters are the model's and the guide's
         self.data, self.images, self.n_objects = data, data.images.to(self.device), data.n_objects.to(self.device)
+        self.tracks = None if tracks is None else tracks.to(self.device)
+        if tracks is not None and tracks.shape[:1] != data.n_objects.shape:
+            raise ValueError(f"there are {len(tracks)} tracks for {len(data)} sequences; wanted as many of both")
         by_n = [(data.n_objects == n).nonzero().squeeze(1) for n in data.n_objects.unique()]
         single = (data.n_objects == 1).nonzero().squeeze(1)
         self.pools = {True: [single], False: by_n if schedule.one_n_per_batch else [torch.arange(len(data))]}
@@ -113,7 +118,10 @@ class Training:
     def start_from_best(self, others: "Sequence[Training]", steps: int, stop: threading.Event, progress: bool) -> None:
         """Trains itself and others for so many steps, and takes over the state of the one with the highest bound."""
         judges = self.data[:BOUND_SEQUENCES] if self.validation is None else self.validation
-        alike = Training(self.model, self.guide, self.data, self.schedule, seed=self.seed)
+        alike = Training(
+            self.model, self.guide, self.data, self.schedule, seed=self.seed,
+            objective=self.objective, tracks=self.tracks,
+        )  # fmt: skip
         starts, best, kept = [alike, *others], -torch.inf, 0
         for i, start in enumerate(starts):
             start.begin(resume=False)
@@ -174,7 +182,7 @@ class Training:
         index = self._batch(self.step)
         n_objects = self.data.n_objects[index] if schedule.one_n_per_batch else self.data.n_objects
         known = Known(int(n_objects.max()), self._most_white)
-        self.steps.take(Batch(self.images, self.n_objects, index, known, seed))
+        self.steps.take(Batch(self.images, self.n_objects, index, known, seed, self.tracks))
         self.step += 1
         self.since["steps"] += 1
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
     "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz", "other_worlds", "ask",
-    "gallery",
+    "gallery", "teach",
 }  # fmt: skip
 
 
@@ -173,6 +173,7 @@ BAD = {
     "trained already": ("train",),
     "nothing to resume": ("train", "--run", "new", "--resume"),
     "folder that is a file": ("infer", "--out", "file"),
+    "no such guide": ("teach", "--guide", "nobody"),
     "no steps": ("train", "--run", "new", "--steps", "0"),
 }
 
@@ -187,6 +188,19 @@ def test_bad_input_is_one_line_and_exit_code_2(trained, arguments):
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
     assert (trained / "runs/quick/checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_teaches_another_guide(trained):
+    done = script("teach", "--steps", 4, "--state-size", 8, "--guide", "recurrent", "--no-progress", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((trained / "runs/taught/config.json").read_text())
+    assert (config["guide"], config["guide_state_size"]) == ("recurrent", 8)
+    done = script("infer", "--run", "runs/taught", "--n-sequences", 6, cwd=trained)
+    assert done.returncode == 0, done.stderr
+    again = script("teach", "--no-progress", cwd=trained)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    done = script("teach", "--resume", "--no-progress", cwd=trained)
+    assert "taught 4 steps" in done.stdout
 
 
 def test_cuda_is_asked_for_where_there_is_none(trained):
@@ -305,6 +319,10 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
     assert "seed 1: done" in again.stdout
     assert "seed 0" not in again.stdout
     first, second = json.loads((tmp_path / "s/seeds.json").read_text())["variants"]["quick"]["runs"]
+    done = script("sweep", "--suite", "taught", "--seeds", 1, "--steps", 2, "--n-test", 12, "--out", "s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    taught = json.loads((tmp_path / "s/taught.json").read_text())["variants"]
+    assert list(taught) == ["taught recurrent", "taught attentive"]
     assert first == result["variants"]["quick"]["runs"][0]
     assert second == json.loads((tmp_path / "s/quick/seed1/result.json").read_text())
 
