@@ -134,8 +134,8 @@ VARIANTS["all that is not needed left out at once"] = _all(
         "schedule: not one object first", "schedule: constant learning rate",
     ))
 )  # fmt: skip
-"""The quick preset, and the quick preset with one ingredient left out, or changed; last, with what two seeds said can be
-left out by itself."""
+"""The quick preset, and the quick preset with one ingredient left out, or changed; last, with everything left out that
+two seeds said can be left out by itself."""
 
 
 @dataclass
@@ -240,7 +240,7 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson, 1927)."""
     share, z2 = successes / n, z * z
     centre, half = (share + z2 / (2 * n)) / (1 + z2 / n), z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return centre - half / (1 + z2 / n), centre + half / (1 + z2 / n)
+    return max(0.0, centre - half / (1 + z2 / n)), min(1.0, centre + half / (1 + z2 / n))
 
 
 def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
