@@ -38,7 +38,13 @@ class GivenTracks(AnnealedELBO):
     """
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """-log q(a | v), summed over sequences, for images, n_objects and tracks a (B, N, T, 2)."""
+        """-log q(a | v), summed over sequences, for images, n_objects and tracks a (B, N, T, 2).
+
+        Raises:
+            ValueError: if there are no tracks.
+        """
+        if len(args) != 3:
+            raise ValueError("GivenTracks needs tracks; give them to fit, such as tracks=draw_tracks(teacher, data)")
         images, n_objects, tracks = args
         q_a = guide.q(images, n_objects)
         log_q = log_prob_in_best_order(q_a, tracks[:, : q_a.batch_shape[1]], n_objects)

@@ -90,6 +90,11 @@ def test_a_guide_learns_from_tracks_and_the_model_stays(small_data):
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
+def test_tracks_are_asked_for(small_data):
+    with pytest.raises(ValueError, match="needs tracks"):
+        fit(make_model(), make_guide(), small_data, LESSONS, objective=GivenTracks, progress=False)
+
+
 def test_as_many_tracks_as_sequences(small_data):
     with pytest.raises(ValueError, match="3 tracks for 12 sequences"):
         fit(make_model(), make_guide(), small_data, LESSONS, objective=GivenTracks, tracks=torch.zeros(3, 3, 11, 2))
