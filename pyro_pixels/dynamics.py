@@ -77,13 +77,15 @@ class TrackMixture(dist.MixtureSameFamily):
     support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]  # torch's own has no bijection
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value.to(exact.exact_dtype(value.device)))
+        return self._log_joint(value).logsumexp(-1)
 
     def component_posterior(self, value: Tensor) -> dist.Categorical:
         """p(z | a_{1:T}), a Categorical over K, for positions (..., T, 2)."""
+        return dist.Categorical(logits=self._log_joint(value), validate_args=False)
+
+    def _log_joint(self, value: Tensor) -> Tensor:
         value = value.to(exact.exact_dtype(value.device)).unsqueeze(-3)
-        log_joint = self.component_distribution.log_prob(value) + self.mixture_distribution.logits
-        return dist.Categorical(logits=log_joint, validate_args=False)
+        return self.component_distribution.log_prob(value) + self.mixture_distribution.logits
 
 
 Components = Callable[[LGSSM, int], dist.TorchDistribution]
@@ -179,15 +181,16 @@ class Dynamics(nn.Module):
         dtype, device = exact.exact_dtype(self.mu.device), self.mu.device
         I = torch.eye(4, dtype=dtype, device=device)
         delta = self.log_delta.to(dtype).exp()
+        Sigmas = _covariance(torch.cat([self.root_Sigma_H.unsqueeze(0), self.root_Sigma]).to(dtype))  # all at once
         Sigma_A = _covariance(self.root_Sigma_A.to(dtype)) + self.config.position_noise_floor * I[:2, :2]
         return LGSSM(
             A=I + delta * torch.ones(2, dtype=dtype, device=device).diag(2),
             B=I[:2],
             u=self.u.to(dtype),
-            Sigma_H=_covariance(self.root_Sigma_H.to(dtype)),
+            Sigma_H=Sigmas[0],
             Sigma_A=Sigma_A,
             mu=self.mu.to(dtype),
-            Sigma=_covariance(self.root_Sigma.to(dtype)),
+            Sigma=Sigmas[1:],
         )
 
     def positions(self, n_frames: int) -> TrackMixture:

@@ -223,7 +223,7 @@ def response(lgssm: LGSSM, n_steps: int) -> Response:
     diagonal, where G is the block-Toeplitz matrix of the F_j. The starts of ``lgssm`` play no part.
     """
     A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
-    F = B @ _powers(A, n_steps)  # (T, p, d)
+    F = _after(B, A, n_steps)  # (T, p, d)
     drift, V = _Response.apply(F, u, Sigma_H, Sigma_A)
     return Response(F.flatten(0, 1), drift, V)
 
@@ -334,12 +334,13 @@ def _stack(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*tensors), dim)
 
 
-def _powers(A: Tensor, n: int) -> Tensor:
-    """A^0 .. A^{n-1} as (n, d, d), by doubling."""
-    powers, step = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).unsqueeze(0), A
-    while len(powers) < n:
-        powers, step = torch.cat([powers, powers @ step]), step @ step
-    return powers[:n]
+def _after(B: Tensor, A: Tensor, n: int) -> Tensor:
+    """B A^0 .. B A^{n-1} as (n, p, d), by doubling."""
+    after, step = B.unsqueeze(0), A
+    while len(after) < n:
+        after = torch.cat([after, after @ step])
+        step = step @ step
+    return after[:n]
 
 
 def _standard_normal(lgssm: LGSSM, shape: tuple[int, ...]) -> Tensor:
