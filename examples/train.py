@@ -58,6 +58,8 @@ class Arguments:
     """Train so many starting weights for 200 steps, and go on with the one of the highest bound."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
+    precision: Literal["highest", "high", "medium"] = "highest"
+    """Of float32 matrix products on CUDA: float32, TF32, or bfloat16. Exact inference stays in float64."""
     parts: int | None = None
     """Go through each batch in so many parts, to save memory; default: one for each process."""
     threads: int | None = None
@@ -192,6 +194,7 @@ def main(args: Arguments) -> int:
             raise ValueError(f"{name} is {value}; wanted at least 1")
     if args.seeds > 1 and args.starts > 1:
         raise ValueError(f"seeds is {args.seeds} and starts {args.starts}; wanted only one of them above 1")
+    torch.set_float32_matmul_precision(args.precision)
     with processes(device_of(args.device)) as (device, first):
         jobs = [make_job(args, seed, device) for seed in range(args.seed, args.seed + args.seeds)]
         small = jobs[0].config.state_size <= 256

@@ -223,6 +223,34 @@ def test_where_a_step_cannot_be_recorded_steps_go_on_and_say_why(small_data, mon
     assert any(not torch.equal(p, old) for p, old in zip(steps.parameters, before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("precision", "device", "tolerance"),
+    [
+        ("highest", "cpu", 1e-5),
+        pytest.param("highest", "cuda", 1e-5, marks=pytest.mark.gpu),
+        pytest.param("high", "cuda", 1e-3, marks=pytest.mark.gpu),
+        pytest.param("medium", "cuda", 1e-2, marks=pytest.mark.gpu),
+    ],
+)
+def test_log_likelihoods_are_near_those_in_float64(precision, device, tolerance, small_data):
+    """log p(v | a) for given positions, in each precision of matrix products that a training may use."""
+    model, present = make_model(state_size=64), torch.ones(12, 3, dtype=torch.bool)
+    a = torch.randn(12, 3, 11, 2, generator=torch.Generator().manual_seed(0))
+
+    def log_likelihood(model, a, images):
+        with torch.no_grad():
+            return model.likelihood(model.renderer(a, present.to(a.device))).log_prob(images).cpu().double()
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        actual = log_likelihood(model.to(device), a.to(device), small_data.images.float().to(device))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    wanted = log_likelihood(model.cpu().double(), a.double(), small_data.images.double())
+    torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=0.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["recurrent", "structured"])
 def test_replayed_steps_learn_as_plain_ones_do(kind, small_data):
