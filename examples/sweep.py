@@ -127,6 +127,9 @@ VARIANTS: dict[str, Change] = {
     "schedule: constant learning rate": _schedule(decay_from=None),
     "schedule: mixed N in a batch": _schedule(one_n_per_batch=False),
 }
+"""The quick preset, and the quick preset with one ingredient left out, or changed."""
+
+# What two seeds said can be left out by itself.
 VARIANTS["all that is not needed left out at once"] = _all(
     *(VARIANTS[name] for name in (
         "dynamics: learning rate not raised", "dynamics: u and delta not slowed", "dynamics: delta 0.1",
@@ -134,8 +137,6 @@ VARIANTS["all that is not needed left out at once"] = _all(
         "schedule: not one object first", "schedule: constant learning rate",
     ))
 )  # fmt: skip
-"""The quick preset, and the quick preset with one ingredient left out, or changed; last, with everything left out that
-two seeds said can be left out by itself."""
 
 
 @dataclass

@@ -220,7 +220,8 @@ def response(lgssm: LGSSM, n_steps: int) -> Response:
     """The a_{1:T} that follow h_1, Eq (3) with all later states integrated out, no loop over T.
 
     With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise, so V is G Sigma_H G' + Sigma_A on the
-    diagonal, where G is the block-Toeplitz matrix of the F_j. The starts of ``lgssm`` play no part.
+    diagonal, where G is the block-Toeplitz matrix of the F_j. The starts of ``lgssm`` play no part. The gradient is
+    written by hand; second derivatives do not exist.
     """
     A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
     F = _after(B, A, n_steps)  # (T, p, d)
