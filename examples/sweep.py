@@ -129,7 +129,11 @@ VARIANTS: dict[str, Change] = {
 }
 """The quick preset, and the quick preset with one ingredient left out, or changed."""
 
-# What two seeds said can be left out by itself.
+# What can replace each other.
+VARIANTS["dynamics: starts neither fitted nor as the preset's"] = _all(
+    VARIANTS["dynamics: mu, Sigma start as the paper's"], VARIANTS["dynamics: starts not fitted"]
+)
+# What can be left out by itself.
 VARIANTS["all that is not needed left out at once"] = _all(
     *(VARIANTS[name] for name in (
         "dynamics: learning rate not raised", "dynamics: u and delta not slowed", "dynamics: delta 0.1",
