@@ -63,10 +63,12 @@ class QueryArguments:
     """Folder of a trained run."""
     pretrained: bool = False
     """Ask the weights that come with the package instead."""
+    weights: str = "quick"
+    """Which of them: quick, or long, which learned for fifteen times as many steps."""
     data: Path | None = None
     """An .npz of image sequences; default: fresh ones, simulated as the run's were."""
     out: Path | None = None
-    """Where results go; default: in the run's folder, or runs/pretrained."""
+    """Where results go; default: in the run's folder, or runs/pretrained (runs/pretrained_NAME for other weights)."""
     n_sequences: int = 60
     """How many sequences at most."""
     seed: int = TEST_SEED
@@ -77,7 +79,8 @@ class QueryArguments:
     @property
     def home(self) -> Path:
         """The folder that results go to by default."""
-        return Path("runs/pretrained") if self.pretrained else self.run
+        packaged = Path("runs/pretrained" if self.weights == "quick" else f"runs/pretrained_{self.weights}")
+        return packaged if self.pretrained else self.run
 
 
 class Asked(NamedTuple):
@@ -90,7 +93,7 @@ def ask(args: QueryArguments) -> Asked:
     """The run and the sequences of a query, and where to work."""
     device = device_of(args.device)
     torch.manual_seed(args.seed)
-    run = load_pretrained(device=device) if args.pretrained else load_run(args.run, device)
+    run = load_pretrained(args.weights, device) if args.pretrained else load_run(args.run, device)
     return Asked(run, sequences_for(run, args.data, args.n_sequences, args.seed), device)
 
 

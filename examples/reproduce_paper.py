@@ -24,7 +24,7 @@ from pyro_pixels.baselines import evaluate_edlstm, load_edlstm
 from pyro_pixels.data import ImageSequences, atomic_write
 from pyro_pixels.evaluation import N_SEEN, evaluate
 from pyro_pixels.queries import infer
-from pyro_pixels.runs import load_pretrained, load_run
+from pyro_pixels.runs import Run, load_pretrained, load_run
 from pyro_pixels.simulation import simulate
 from pyro_pixels.tracker import evaluate_tracker
 
@@ -76,8 +76,20 @@ class Reproduction:
     def model(self) -> dict[str, Any]:
         """The run on fresh sequences, and Figs 3, 5(a), 6, 8, 9, 10, 12, 13."""
         self._figures()
-        test = self.test()
-        found = evaluate(self.run.model, self.run.guide, test)
+        return self._measure(self.run, self.test())
+
+    def longer(self) -> dict[str, Any]:
+        """The packaged weights that learned for longer, on sequences of their own world, and what they draw."""
+        runs = [load_pretrained(name, self.device) for name in ("quick", "long")]
+        config = runs[-1].config.data
+        data = simulate(config, 60, seed=SHOWN_SEED)
+        b, frames = int((data.n_objects == 3).nonzero()[0]), slice(0, None, 4)
+        drawn = {f"{run.step:,} steps": Shown(run, data, self.device).reconstruction()[b, frames] for run in runs}
+        self._save(plotting.plot_frames({"seen": data.images[b, frames], **drawn}), "longer")
+        return self._measure(runs[-1], simulate(config, self.args.n_test, seed=self.args.seed))
+
+    def _measure(self, run: Run, test: ImageSequences) -> dict[str, Any]:
+        found = evaluate(run.model, run.guide, test)
         assert test.positions is not None
         assert test.dynamics is not None
         labelled = metrics.likeliest_labels(test.dynamics, test.positions, test.n_objects)
@@ -85,8 +97,8 @@ class Reproduction:
         for n, row in found["by_n_objects"].items():
             row["switch_floor"] = None if n == "1" else float(floor[test.n_objects == int(n)].mean())
         found["all"]["switch_floor"] = float(floor[test.n_objects > 1].mean())
-        about = {"step": self.run.step, "train_seed": self.run.config.seed, "test_seed": self.args.seed}
-        return {**about, "preset_guide": self.run.config.guide, **found}
+        about = {"step": run.step, "train_seed": run.config.seed, "test_seed": self.args.seed}
+        return {**about, "preset_guide": run.config.guide, **found}
 
     def baselines(self) -> dict[str, Any]:
         """The classical tracker and the ED-LSTMs on the same sequences; Figs 6 (bottom row) and 11."""
@@ -254,6 +266,8 @@ class Text:
         )
         return f"{markdown(header, rows)}\n\n{about}"
 
+    longer = model
+
     @staticmethod
     def baselines(r: dict[str, Any], ours: dict[str, Any] | None) -> str:
         models = {} if ours is None else {"pyro_pixels": ours}
@@ -336,7 +350,8 @@ def main(args: Arguments) -> None:
         raise ValueError(f"there is no {page_file}; run from the root of the repository, or give --docs")
     page, work = page_file.read_text(), Reproduction(args)
     parts: dict[str, Callable[[], dict[str, Any] | None]] = {
-        "model": work.model, "baselines": work.baselines, "generalisation": work.generalisation, "sweeps": work.sweeps,
+        "model": work.model, "baselines": work.baselines, "longer": work.longer,
+        "generalisation": work.generalisation, "sweeps": work.sweeps,
     }  # fmt: skip
     found: dict[str, Any] = {}
     for part, make in parts.items():

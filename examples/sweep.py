@@ -145,11 +145,11 @@ VARIANTS["all that is not needed left out at once"] = _all(
 
 @dataclass
 class Arguments:
-    suite: Literal["seeds", "ablation", "recurrent", "taught", "small-noise"] = "seeds"
-    """seeds: the quick preset; ablation: with one ingredient left out; recurrent: the paper's guide and schedule at the
-    quick preset's size; taught: the paper's guide, and the one with an attention head, taught by the quick runs of the
-    same seeds, which must be there; small-noise: data whose 0.001 is read as a standard deviation, Sigma_A learned
-    faster."""
+    suite: Literal["seeds", "longer", "ablation", "recurrent", "taught", "small-noise"] = "seeds"
+    """seeds: the quick preset; longer: beside it, with more steps, half an hour and an hour; ablation: with one
+    ingredient left out; recurrent: the paper's guide and schedule at the quick preset's size; taught: the paper's
+    guide, and the one with an attention head, taught by the quick runs of the same seeds, which must be there;
+    small-noise: data whose 0.001 is read as a standard deviation, Sigma_A learned faster."""
     seeds: int = 10
     """How many."""
     first_seed: int = 0
@@ -184,6 +184,8 @@ def variants(args: Arguments) -> dict[str, RunConfig]:
         taught = replace(quick, guide_state_size=quick.state_size, schedule=lessons(args.steps or 4_000))
         return {f"taught {guide}": replace(taught, guide=guide) for guide in ("recurrent", "attentive")}
     chosen = VARIANTS if args.suite == "ablation" else {"quick": VARIANTS["quick"]}
+    if args.suite == "longer":
+        chosen |= {f"quick, {steps:,} steps": _schedule(steps=steps) for steps in (7_500, 15_000)}
     configs = {name: change(quick) for name, change in chosen.items()}
     if args.suite == "small-noise":
         faster = VARIANTS["dynamics: Sigma_A learns 50 times faster"](quick)  # the preset starts it far above the truth

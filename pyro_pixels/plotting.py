@@ -61,6 +61,17 @@ def plot_sequences(images: Data, *, columns: int = 4, titles: Sequence[str] | No
     return figure
 
 
+def plot_frames(sequences: Named) -> Figure:
+    """The frames of each named sequence (T, H, W) side by side, a row each: what was seen above what was drawn."""
+    rows = read("T H W", sequences)
+    T, H, W = next(iter(rows.values())).shape
+    figure, cells = grid(len(rows), 1, 1.2 * T, [1.2 * H / W])
+    for (ax,), (name, images) in zip(cells, rows.items()):
+        _show(ax, [images[t : t + 1] for t in range(T)])
+        _name(ax, name)
+    return figure
+
+
 def plot_positions(
     truth: Data, inferred: Data, *, n_objects: Data | None = None, size: tuple[int, int] | None = None, columns: int = 3
 ) -> Figure:
@@ -121,7 +132,7 @@ def plot_generated_images(generated: Data | Named, truth: Data, *, rows: int = 1
         if b < len(truth):
             _show(ax, [images[b], truth[b]], ("generated", "truth") if i < columns else ())
         if b == 0 and isinstance(generated, Mapping):
-            ax.text(-0.03, 0.5, name, transform=ax.transAxes, rotation=90, ha="right", va="center", **TEXT)
+            _name(ax, name)
     return figure
 
 
@@ -278,3 +289,8 @@ def _show(ax: Axes, sequences: Sequence[Floats], labels: Sequence[str] = ()) -> 
     ax.set_axis_off()
     for i, label in enumerate(labels):
         ax.text((i + 0.5) / len(labels), 1, label, transform=ax.transAxes, ha="center", va="bottom", **TEXT)
+
+
+def _name(ax: Axes, name: str) -> None:
+    """Beside a row."""
+    ax.text(-0.03, 0.5, name, transform=ax.transAxes, rotation=90, ha="right", va="center", **TEXT)

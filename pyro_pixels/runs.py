@@ -223,10 +223,11 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> Run:
-    """Weights that come with the package: the run that docs/reproduction.md shows, ready for queries.
+    """Weights that come with the package: the runs that docs/reproduction.md shows, ready for queries.
 
     Args:
-        name: a folder in pyro_pixels/pretrained; its about.json says what made it, and how good it is.
+        name: quick, of 1,000 steps, or long, of 15,000; a folder in pyro_pixels/pretrained, whose about.json says
+            what made it, and how good it is.
 
     Raises:
         ValueError: if there is none of that name.

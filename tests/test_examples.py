@@ -220,7 +220,7 @@ def test_a_run_becomes_pretrained_weights_and_a_page(trained, tmp_path):
     }.items():
         if name == "reproduce_paper":
             (tmp_path / "docs").mkdir()
-            parts = ("model", "baselines", "generalisation", "sweeps")
+            parts = ("model", "baselines", "longer", "generalisation", "sweeps")
             page = "\n".join(f"<!-- begin {part} -->\nnothing yet\n<!-- end {part} -->\nkept" for part in parts)
             (tmp_path / "docs" / "reproduction.md").write_text(page)
         done = script(name, *arguments, cwd=trained)
@@ -229,11 +229,11 @@ def test_a_run_becomes_pretrained_weights_and_a_page(trained, tmp_path):
     assert about["step"] == 6
     assert "metrics" in about
     page = (tmp_path / "docs/reproduction.md").read_text()
-    assert page.count("kept") == 4
+    assert page.count("kept") == 5
     assert page.count("nothing yet") == 1  # there are no sweeps
     assert "| 3 |" in page
     figures = {path.stem for path in (tmp_path / "docs/figures/paper").glob("*.png")}
-    assert figures >= {"fig3", "fig5a", "fig5b", "fig6", "fig8", "fig9", "fig10_last", "fig12", "fig13"}
+    assert figures >= {"fig3", "fig5a", "fig5b", "fig6", "fig8", "fig9", "fig10_last", "fig12", "fig13", "longer"}
     done = script("reproduce_paper", "--docs", tmp_path / "nowhere", cwd=trained)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
@@ -243,6 +243,11 @@ def test_the_pretrained_weights_answer_without_training(tmp_path):
         done = script(name, "--pretrained", "--n-sequences", 9, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "runs/pretrained" / made).stat().st_size > 1000
+    done = script("infer", "--pretrained", "--weights", "long", "--n-sequences", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/pretrained_long/infer/positions.png").exists()
+    done = script("infer", "--pretrained", "--weights", "best", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 def test_beliefs_are_written_for_arviz(tmp_path):

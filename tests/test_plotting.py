@@ -30,6 +30,15 @@ def test_overlay_is_lighter_for_later_frames_and_later_ones_lie_on_top():
     assert plotting.overlay(np.full((1, 2, 2), 0.5))[0, 0] == 0.5  # one frame is the most recent, and keeps its grey
 
 
+def test_plot_frames_has_a_row_a_sequence_with_its_frames_side_by_side(data):
+    figure = plotting.plot_frames({"seen": data.images[0], "drawn": 0.5 * data.images[0].double()})
+    seen, drawn = (ax.images[0].get_array() for ax in figure.axes)
+    assert seen.shape == (H + 2, T * (W + 2))
+    np.testing.assert_array_equal(seen[1:-1, W + 3 : 2 * W + 3], data.images[0, 1])
+    np.testing.assert_array_equal(drawn[1:-1, W + 3 : 2 * W + 3], 0.5 * data.images[0, 1].double())
+    assert [ax.texts[0].get_text() for ax in figure.axes] == ["seen", "drawn"]
+
+
 @pytest.mark.parametrize("columns", [1, 2, 4])
 def test_plot_sequences_has_an_axes_a_sequence_and_no_empty_ones(data, columns):
     assert [len(ax.images) for ax in plotting.plot_sequences(data.images, columns=columns).axes] == [1] * B

@@ -135,21 +135,22 @@ def test_a_gpu_gives_the_bound_of_the_cpu(small_data):
         assert bool(bound(run.model.cpu(), run.guide, small_data).bound.isfinite().all())
 
 
-def test_the_pretrained_weights_are_small_and_good():
+@pytest.mark.parametrize(("name", "bound", "generation"), [("quick", -35, 1.5), ("long", -22, 1.35)])
+def test_the_pretrained_weights_are_small_and_good(name, bound, generation):
     """90 fresh sequences; the limits are far from what was measured, and out of reach without training."""
-    run = load_pretrained()
-    folder = PRETRAINED / "quick"
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
+    run = load_pretrained(name)
+    folder = PRETRAINED / name
+    assert sum(path.stat().st_size for path in PRETRAINED.glob("*/*")) < 5e6
     about = json.loads((folder / "about.json").read_text())
     assert run.step == about["step"] > 100
     assert {"command", "seed", "metrics"} <= about.keys()
     result = evaluate(run.model, run.guide, simulate(run.config.data, 90, seed=31))
     for row in result["by_n_objects"].values():
         assert row["position_error_px"] < 0.75
-        assert row["generation_error_px"] < 1.5 * row["generation_floor_px"]
+        assert row["generation_error_px"] < generation * row["generation_floor_px"]
         assert row["interpolation_error_px"] < 1.5 * row["interpolation_floor_px"]
         assert row["side_accuracy"] > 0.95
-    assert result["all"]["bound_per_frame_nats"] > -35
+    assert result["all"]["bound_per_frame_nats"] > bound
     with pytest.raises(ValueError, match="no pretrained weights 'huge'; wanted one of"):
         load_pretrained("huge")
 
