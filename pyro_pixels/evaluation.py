@@ -19,21 +19,30 @@ Table = dict[str, dict[str, float | int | None]]
 
 
 def evaluate(
-    model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, batch_size: int = 100
+    model: PixelModel,
+    guide: Guide,
+    data: ImageSequences,
+    *,
+    n_seen: int = N_SEEN,
+    n_futures: int = 0,
+    batch_size: int = 100,
 ) -> dict[str, Any]:
     """Errors, losses and floors, for each N and for all sequences.
 
     Args:
         data: fresh sequences. Without ``positions`` there are no errors in pixels; without ``dynamics`` no floors.
         n_seen: frames seen before generation, and at either end for interpolation.
+        n_futures: of each sequence, sampled to average their images; 0 leaves ``averaged_nll_per_frame_nats`` out.
 
     Returns:
         ``by_n_objects`` and ``all``, each with the measures that docs/reproduction.md explains (None where a measure
         does not apply), the fitted affine map from latent units to pixels, and the learned dynamics in pixels.
 
     Raises:
-        ValueError: if the sequences are too short, or do not fit the model.
+        ValueError: if the sequences are too short or do not fit the model, or ``n_futures`` is negative.
     """
+    if n_futures < 0:
+        raise ValueError(f"n_futures is {n_futures}; give a number of sampled futures, 0 for none")
     T = data.images.shape[1]
     if n_seen < 1 or 2 * n_seen >= T:
         raise ValueError(
@@ -41,7 +50,7 @@ def evaluate(
         )
     time = torch.arange(T)
     ends = (time < n_seen) | (time >= T - n_seen)
-    inferred, generated, interpolated, values = _query(model, guide, data, ends, n_seen, batch_size)
+    inferred, generated, interpolated, values = _query(model, guide, data, ends, n_seen, n_futures, batch_size)
 
     result: dict[str, Any] = {"n_seen": n_seen, "n_frames": T}
     if data.positions is not None and bool((data.n_objects == 1).any()):
@@ -57,7 +66,13 @@ def evaluate(
 
 @torch.no_grad()
 def _query(
-    model: PixelModel, guide: Guide, data: ImageSequences, ends: Tensor, n_seen: int, batch_size: int
+    model: PixelModel,
+    guide: Guide,
+    data: ImageSequences,
+    ends: Tensor,
+    n_seen: int,
+    n_futures: int,
+    batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Latent positions (n, N, T, 2) by inference, generation and interpolation, and losses (n,)."""
     device = next(model.parameters()).device
@@ -67,16 +82,20 @@ def _query(
     for start in range(0, len(data), batch_size):
         part = data[start : start + batch_size]
         images, n_objects = part.images.to(device), part.n_objects.to(device)
-        future = generate(model, guide, images[:, :n_seen], n_objects, n_frames=T)
+        future = generate(model, guide, images[:, :n_seen], n_objects, n_frames=T, n_samples=n_futures)
         between = interpolate(model, guide, images, n_objects, ends.to(device))
         for found, a in zip(positions, (infer(guide, images, n_objects).mean, future.mean, between.mean)):
             padding = a.new_full((a.shape[0], N - a.shape[1], T, 2), torch.nan)
             found.append(torch.cat([a, padding], 1).cpu())
         unseen, drawn = part.images[:, n_seen:].float(), future.images[:, n_seen:].cpu()
-        for name, value in {
+        found_losses = {
             "nll_per_frame_nats": metrics.nll_per_frame(unseen, drawn),
             "paper_style_loss": metrics.paper_style_loss(unseen, drawn),
-        }.items():
+        }
+        if future.sample_images is not None:
+            averaged = future.sample_images[:, :, n_seen:].mean(0).cpu()
+            found_losses["averaged_nll_per_frame_nats"] = metrics.nll_per_frame(unseen, averaged)
+        for name, value in found_losses.items():
             losses.setdefault(name, []).append(value.double())
     inferred, generated, interpolated = (torch.cat(p) for p in positions)
     values = {name: torch.cat(parts) for name, parts in losses.items()}

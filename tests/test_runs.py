@@ -144,15 +144,32 @@ def test_the_pretrained_weights_are_small_and_good(name, bound, generation):
     about = json.loads((folder / "about.json").read_text())
     assert run.step == about["step"] > 100
     assert {"command", "seed", "metrics"} <= about.keys()
-    result = evaluate(run.model, run.guide, simulate(run.config.data, 90, seed=31))
+    result = evaluate(run.model, run.guide, simulate(run.config.data, 90, seed=31), n_futures=16)
     for row in result["by_n_objects"].values():
         assert row["position_error_px"] < 0.75
         assert row["generation_error_px"] < generation * row["generation_floor_px"]
         assert row["interpolation_error_px"] < 1.5 * row["interpolation_floor_px"]
         assert row["side_accuracy"] > 0.95
+        # a forecast that says how sure it is costs less than its mean alone, and less than knowing nothing
+        assert row["averaged_nll_per_frame_nats"] < row["nll_per_frame_nats"]
+        assert row["averaged_nll_per_frame_nats"] < 0.6 * row["constant_image_nll_per_frame_nats"]
     assert result["all"]["bound_per_frame_nats"] > bound
     with pytest.raises(ValueError, match="no pretrained weights 'huge'; wanted one of"):
         load_pretrained("huge")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_seen": 15}, "sequences have 30 frames; to see 15"),
+        ({"n_seen": 0}, "at least 1"),
+        ({"n_futures": -1}, "n_futures is -1; give a number"),
+    ],
+)
+def test_evaluate_says_what_it_cannot_do(options, message):
+    run = load_pretrained("quick")
+    with pytest.raises(ValueError, match=message):
+        evaluate(run.model, run.guide, simulate(run.config.data, 3, seed=0), **options)
 
 
 def test_exported_weights_come_back(tmp_path, monkeypatch):
