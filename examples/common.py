@@ -64,7 +64,7 @@ class QueryArguments:
     pretrained: bool = False
     """Ask the weights that come with the package instead."""
     weights: str = "quick"
-    """Which of them: quick, or long, which learned for fifteen times as many steps."""
+    """Which of them: quick, or long, which learned for fifteen times as many steps; only with --pretrained."""
     data: Path | None = None
     """An .npz of image sequences; default: fresh ones, simulated as the run's were."""
     out: Path | None = None
@@ -79,8 +79,9 @@ class QueryArguments:
     @property
     def home(self) -> Path:
         """The folder that results go to by default."""
-        packaged = Path("runs/pretrained" if self.weights == "quick" else f"runs/pretrained_{self.weights}")
-        return packaged if self.pretrained else self.run
+        if not self.pretrained:
+            return self.run
+        return Path("runs/pretrained" if self.weights == QueryArguments.weights else f"runs/pretrained_{self.weights}")
 
 
 class Asked(NamedTuple):
@@ -90,7 +91,16 @@ class Asked(NamedTuple):
 
 
 def ask(args: QueryArguments) -> Asked:
-    """The run and the sequences of a query, and where to work."""
+    """The run and the sequences of a query, and where to work.
+
+    Raises:
+        ValueError: if weights that come with the package are named, and a run is asked.
+    """
+    if args.weights != QueryArguments.weights and not args.pretrained:
+        raise ValueError(
+            f"--weights {args.weights} names weights that come with the package, and {args.run} is asked; "
+            f"add --pretrained, or leave --weights out"
+        )
     device = device_of(args.device)
     torch.manual_seed(args.seed)
     run = load_pretrained(args.weights, device) if args.pretrained else load_run(args.run, device)

@@ -222,6 +222,7 @@ class _Moments(NamedTuple):
 
 
 def _moments(q_a: dist.TorchDistribution) -> _Moments:
+    """In `lgssm.exact_dtype`; from samples where the distribution has no closed form for them."""
     try:
         mean, variance = q_a.mean, q_a.variance
     except NotImplementedError:

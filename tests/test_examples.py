@@ -246,8 +246,10 @@ def test_the_pretrained_weights_answer_without_training(tmp_path):
     done = script("infer", "--pretrained", "--weights", "long", "--n-sequences", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/pretrained_long/infer/positions.png").exists()
-    done = script("infer", "--pretrained", "--weights", "best", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    for which in (("--pretrained", "--weights", "best"), ("--weights", "long")):
+        done = script("infer", *which, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "add --pretrained" in done.stderr
 
 
 def test_beliefs_are_written_for_arviz(tmp_path):
