@@ -26,7 +26,7 @@ import memory
 import report
 import steps
 from common import device_of, environment, new_folder, save, start
-from pyro_pixels.data import atomic_write
+from pyro_pixels._files import atomic_write
 from reproduce_paper import insert
 from timing import Stopwatch
 

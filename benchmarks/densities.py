@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.dynamics import Components, Dynamics, block_components, dense_components, hmm_components
-from pyro_pixels.runs import PRESETS
+from pyro_pixels.lgssm.dynamics import Components, Dynamics, block_components, dense_components, hmm_components
+from pyro_pixels.presets import PRESETS
 from timing import Stopwatch
 
 FRAMES = (30, 100, 200, 500, 1000)

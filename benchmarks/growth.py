@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.runs import RunConfig
-from pyro_pixels.schedule import Schedule
+from pyro_pixels.config import RunConfig
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 from steps import OurStep, make_step, with_objects
 from timing import Stopwatch
 

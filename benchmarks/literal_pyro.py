@@ -22,8 +22,9 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from pyro_pixels.guides import SIGMA_FLOOR, LinearHead, RecurrentGuide
-from pyro_pixels.model import PixelModel
+from pyro_pixels.guides.heads import SIGMA_FLOOR, LinearHead
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.model.pixel_model import PixelModel
 
 cholesky_factor = transform_to(constraints.lower_cholesky)
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from common import markdown
-from pyro_pixels.canvas import FONT, OBJECTS
+from pyro_pixels.plots.style import FONT, OBJECTS
 from steps import LITERAL, OURS, PRODUCT, STRUCTURED
 from timing import Times, exponent, quartiles, ratio
 

@@ -12,12 +12,15 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from literal_pyro import LiteralProgram
-from pyro_pixels.data import ImageSequences, Known, most_white
-from pyro_pixels.elbo import AnnealedELBO
-from pyro_pixels.guides import RecurrentGuide
-from pyro_pixels.runs import PRESETS, Run, RunConfig, build
-from pyro_pixels.simulation import simulate
-from pyro_pixels.steps import Batch, CapturedSteps, Steps
+from pyro_pixels._batch import Known, most_white
+from pyro_pixels.config import RunConfig
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.runs import Run, build
+from pyro_pixels.training.elbo import AnnealedELBO
+from pyro_pixels.training.step_runners import Batch, CapturedSteps, Steps
+from pyro_pixels.worlds.base import simulate
 from timing import MatrixProduct, Stopwatch, product_flops
 
 KL_WEIGHT = 2.0  # not 1, so that the work of weighing is not left out

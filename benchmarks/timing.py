@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_pixels.products import PACKED
+from pyro_pixels.guides.products import PACKED
 
 FEWEST_ROUNDS = 3
 

@@ -25,15 +25,16 @@ from common import (
     start,
     write_json,
 )
-from pyro_pixels import metrics, query_plots
-from pyro_pixels.calibration import LEVELS, corrected, coverage, distances, fit_correction
-from pyro_pixels.evidence import count_objects, log_evidence
-from pyro_pixels.lgssm import Gaussians
-from pyro_pixels.queries import States, interpolate, smooth
-from pyro_pixels.states import filter_states, positions, retrodict, states
-from pyro_pixels.streaming import forecast, start_images, step, step_image
-from pyro_pixels.streaming import start as start_stream
-from pyro_pixels.what_if import Change, scale_force, what_if
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.calibration import LEVELS, corrected, coverage, distances, fit_correction
+from pyro_pixels.lgssm.kalman import Gaussians
+from pyro_pixels.plots import answers as query_plots
+from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
+from pyro_pixels.queries.evidence import count_objects, log_evidence
+from pyro_pixels.queries.predict import States, interpolate, smooth
+from pyro_pixels.queries.latent_states import filter_states, positions, retrodict, states
+from pyro_pixels.queries.streaming import forecast, start_images, step, step_image
+from pyro_pixels.queries.streaming import start as start_stream
 
 Question = Literal["filter", "hidden", "retrodict", "what-if", "evidence", "count", "stream", "calibration"]
 

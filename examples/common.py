@@ -16,14 +16,17 @@ import torch
 import tyro
 from torch import Tensor
 
-from pyro_pixels import metrics, plotting
-from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
-from pyro_pixels.learning import fit
-from pyro_pixels.queries import Prediction, generate, infer, interpolate, reconstruct
-from pyro_pixels.runs import Run, RunConfig, build, load_pretrained, load_run, save_config
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import simulate
-from pyro_pixels.training import FitResult
+from pyro_pixels._files import atomic_write
+from pyro_pixels.config import RunConfig
+from pyro_pixels.data import ImageSequences, load_sequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.plots import paper as plotting
+from pyro_pixels.queries.predict import Prediction, generate, infer, interpolate, reconstruct
+from pyro_pixels.runs import Run, build, load_pretrained, load_run, save_config
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.loop import FitResult
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
 
 Arguments = TypeVar("Arguments")
 TEST_SEED = 1_000_003  # fresh sequences for figures and tables; training seeds are small numbers

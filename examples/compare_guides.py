@@ -26,13 +26,15 @@ from common import (
     train_or_resume,
     write_json,
 )
+from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.elbo import bound
-from pyro_pixels.evaluation import evaluate
-from pyro_pixels.guides import Guide
-from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig
-from pyro_pixels.simulation import simulate
-from pyro_pixels.unamortised import fit_mean_field
+from pyro_pixels.evaluation.mean_field import fit_mean_field
+from pyro_pixels.evaluation.table import evaluate
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.runs import GUIDES, Run
+from pyro_pixels.training.elbo import bound
+from pyro_pixels.worlds.base import simulate
 
 BOUND_SAMPLES = 10
 

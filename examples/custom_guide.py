@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from common import TEST_SEED, shortened, start
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.data import object_mask
-from pyro_pixels.evaluation import evaluate, format_table
-from pyro_pixels.guides import Guide
-from pyro_pixels.learning import fit
-from pyro_pixels.queries import generate, infer
-from pyro_pixels.runs import GUIDES, PRESETS, build
-from pyro_pixels.simulation import simulate
+from pyro_pixels._batch import object_mask
+from pyro_pixels.evaluation.table import evaluate, format_table
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.queries.predict import generate, infer
+from pyro_pixels.runs import GUIDES, build
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 
 class CentroidGuide(Guide):

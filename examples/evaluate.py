@@ -7,9 +7,9 @@ import json
 from dataclasses import dataclass
 
 from common import QueryArguments, Shown, ask, draw_error_over_time, environment, start
-from pyro_pixels.data import atomic_write
-from pyro_pixels.evaluation import N_SEEN, evaluate, format_table
-from pyro_pixels.health import START_FRAMES, check_health, format_health
+from pyro_pixels._files import atomic_write
+from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
+from pyro_pixels.evaluation.table import N_SEEN, evaluate, format_table
 
 
 @dataclass

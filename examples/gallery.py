@@ -18,11 +18,11 @@ from torch import Tensor
 import ask
 from ask import Scene
 from common import draw_forecast, new_folder, save, start
-from pyro_pixels import query_plots
-from pyro_pixels.calibration import coverage, distances
-from pyro_pixels.lgssm import Gaussians
-from pyro_pixels.metrics import Affine, assign, reorder
-from pyro_pixels.queries import Prediction, smooth
+from pyro_pixels.evaluation.calibration import coverage, distances
+from pyro_pixels.evaluation.metrics import Affine, assign, reorder
+from pyro_pixels.lgssm.kalman import Gaussians
+from pyro_pixels.plots import answers as query_plots
+from pyro_pixels.queries.predict import Prediction, smooth
 
 Picture = Literal[
     "positions", "velocities", "filter", "starts", "fan", "forecast", "missing", "hidden", "stream", "what-if",

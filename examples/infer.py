@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common import QueryArguments, Shown, ask, draw_inference, new_folder, save_arrays, start
-from pyro_pixels.queries import infer, smooth
+from pyro_pixels.queries.predict import infer, smooth
 
 
 @dataclass

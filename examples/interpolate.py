@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from common import QueryArguments, Shown, ask, draw_interpolation, new_folder, save_arrays, start
-from pyro_pixels.evaluation import N_SEEN
+from pyro_pixels.evaluation.table import N_SEEN
 
 
 @dataclass

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 
 from common import TEST_SEED, Shown, device_of, environment, markdown, new_folder, per_n, save, start
-from pyro_pixels import plotting
-from pyro_pixels.data import ImageSequences, atomic_write
-from pyro_pixels.drawing import Look
-from pyro_pixels.evaluation import evaluate
-from pyro_pixels.health import EXPECTED, check_health
-from pyro_pixels.learning import fit
-from pyro_pixels.runs import PRESETS, RunConfig, build, load_config, load_run, save_config
-from pyro_pixels.simulation import simulate
-from pyro_pixels.worlds import BouncingConfig, DriftConfig
+from pyro_pixels._files import atomic_write
+from pyro_pixels.config import RunConfig
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation.health import EXPECTED, check_health
+from pyro_pixels.evaluation.table import evaluate
+from pyro_pixels.plots import paper as plotting
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.runs import build, load_config, load_run, save_config
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.drawing import Look
+from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
 
 QUICK = PRESETS["quick"]
 SIZE = {"height": QUICK.data.height, "width": QUICK.data.width}

@@ -23,7 +23,8 @@ from common import (
     sequences_for,
     start,
 )  # fmt: skip
-from pyro_pixels import lgssm, plotting
+from pyro_pixels import lgssm
+from pyro_pixels.plots import paper as plotting
 from pyro_pixels.runs import build, load_run
 
 

@@ -19,14 +19,16 @@ from torch import Tensor
 
 import sweep
 from common import TEST_SEED, Shown, device_of, environment, markdown, per_n, save, start
-from pyro_pixels import metrics, plotting
-from pyro_pixels.baselines import evaluate_edlstm, load_edlstm
-from pyro_pixels.data import ImageSequences, atomic_write
-from pyro_pixels.evaluation import N_SEEN, evaluate
-from pyro_pixels.queries import infer
+from pyro_pixels._files import atomic_write
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.blob_tracker import evaluate_tracker
+from pyro_pixels.evaluation.ed_lstm import evaluate_edlstm, load_edlstm
+from pyro_pixels.evaluation.table import N_SEEN, evaluate
+from pyro_pixels.plots import paper as plotting
+from pyro_pixels.queries.predict import infer
 from pyro_pixels.runs import Run, load_pretrained, load_run
-from pyro_pixels.simulation import simulate
-from pyro_pixels.tracker import evaluate_tracker
+from pyro_pixels.worlds.base import simulate
 
 # Error after 300 CPU-seconds, measured beforehand on the same kind of data: 32 x 32, small noise; untuned, three seeds.
 STOVE = {"N = 2, STOVE": (300.0, 1.36), "N = 3, STOVE": (300.0, 2.58)}

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import save, start
-from pyro_pixels import plotting
-from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.data import save_sequences
-from pyro_pixels.simulation import simulate
-from pyro_pixels.worlds import BouncingConfig, DriftConfig
+from pyro_pixels.plots import paper as plotting
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
+from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
 
 
 @dataclass

@@ -30,17 +30,20 @@ from common import (
     train_or_resume,
     write_json,
 )  # fmt: skip
-from pyro_pixels import metrics
-from pyro_pixels.dynamics import DynamicsConfig
-from pyro_pixels.evaluation import evaluate
-from pyro_pixels.guides import Guide, RecurrentGuide
-from pyro_pixels.health import check_health
-from pyro_pixels.model import PixelModel
-from pyro_pixels.queries import infer
-from pyro_pixels.runs import GUIDES, PRESETS, Run, RunConfig, load_run
-from pyro_pixels.simulation import simulate
-from pyro_pixels.structured import StructuredGuide
-from pyro_pixels.tracker import evaluate_tracker
+from pyro_pixels.config import RunConfig
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.blob_tracker import evaluate_tracker
+from pyro_pixels.evaluation.health import check_health
+from pyro_pixels.evaluation.table import evaluate
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.lgssm.dynamics import DynamicsConfig
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.queries.predict import infer
+from pyro_pixels.runs import GUIDES, Run, load_run
+from pyro_pixels.worlds.base import simulate
 from teach import schedule as lessons
 from teach import sequences, teach
 

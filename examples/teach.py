@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 from common import TEST_SEED, device_of, new_folder, start
+from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences, load_sequences
-from pyro_pixels.learning import fit
-from pyro_pixels.runs import GUIDES, Run, RunConfig, build, load_config, load_pretrained, load_run, save_config
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import simulate
-from pyro_pixels.teaching import GivenTracks, draw_tracks
-from pyro_pixels.training import FitResult
+from pyro_pixels.runs import GUIDES, Run, build, load_config, load_pretrained, load_run, save_config
+from pyro_pixels.training.distillation import GivenTracks, draw_tracks
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.loop import FitResult
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
 
 
 @dataclass

@@ -15,9 +15,9 @@ from scipy import stats
 from torch import Tensor
 
 from common import QueryArguments, Shown, ask, new_folder, save, start
-from pyro_pixels import metrics
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.inference_data import to_inference_data
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.queries.inference_data import to_inference_data
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")  # 0.23 announces 1.0 wherever it can
 import arviz as az  # noqa: E402

@@ -18,15 +18,18 @@ import torch
 import torch.distributed as distributed
 
 from common import TEST_SEED, device_of, new_folder, save, start
-from pyro_pixels import plotting
-from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
-from pyro_pixels.health import START_FRAMES, check_health, format_health
-from pyro_pixels.learning import fit, fit_together
-from pyro_pixels.queries import infer
-from pyro_pixels.runs import PRESETS, Run, RunConfig, build, load_config, save_config
-from pyro_pixels.simulation import simulate
-from pyro_pixels.training import FitResult, Training
-from pyro_pixels.worlds import WORLDS
+from pyro_pixels._files import atomic_write
+from pyro_pixels.config import RunConfig
+from pyro_pixels.data import ImageSequences, load_sequences
+from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
+from pyro_pixels.plots import paper as plotting
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.queries.predict import infer
+from pyro_pixels.runs import Run, build, load_config, save_config
+from pyro_pixels.training.fitting import fit, fit_together
+from pyro_pixels.training.loop import FitResult, Training
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.others import WORLDS
 
 SEEDS_APART = 1_000  # between the starting weights of --starts
 JUDGES = 60  # sequences for the health check

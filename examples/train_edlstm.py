@@ -14,13 +14,15 @@ from typing import Literal
 import torch
 
 from common import TEST_SEED, device_of, environment, new_folder, save, start
-from pyro_pixels import plotting
-from pyro_pixels.baselines import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.data import ImageSequences, atomic_write, load_sequences
-from pyro_pixels.evaluation import N_SEEN
-from pyro_pixels.runs import PRESETS, load_config
-from pyro_pixels.simulation import simulate
+from pyro_pixels._files import atomic_write
+from pyro_pixels.data import ImageSequences, load_sequences
+from pyro_pixels.evaluation.ed_lstm import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm
+from pyro_pixels.evaluation.table import N_SEEN
+from pyro_pixels.plots import paper as plotting
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.runs import load_config
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 
 @dataclass

@@ -10,20 +10,23 @@ Shapes, everywhere: B sequences, N objects, K components, T time steps, H x W pi
     s           (B, N, T, D)   states of the inference network
 """
 
-from pyro_pixels.cannonballs import CannonballConfig
 from pyro_pixels.data import load_sequences, save_sequences
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.elbo import AnnealedELBO
-from pyro_pixels.evaluation import evaluate
-from pyro_pixels.guides import Guide, InferenceRNN, RecurrentGuide
-from pyro_pixels.learning import fit
-from pyro_pixels.model import PixelModel
-from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
-from pyro_pixels.renderer import Renderer
-from pyro_pixels.runs import PRESETS, build, load_pretrained, load_run
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import simulate
-from pyro_pixels.structured import StructuredGuide
+from pyro_pixels.evaluation.table import evaluate
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct, smooth
+from pyro_pixels.runs import build, load_pretrained, load_run
+from pyro_pixels.training.elbo import AnnealedELBO
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 __all__ = [
     "PRESETS",

@@ -4,23 +4,18 @@
 Positions are in pixels, (column, row), with pixel centres at whole numbers and rows counted downwards.
 """
 
-import importlib
-import os
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_pixels.lgssm import LGSSM
+from pyro_pixels._files import atomic_write
+from pyro_pixels.lgssm.kalman import LGSSM
 
 
 @dataclass(frozen=True)
@@ -66,75 +61,6 @@ class ImageSequences:
 
         return ImageSequences(
             self.images[index], n_objects, pick(self.positions), pick(self.paths), pick(self.sides), self.dynamics
-        )
-
-
-def object_mask(n_objects: Tensor, max_objects: int) -> Tensor:
-    """(B, max_objects) bool: which objects are there, for ``n_objects`` (B,)."""
-    return torch.arange(max_objects, device=n_objects.device) < n_objects.unsqueeze(-1)
-
-
-def check_objects(n_objects: Tensor) -> None:
-    """Raises ValueError unless ``n_objects`` is (B,) with integers >= 1."""
-    if (
-        n_objects.dim() != 1
-        or not len(n_objects)
-        or n_objects.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    ):
-        raise ValueError(
-            f"n_objects has shape {tuple(n_objects.shape)} and type {n_objects.dtype}; wanted integers, one a sequence"
-        )
-    if _KNOWN.get() is None and int(n_objects.min()) < 1:
-        raise ValueError(f"n_objects has the value {int(n_objects.min())}; every sequence needs at least 1 object")
-
-
-class Known(NamedTuple):
-    """What is known of a batch without looking at it."""
-
-    most_objects: int
-    """The largest N."""
-    most_white: int
-    """At least as many pixels as are white in any frame."""
-
-
-_KNOWN: ContextVar[Known | None] = ContextVar("known", default=None)
-
-
-@contextmanager
-def knowing(known: Known) -> Iterator[None]:
-    """Within it nothing of a batch is read from the device: sizes are those that are known, values are not checked.
-
-    A program that is captured as a CUDA graph must not wait for the device.
-    """
-    token = _KNOWN.set(known)
-    try:
-        yield
-    finally:
-        _KNOWN.reset(token)
-
-
-def most_objects(n_objects: Tensor) -> int:
-    """The largest N of a batch, from n_objects (B,)."""
-    known = _KNOWN.get()
-    return int(n_objects.max()) if known is None else known.most_objects
-
-
-def most_white(v: Tensor) -> int:
-    """The largest number of pixels that are not black in a frame, at least 1, from frames (..., P)."""
-    known = _KNOWN.get()
-    return max(1, int((v > 0).sum(-1).max()) if known is None else known.most_white)
-
-
-def check_batch(images: Tensor, n_objects: Tensor, size: tuple[int, int] | None = None) -> None:
-    """Raises ValueError unless images are (B, T, H, W), n_objects (B,) of integers >= 1, and (H, W) is ``size``."""
-    if images.dim() != 4 or 0 in images.shape:
-        raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, H, W), none of them 0")
-    check_objects(n_objects)
-    if len(n_objects) != len(images):
-        raise ValueError(f"there are {len(n_objects)} n_objects for {len(images)} sequences; wanted one each")
-    if size is not None and images.shape[2:] != size:
-        raise ValueError(
-            f"images are {images.shape[2]} x {images.shape[3]} pixels; this model was made for {size[0]} x {size[1]}"
         )
 
 
@@ -227,33 +153,6 @@ def load_sequences(path: str | Path) -> ImageSequences:
     )
 
 
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name ``path`` only once it is whole; until then an older file there stays.
-
-    Raises:
-        ValueError: if the folder cannot be made or written to.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(part, "wb")  # noqa: SIM115  # closed by the with below; only opening it is tried here
-    except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.replace(part, path)
-        except OSError as error:
-            raise ValueError(f"cannot write {path} ({error.strerror}); choose another name") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _checked_positions(
     path: Path, name: str, positions: NDArray[np.generic], images: NDArray[np.generic], n_objects: NDArray[np.integer]
 ) -> Tensor:
@@ -269,18 +168,3 @@ def _checked_positions(
             f"{path}: {name} of objects that are there are not finite; NaN only fills slots beyond n_objects"
         )
     return torch.from_numpy(np.where(present[:, :, None, None], positions, np.nan).astype(np.float64))
-
-
-_MOVED = {
-    "CannonballConfig": "cannonballs",
-    "true_dynamics": "cannonballs",
-    "render_disks": "drawing",
-    "simulate": "simulation",
-}
-
-
-def __getattr__(name: str) -> object:
-    """Finds what lived here before version 0.2 where it lives now."""
-    if name not in _MOVED:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"pyro_pixels.{_MOVED[name]}"), name)

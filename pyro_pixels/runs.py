@@ -7,7 +7,6 @@ configuration builds the same model and guide, to the bit, wherever it is read.
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -15,52 +14,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.checkpoints import load_checkpoint, load_weights
-from pyro_pixels.data import atomic_write
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, RecurrentGuide, StateNetwork
-from pyro_pixels.likelihoods import LIKELIHOODS
-from pyro_pixels.model import PixelModel
-from pyro_pixels.networks import BidirectionalRNN, ConvolutionalFrontEnd
-from pyro_pixels.renderer import Renderer
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import WorldConfig
-from pyro_pixels.structured import StructuredGuide
-from pyro_pixels.tracking import TrackingHead
-from pyro_pixels.worlds import WORLDS
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that makes a run; the defaults are the `paper` preset, Secs 3.1-3.2 to the letter."""
-
-    guide: str = "recurrent"
-    """A name in `GUIDES`."""
-    state_size: int = 1024
-    """Length of the states x of the renderer, and of s of the inference network."""
-    guide_state_size: int | None = None
-    """Length of s, if it is another."""
-    clutter: float = 0.0
-    """Probability that a pixel of the background is white, which a structured guide reckons with (`TrackingHead`)."""
-    max_objects: int = 3
-    """The largest N."""
-    background_logit: float = 0.0
-    """Where the renderer's b^v starts; below 0 the canvas starts dark."""
-    renderer_input_scale: float | None = None
-    """Where the renderer's W^alpha and W^x start; None: as the paper."""
-    likelihood: str = "bernoulli"
-    """A name in `LIKELIHOODS`: what pixels are, given the renderer's logits."""
-    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
-    schedule: Schedule = field(default_factory=Schedule)
-    data: WorldConfig = field(default_factory=CannonballConfig)
-    """What to simulate, one of `WORLDS`; height, width and n_frames are those of the file where there is one."""
-    data_file: str | None = None
-    """An .npz of sequences to learn from instead."""
-    n_sequences: int = 9_000
-    """How many sequences there are for training."""
-    seed: int = 0
-    """Of the data, the starting weights, and training."""
+from pyro_pixels._files import atomic_write
+from pyro_pixels.config import RunConfig
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.heads import AttentionHead
+from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
+from pyro_pixels.guides.other_networks import BidirectionalRNN, ConvolutionalFrontEnd
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.guides.tracking_head import TrackingHead
+from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.model.likelihoods import LIKELIHOODS
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.training.checkpoints import load_checkpoint, load_weights
+from pyro_pixels.worlds.base import WorldConfig
+from pyro_pixels.worlds.others import WORLDS
 
 
 class Run(NamedTuple):
@@ -112,49 +81,6 @@ GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
     "structured": _structured,
 }
 """Guides that a configuration can name; add your own to train and load it by name."""
-
-_NOISE = ("model.dynamics.root_Sigma_H", "model.dynamics.root_Sigma_A")
-
-PRESETS: dict[str, RunConfig] = {
-    "paper": RunConfig(schedule=Schedule(one_n_per_batch=True)),  # the paper does not say what is in a batch
-    # Minutes on two CPU cores. Why each value is what it is: docs/decisions.md.
-    "quick": RunConfig(
-        guide="structured",
-        state_size=256,
-        guide_state_size=64,
-        background_logit=-4.5,
-        renderer_input_scale=12.0,
-        dynamics=DynamicsConfig(
-            delta=0.2,
-            state_noise=1e-6,
-            position_noise=2e-3,
-            start_spread=0.1,
-            start_velocity_spread=0.3,
-            start_variance=0.1,
-        ),
-        schedule=Schedule(
-            steps=1_000,
-            learning_rate_factors={
-                "model.renderer": 3.0,
-                "model.dynamics": 3.0,
-                "model.dynamics.log_pi": 0.3,
-                "model.dynamics.u": 0.2,
-                "model.dynamics.log_delta": 0.2,
-            },
-            decay_from=500,
-            learn_from=dict.fromkeys(_NOISE, 700),
-            kl_before=1 / 3,
-            kl_start=1.0,
-            anneal_from=700,
-            anneal_steps=0,
-            one_n_per_batch=True,
-            single_object_steps=200,
-            fit_starts_at=(350, 700),
-            evaluate_every=100,
-        ),
-        data=CannonballConfig(height=32, width=32),
-    ),
-}
 
 
 def build(config: RunConfig) -> Run:

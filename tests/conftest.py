@@ -4,12 +4,13 @@ import pyro
 import pytest
 import torch
 
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.guides import InferenceRNN, RecurrentGuide
-from pyro_pixels.model import PixelModel
-from pyro_pixels.renderer import Renderer
-from pyro_pixels.simulation import simulate
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 torch.set_num_threads(1)  # the tests run in parallel processes
 

@@ -8,16 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_pixels.baselines import (
-    EDLSTM,
-    EDLSTMConfig,
-    evaluate_edlstm,
-    fit_edlstm,
-    load_edlstm,
-)
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.checkpoints import load_checkpoint, read_lines, save_checkpoint
-from pyro_pixels.simulation import simulate
+from pyro_pixels.evaluation.ed_lstm import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm, load_edlstm
+from pyro_pixels.training.checkpoints import load_checkpoint, read_lines, save_checkpoint
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 QUICK = CannonballConfig(height=32, width=32)
 

@@ -25,13 +25,14 @@ import growth
 import memory
 import report
 from literal_pyro import LiteralProgram, in_literal_names
-from pyro_pixels import products
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.elbo import AnnealedELBO
-from pyro_pixels.learning import fit
-from pyro_pixels.runs import Run, RunConfig, build
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import simulate
+from pyro_pixels.config import RunConfig
+from pyro_pixels.guides import products
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.runs import Run, build
+from pyro_pixels.training.elbo import AnnealedELBO
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
 from steps import KL_WEIGHT, LITERAL, OURS, PRODUCT, STRUCTURED, LiteralStep, OurStep, make_step
 from timing import MatrixProduct, Stopwatch, exponent, product_flops, ratio
 

@@ -7,13 +7,14 @@ from conftest import SMALL, make_guide, make_model
 from test_queries import Oracle
 from torch import nn
 
-from pyro_pixels.calibration import Correction, Distances, corrected, coverage, distances, fit_correction
-from pyro_pixels.data import CannonballConfig, simulate
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.guides import InferenceRNN
-from pyro_pixels.model import PixelModel
-from pyro_pixels.renderer import Renderer
-from pyro_pixels.structured import StructuredGuide
+from pyro_pixels.evaluation.calibration import Correction, Distances, corrected, coverage, distances, fit_correction
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 
 def test_coverage_of_gaussians_is_nominal():

@@ -5,10 +5,12 @@ import oracles
 import pytest
 import torch
 
-from pyro_pixels.cannonballs import CannonballConfig, true_dynamics
-from pyro_pixels.data import ImageSequences, atomic_write, load_sequences, object_mask, save_sequences
-from pyro_pixels.drawing import render_disks
-from pyro_pixels.simulation import simulate
+from pyro_pixels._batch import object_mask
+from pyro_pixels._files import atomic_write
+from pyro_pixels.data import ImageSequences, load_sequences, save_sequences
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig, true_dynamics
+from pyro_pixels.worlds.drawing import render_disks
 
 SMALL = CannonballConfig(n_frames=5, height=16, width=20)
 FIELDS = ("images", "n_objects", "positions", "paths", "sides")

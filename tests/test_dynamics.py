@@ -7,8 +7,10 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.dynamics import (
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.lgssm.distributions import BlockTracks, DenseTracks, StatePath
+from pyro_pixels.lgssm.dynamics import (
     Dynamics,
     DynamicsConfig,
     dense_components,
@@ -16,13 +18,12 @@ from pyro_pixels.dynamics import (
     hmm_components,
     select_component,
 )
-from pyro_pixels.guides import InferenceRNN, RecurrentGuide
-from pyro_pixels.learning import fit
-from pyro_pixels.model import PixelModel
-from pyro_pixels.renderer import Renderer
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import simulate
-from pyro_pixels.tracks import BlockTracks, DenseTracks, StatePath
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 
 def blocks_of_three(lgssm, n_frames):

@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import make_guide, make_model
 
-from pyro_pixels.data import simulate
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.elbo import bound
-from pyro_pixels.evidence import count_objects, log_evidence
-from pyro_pixels.guides import Guide
-from pyro_pixels.model import PixelModel
-from pyro_pixels.renderer import Renderer
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.runs import load_pretrained
+from pyro_pixels.training.elbo import bound
+from pyro_pixels.worlds.base import simulate
 
 
 class Broad(Guide):

@@ -14,8 +14,9 @@ import pytest
 import torch
 import xarray as xr
 
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.runs import PRESETS, build, save_config
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.runs import build, save_config
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -397,7 +398,7 @@ OWN_GUIDE = """
 import pyro.distributions as dist
 import torch
 from torch import nn
-from pyro_pixels.guides import Guide
+from pyro_pixels.guides.base import Guide
 from pyro_pixels.runs import GUIDES
 
 class Nowhere(Guide):
@@ -440,7 +441,7 @@ def test_guides_are_compared_and_a_comparison_goes_on_where_it_was(tmp_path):
 def test_a_shortened_schedule_has_everything_at_the_same_share_of_its_steps(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     from common import shortened
-    from pyro_pixels.runs import PRESETS
+    from pyro_pixels.presets import PRESETS
 
     quick = PRESETS["quick"].schedule
     short = shortened(quick, 200)

@@ -8,14 +8,17 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.dynamics import Dynamics
-from pyro_pixels.guides import AttentionHead, Guide, InferenceRNN, LinearHead, RecurrentGuide
-from pyro_pixels.learning import fit
-from pyro_pixels.model import PixelModel
-from pyro_pixels.renderer import Renderer
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import simulate
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.heads import AttentionHead, LinearHead
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 H, W, D = 4, 5, 6
 

@@ -9,15 +9,16 @@ from conftest import make_guide, make_model
 from torch import nn
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.data import ImageSequences, object_mask
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig, dense_components, select_component
-from pyro_pixels.guides import Guide
-from pyro_pixels.health import EXPECTED, Health, check_health, format_health, standardised_innovations
-from pyro_pixels.model import PixelModel
-from pyro_pixels.renderer import Renderer
-from pyro_pixels.simulation import simulate
-from pyro_pixels.starts import fit_starts
-from pyro_pixels.worlds import BouncingConfig, DriftConfig
+from pyro_pixels._batch import object_mask
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation.health import EXPECTED, Health, check_health, format_health, standardised_innovations
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, dense_components, select_component
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.training.start_mixture import fit_starts
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
 
 N_SEQUENCES, T, SIDE = 60, 20, 12
 SIGMA_A = 0.03**2

@@ -11,12 +11,12 @@ import xarray as xr
 from conftest import make_guide, make_model
 from pyro import poutine
 
-from pyro_pixels import inference_data
-from pyro_pixels.data import object_mask
-from pyro_pixels.guides import InferenceRNN
-from pyro_pixels.inference_data import DIMENSIONS, to_inference_data
-from pyro_pixels.queries import infer, render
-from pyro_pixels.structured import StructuredGuide
+from pyro_pixels._batch import object_mask
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.queries import inference_data
+from pyro_pixels.queries.inference_data import DIMENSIONS, to_inference_data
+from pyro_pixels.queries.predict import infer, render
 
 ROOT = Path(__file__).parent.parent
 B, N, T, S, AHEAD = 6, 3, 11, 150, 4

@@ -7,13 +7,14 @@ from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO
 from torch import nn
 
-from pyro_pixels.dynamics import select_component
-from pyro_pixels.guides import Guide, InferenceRNN
-from pyro_pixels.joint import JointGuide, StatePosterior
-from pyro_pixels.lgssm import LGSSM
-from pyro_pixels.queries import smooth
-from pyro_pixels.structured import StructuredGuide
-from pyro_pixels.tracks import StatePath
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.joint import JointGuide, StatePosterior
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.lgssm.distributions import StatePath
+from pyro_pixels.lgssm.dynamics import select_component
+from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.queries.predict import smooth
 
 
 class Certain(Guide):

@@ -15,11 +15,11 @@ from conftest import make_guide, make_model
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
-from pyro_pixels.checkpoints import load_checkpoint, save_checkpoint
-from pyro_pixels.elbo import AnnealedELBO, bound
-from pyro_pixels.guides import Guide
-from pyro_pixels.learning import fit
-from pyro_pixels.schedule import Schedule
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.training.checkpoints import load_checkpoint, save_checkpoint
+from pyro_pixels.training.elbo import AnnealedELBO, bound
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
 
 QUICK = Schedule(steps=6, batch_size=4, learn_from={}, anneal_from=2, anneal_steps=2, kl_start=10.0, evaluate_every=2)
 
@@ -290,7 +290,7 @@ def test_candidates_are_checked(small_data):
 def test_starts_are_fitted_once_where_the_schedule_says(small_data, tmp_path, monkeypatch, stop_at):
     """Also where a run is stopped just before it, and resumed; the numbers are those of an uninterrupted run."""
     steps = []
-    monkeypatch.setattr("pyro_pixels.training.fit_starts", lambda dynamics, a, seed: steps.append(tuple(a.shape)))
+    monkeypatch.setattr("pyro_pixels.training.loop.fit_starts", lambda dynamics, a, seed: steps.append(tuple(a.shape)))
     schedule = replace(QUICK, fit_starts_at=(3,))
     fit(make_model(), make_guide(), small_data, schedule, run_dir=tmp_path / "whole", progress=False)
     assert steps == [(int(small_data.n_objects.sum()), 11, 2)]

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.lgssm import LGSSM, Gaussians
+from pyro_pixels.lgssm.kalman import LGSSM, Gaussians
 
 SYSTEMS = {
     "regular": oracles.random_system(0),

@@ -9,22 +9,23 @@ from conftest import SMALL, make_guide, make_model
 from pyro import poutine
 from pyro.infer import Predictive
 
-from pyro_pixels.drawing import Look
-from pyro_pixels.elbo import bound
-from pyro_pixels.health import check_health
-from pyro_pixels.learning import fit
-from pyro_pixels.likelihoods import (
+from pyro_pixels.config import RunConfig
+from pyro_pixels.evaluation.health import check_health
+from pyro_pixels.model.likelihoods import (
     LIKELIHOODS,
     BernoulliPixels,
     ContinuousBernoulliPixels,
     GaussianPixels,
     PixelLikelihood,
 )
-from pyro_pixels.model import PixelModel
-from pyro_pixels.queries import reconstruct, render
-from pyro_pixels.runs import RunConfig, build, load_run, save_config
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import simulate
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.predict import reconstruct, render
+from pyro_pixels.runs import build, load_run, save_config
+from pyro_pixels.training.elbo import bound
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.drawing import Look
 
 GREY = dataclasses.replace(SMALL, look=Look(brightness=(0.4, 0.9)))
 LOGITS = torch.tensor([-9.0, -2.0, -1e-3, 0.0, 0.7, 3.0, 12.0], dtype=torch.float64)

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from pyro_pixels import lgssm, metrics
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.simulation import simulate
+from pyro_pixels import lgssm
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,15 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_pixels.data import object_mask
-from pyro_pixels.dynamics import Dynamics
-from pyro_pixels.elbo import AnnealedELBO
-from pyro_pixels.guides import AttentionHead, InferenceRNN, RecurrentGuide
-from pyro_pixels.model import PixelModel
-from pyro_pixels.renderer import Renderer, init_as_paper
+from pyro_pixels._batch import object_mask
+from pyro_pixels._init import init_as_paper
+from pyro_pixels.guides.heads import AttentionHead
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.training.elbo import AnnealedELBO
 
 H, W, D = 5, 6, 7
 

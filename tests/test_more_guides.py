@@ -16,14 +16,15 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from torch import nn
 
 from pyro_pixels import lgssm
-from pyro_pixels.data import object_mask
-from pyro_pixels.elbo import bound
-from pyro_pixels.guides import InferenceRNN
-from pyro_pixels.networks import BidirectionalRNN, ConvolutionalFrontEnd
-from pyro_pixels.queries import generate, infer, interpolate
-from pyro_pixels.runs import GUIDES, PRESETS, build
-from pyro_pixels.simulation import simulate
-from pyro_pixels.unamortised import MeanFieldGuide, fit_mean_field
+from pyro_pixels._batch import object_mask
+from pyro_pixels.evaluation.mean_field import MeanFieldGuide, fit_mean_field
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.other_networks import BidirectionalRNN, ConvolutionalFrontEnd
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.queries.predict import generate, infer, interpolate
+from pyro_pixels.runs import GUIDES, build
+from pyro_pixels.training.elbo import bound
+from pyro_pixels.worlds.base import simulate
 
 NAMES = [*GUIDES, "centroid"]  # the last is that of examples/custom_guide.py
 

@@ -8,9 +8,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pyro_pixels import canvas, plotting
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.simulation import simulate
+from pyro_pixels.plots import paper as plotting
+from pyro_pixels.plots import style as canvas
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 B, N, T, H, W = 3, 3, 30, 32, 32
 

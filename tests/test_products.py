@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyro_pixels import products
+from pyro_pixels.guides import products
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.guides import Guide
-from pyro_pixels.model import PixelModel
-from pyro_pixels.queries import generate, infer, interpolate, reconstruct, smooth
-from pyro_pixels.renderer import Renderer
-from pyro_pixels.simulation import simulate
-from pyro_pixels.structured import StructuredGuide
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct, smooth
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 
 class Oracle(Guide):

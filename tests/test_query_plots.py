@@ -5,7 +5,7 @@ import pytest
 from matplotlib.quiver import Quiver
 from scipy.stats import chi2
 
-from pyro_pixels.query_plots import (
+from pyro_pixels.plots.answers import (
     RADIUS_95,
     plot_counts,
     plot_evidence,

@@ -8,13 +8,12 @@ import torch
 from conftest import SMALL
 
 import pyro_pixels
-from pyro_pixels.evaluation import evaluate
-from pyro_pixels.learning import fit
+from pyro_pixels.config import RunConfig
+from pyro_pixels.evaluation.table import evaluate
+from pyro_pixels.presets import PRESETS
 from pyro_pixels.runs import (
     GUIDES,
-    PRESETS,
     PRETRAINED,
-    RunConfig,
     build,
     export_weights,
     load_config,
@@ -22,8 +21,9 @@ from pyro_pixels.runs import (
     load_run,
     save_config,
 )
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.simulation import simulate
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
 
 TINY = RunConfig(state_size=8, data=SMALL, schedule=Schedule(steps=2, batch_size=4, evaluate_every=1))
 
@@ -123,7 +123,7 @@ def test_the_quick_preset_finds_one_ball():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_gives_the_bound_of_the_cpu(small_data):
-    from pyro_pixels.elbo import bound
+    from pyro_pixels.training.elbo import bound
 
     for guide in GUIDES:
         run = build(dataclasses.replace(TINY, guide=guide))

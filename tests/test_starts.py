@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig, select_component
-from pyro_pixels.starts import fit_starts
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, select_component
+from pyro_pixels.training.start_mixture import fit_starts
 
 TRUE_PI = torch.tensor([0.3, 0.7])
 

@@ -13,14 +13,14 @@ import torch
 from conftest import make_guide, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_pixels.checkpoints import load_checkpoint
-from pyro_pixels.data import Known, knowing
-from pyro_pixels.elbo import AnnealedELBO
-from pyro_pixels.learning import fit, fit_together
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.steps import WARM_UP, Batch, CapturedSteps, Steps
-from pyro_pixels.structured import StructuredGuide
-from pyro_pixels.training import Training
+from pyro_pixels._batch import Known, knowing
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.training.checkpoints import load_checkpoint
+from pyro_pixels.training.elbo import AnnealedELBO
+from pyro_pixels.training.fitting import fit, fit_together
+from pyro_pixels.training.loop import Training
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.training.step_runners import WARM_UP, Batch, CapturedSteps, Steps
 
 QUICK = Schedule(
     steps=6, batch_size=4, learn_from={"model.dynamics": 2}, anneal_from=2, anneal_steps=2, evaluate_every=3
@@ -150,8 +150,8 @@ torch.set_num_threads(1)
 sys.path[:0] = [sys.argv[1]]
 from test_steps import SHARED, pair
 from conftest import SMALL
-from pyro_pixels.learning import fit
-from pyro_pixels.simulation import simulate
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.worlds.base import simulate
 processes.init_process_group("gloo")
 run = pair(sys.argv[2])
 result = fit(*run, simulate(SMALL, 12, seed=0), SHARED, run_dir=sys.argv[3], progress=False)

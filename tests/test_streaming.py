@@ -5,12 +5,14 @@ import torch
 from conftest import SMALL, make_guide, make_model
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.guides import AttentionHead, InferenceRNN, RecurrentGuide
-from pyro_pixels.queries import generate, interpolate, smooth
-from pyro_pixels.streaming import filtered, forecast, start, start_images, step, step_image
-from pyro_pixels.structured import StructuredGuide
-from pyro_pixels.tracking import TrackingHead
+from pyro_pixels.guides.heads import AttentionHead
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.guides.tracking_head import TrackingHead
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.queries.predict import generate, interpolate, smooth
+from pyro_pixels.queries.streaming import filtered, forecast, start, start_images, step, step_image
 
 
 @pytest.fixture

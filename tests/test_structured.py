@@ -10,12 +10,13 @@ from pyro.infer import Predictive
 from torch.autograd import gradcheck
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.elbo import AnnealedELBO
-from pyro_pixels.guides import AttentionHead, InferenceRNN
-from pyro_pixels.learning import fit
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.structured import ConditionedTracks, StructuredGuide, factor_sum, solve_sum
+from pyro_pixels.guides.heads import AttentionHead
+from pyro_pixels.guides.inference_rnn import InferenceRNN
+from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide, factor_sum, solve_sum
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.training.elbo import AnnealedELBO
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import make_guide, make_model
 
-from pyro_pixels.learning import fit
-from pyro_pixels.schedule import Schedule
-from pyro_pixels.structured import StructuredGuide
-from pyro_pixels.teaching import GivenTracks, draw_tracks, log_prob_in_best_order
+from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.training.distillation import GivenTracks, draw_tracks, log_prob_in_best_order
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.schedule import Schedule
 
 LESSONS = Schedule(
     steps=60, batch_size=12, learning_rate=1e-2, learn_from={"model": 60}, anneal_from=60, evaluate_every=1

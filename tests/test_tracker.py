@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_pixels import metrics
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.drawing import render_disks
-from pyro_pixels.simulation import simulate
-from pyro_pixels.tracker import BlobTracker, evaluate_tracker, find_disks
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.blob_tracker import BlobTracker, evaluate_tracker, find_disks
+from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
+from pyro_pixels.worlds.drawing import render_disks
 
 QUICK = CannonballConfig(height=32, width=32)
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.drawing import render_disks
-from pyro_pixels.dynamics import Dynamics, DynamicsConfig, collapse_components
-from pyro_pixels.guides import WhitePixels
-from pyro_pixels.tracking import TRACK_NOISE, TrackingHead, Tracks, follow, frame_orders, log_density, share
+from pyro_pixels.guides.heads import WhitePixels
+from pyro_pixels.guides.tracking_head import TRACK_NOISE, TrackingHead, Tracks, follow, frame_orders, log_density, share
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, collapse_components
+from pyro_pixels.worlds.drawing import render_disks
 
 W, T, D = 32, 16, 4
 

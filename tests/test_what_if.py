@@ -6,9 +6,9 @@ from conftest import make_guide, make_model
 from test_queries import Oracle, true_world
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels.queries import generate
-from pyro_pixels.states import averaged
-from pyro_pixels.what_if import Change, scale_force, scale_period, what_if
+from pyro_pixels.queries.counterfactual import Change, scale_force, scale_period, what_if
+from pyro_pixels.queries.predict import generate
+from pyro_pixels.queries.latent_states import averaged
 
 
 def ask(change, *, frame=10, n_frames=20, n_samples=3):

@@ -10,13 +10,15 @@ import torch
 from test_data import assert_moments
 
 import pyro_pixels.data
-from pyro_pixels import metrics
-from pyro_pixels.cannonballs import CannonballConfig
-from pyro_pixels.data import load_sequences, object_mask, save_sequences
-from pyro_pixels.drawing import SHAPES, Look, paint
-from pyro_pixels.runs import PRETRAINED, RunConfig, load_config, save_config
-from pyro_pixels.simulation import Motion, WorldConfig, simulate
-from pyro_pixels.worlds import WORLDS, BouncingConfig, DriftConfig
+from pyro_pixels._batch import object_mask
+from pyro_pixels.config import RunConfig
+from pyro_pixels.data import load_sequences, save_sequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.runs import PRETRAINED, load_config, save_config
+from pyro_pixels.worlds.base import Motion, WorldConfig, simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
+from pyro_pixels.worlds.drawing import SHAPES, Look, paint
+from pyro_pixels.worlds.others import WORLDS, BouncingConfig, DriftConfig
 
 MIXED = Look(shapes=tuple(SHAPES), least_size=0.7, salt_and_pepper=0.05)
 GREY = Look(shapes=("disk", "ring"), brightness=(0.4, 0.9), grey_noise=0.02)

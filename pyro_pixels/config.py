@@ -1,0 +1,40 @@
+"""What makes a run: one dataclass that says everything."""
+
+from dataclasses import dataclass, field
+
+from pyro_pixels.lgssm.dynamics import DynamicsConfig
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import WorldConfig
+from pyro_pixels.worlds.cannonballs import CannonballConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that makes a run; the defaults are the `paper` preset, Secs 3.1-3.2 to the letter."""
+
+    guide: str = "recurrent"
+    """A name in `GUIDES`."""
+    state_size: int = 1024
+    """Length of the states x of the renderer, and of s of the inference network."""
+    guide_state_size: int | None = None
+    """Length of s, if it is another."""
+    clutter: float = 0.0
+    """Probability that a pixel of the background is white, which a structured guide reckons with (`TrackingHead`)."""
+    max_objects: int = 3
+    """The largest N."""
+    background_logit: float = 0.0
+    """Where the renderer's b^v starts; below 0 the canvas starts dark."""
+    renderer_input_scale: float | None = None
+    """Where the renderer's W^alpha and W^x start; None: as the paper."""
+    likelihood: str = "bernoulli"
+    """A name in `LIKELIHOODS`: what pixels are, given the renderer's logits."""
+    dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    data: WorldConfig = field(default_factory=CannonballConfig)
+    """What to simulate, one of `WORLDS`; height, width and n_frames are those of the file where there is one."""
+    data_file: str | None = None
+    """An .npz of sequences to learn from instead."""
+    n_sequences: int = 9_000
+    """How many sequences there are for training."""
+    seed: int = 0
+    """Of the data, the starting weights, and training."""

@@ -1,0 +1,171 @@
+"""A classical tracker that knows the true dynamics: blobs, Kalman filters, and the Hungarian method.
+
+Not in the paper: it is given what the model has to learn, the radius of a ball and the true dynamics, and sees the same
+pixels. `evaluate_tracker` measures it as `evaluation.evaluate` measures a model, in a table of the same layout.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.cluster import vq
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels._batch import check_batch, object_mask
+from pyro_pixels.data import ImageSequences, TrueDynamics
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.table import N_SEEN, errors_in_pixels, means_by_n
+from pyro_pixels.lgssm.kalman import Gaussians
+
+RADIUS = 2.0  # of a ball in pixels, `CannonballConfig.radius`
+HIDDEN = 0.2  # a blob must be larger by this share of a disk's area for one more disk to be looked for in it
+
+
+class BlobTracker:
+    """Blobs of white pixels, a Kalman filter an object, and the best assignment of the ones to the others per frame.
+
+    Centres are found with `find_disks`. Each object's filter is exact for the true dynamics, a mixture over the launch
+    sides. In each frame centres are assigned to forecasts so that they are likeliest; an object without a centre, as
+    where one ball hides another, is not measured in that frame.
+
+    Args:
+        dynamics: the true parameters, in pixels.
+        radius: of a ball, in pixels.
+    """
+
+    def __init__(self, dynamics: TrueDynamics, radius: float = RADIUS) -> None:
+        self.dynamics, self.radius = dynamics, radius
+
+    def track(self, images: Tensor, n_objects: Tensor) -> Tensor:
+        """Positions (B, N, T, 2) in pixels, NaN where there is no object: the centre, or without one the forecast.
+
+        Args:
+            images: (B, T, H, W), 0 or 1; n_objects: (B,).
+
+        Raises:
+            ValueError: if these do not fit together.
+        """
+        measured, forecast = self._follow(images, n_objects, torch.ones(images.shape[1:2], dtype=torch.bool))
+        return torch.where(measured.isnan(), forecast, measured)
+
+    def predict(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> Tensor:
+        """Positions (B, N, T, 2) at every frame from the images of some, by exact smoothing of the centres found there.
+
+        Args:
+            images: (B, T, H, W), 0 or 1; what they hold at unobserved frames is ignored.
+            n_objects: (B,).
+            observed: (T,) bool, such as the first 5 for generation, or these and the last 5 for interpolation.
+
+        Raises:
+            ValueError: if these do not fit together.
+        """
+        if observed.dtype != torch.bool or observed.shape != images.shape[1:2]:
+            raise ValueError(f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,), one a frame")
+        measured, _ = self._follow(images, n_objects, observed)
+        seen = ~measured.isnan().any(-1)  # (B, N, T)
+        path = metrics.floor_predictions(self.dynamics, measured, seen.unsqueeze(-2))
+        return path.masked_fill(~object_mask(n_objects, path.shape[1])[:, :, None, None], torch.nan)
+
+    def _follow(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """Measured centres, NaN where there is none, and positions forecast from the frames before, (B, N, T, 2)."""
+        check_batch(images, n_objects)
+        centres = find_disks((images > 0.5) & observed[:, None, None], n_objects, self.radius)  # (B, N, T, 2)
+        lgssm, batch = self.dynamics.lgssm, centres.shape[:2]
+        state = Gaussians(lgssm.mu.expand(*batch, -1, -1), lgssm.Sigma.expand(*batch, -1, -1, -1))  # (B, N, K, ...)
+        log_w = self.dynamics.pi.log().expand(*batch, -1)
+        measured, forecasts = torch.full_like(centres, torch.nan), []
+        for t in range(centres.shape[2]):
+            state = exact.predict(lgssm, state) if t else state
+            forecasts.append((log_w.exp().unsqueeze(-1) * state.mean).sum(2) @ lgssm.B.mT)
+            each = Gaussians(*(x.unsqueeze(2) for x in state))  # every object with every centre: (B, N, N, K, ...)
+            density = exact.update(lgssm, each, centres[:, None, :, t, None])[1]
+            cost = -(log_w.unsqueeze(2) + density).logsumexp(-1)
+            for b, n in enumerate(n_objects.tolist()):
+                m = int((~centres[b, :, t, 0].isnan()).sum())
+                objects, chosen = linear_sum_assignment(cost[b, :n, :m].numpy())
+                measured[b, objects, t] = centres[b, chosen, t]
+            a = measured[:, :, t]
+            state, log_density = exact.update(lgssm, state, a.nan_to_num().unsqueeze(2), ~a.isnan().any(-1, True))
+            log_w = (log_w + log_density).log_softmax(-1)
+        absent = ~object_mask(n_objects, batch[1])[:, :, None, None]
+        return measured, torch.stack(forecasts, 2).masked_fill(absent, torch.nan)
+
+
+def find_disks(images: Tensor, n_objects: Tensor, radius: float = RADIUS) -> Tensor:
+    """Centres (B, N, T, 2) of white disks, (column, row) in pixels, float64, NaN behind those found in a frame.
+
+    A blob is a 4-connected set of white pixels, its centre their mean. While there are fewer than n_objects, the blob
+    that is largest for the disks in it is given one more, if it is larger by a fifth of a disk; k-means splits it.
+    Of more blobs than n_objects the largest count.
+
+    Args:
+        images: (B, T, H, W), bool; n_objects: (B,).
+    """
+    B, T = images.shape[:2]
+    centres = np.full((B, int(n_objects.max()), T, 2), np.nan)
+    frames = images.numpy()
+    for b, n in enumerate(n_objects.tolist()):
+        for t in range(T):
+            found = _find(frames[b, t], n, math.pi * radius**2)
+            centres[b, : len(found), t] = found
+    return torch.from_numpy(centres)
+
+
+def evaluate_tracker(data: ImageSequences, *, n_seen: int = N_SEEN, radius: float = RADIUS) -> dict[str, Any]:
+    """The errors in pixels and floors of `evaluate`, for a `BlobTracker`.
+
+    Args:
+        data: sequences with ``positions`` and ``dynamics``.
+        n_seen: frames seen before generation, and at either end for interpolation.
+        radius: of a ball, in pixels.
+
+    Raises:
+        ValueError: if the truth is missing, or the sequences are too short.
+    """
+    T = data.images.shape[1]
+    if data.positions is None or data.dynamics is None:
+        raise ValueError("the sequences have no positions or no dynamics; wanted simulated ones (examples/simulate.py)")
+    if n_seen < 1 or 2 * n_seen >= T:
+        raise ValueError(
+            f"sequences have {T} frames; to see {n_seen} (at least 1) at either end they need more than {2 * n_seen}"
+        )
+    tracker, frame = BlobTracker(data.dynamics, radius), torch.arange(T)
+    first, ends = frame < n_seen, (frame < n_seen) | (frame >= T - n_seen)
+    generated, interpolated = (tracker.predict(data.images, data.n_objects, seen) for seen in (first, ends))
+    tracked = tracker.track(data.images, data.n_objects)
+    values = errors_in_pixels(data, tracked, generated, interpolated, ends, n_seen)
+    return {"n_seen": n_seen, "n_frames": T} | means_by_n(values, data.n_objects)
+
+
+def _find(image: NDArray[np.bool_], n: int, area: float) -> NDArray[np.float64]:
+    """At most n centres (m, 2), (column, row), of disks of that area in an image (H, W)."""
+    labels, _ = ndimage.label(image)  # type: ignore[misc]
+    sizes = np.bincount(labels.ravel())[1:]
+    blobs = np.argsort(-sizes, kind="stable")[:n]
+    n_disks = np.ones(len(blobs), np.int64)
+    while len(blobs) and n_disks.sum() < n:
+        excess = sizes[blobs] / area - n_disks
+        if excess.max() < HIDDEN:
+            break
+        n_disks[excess.argmax()] += 1
+    centres = [
+        _split(np.argwhere(labels == blob + 1)[:, ::-1].astype(float), int(k)) for blob, k in zip(blobs, n_disks)
+    ]
+    return np.concatenate(centres) if centres else np.empty((0, 2))
+
+
+def _split(pixels: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """k centres (k, 2) of pixels (p, 2) by k-means, which starts at pixels far from each other."""
+    centres = pixels.mean(0, keepdims=True)
+    if k > 1:
+        chosen = pixels[[((pixels - centres) ** 2).sum(1).argmax()]]
+        while len(chosen) < k:
+            nearest = ((pixels[:, None] - chosen) ** 2).sum(-1).min(1)
+            chosen = np.concatenate([chosen, pixels[[nearest.argmax()]]])
+        centres, _ = vq.kmeans2(pixels, chosen, minit="matrix")
+    return centres

@@ -1,0 +1,211 @@
+"""Are the stated uncertainties true? Coverage of predicted regions, and two factors that mend what is off.
+
+A prediction says N(mean, cov) of a position; the region of level p holds what is within a Mahalanobis distance whose
+square is the p-quantile of chi^2 with 2 degrees of freedom. `distances` measures the squared distance of every true
+position, `coverage` the share that lies within the region of each level: p if the model is calibrated. Positions and
+covariances are taken to pixels by the affine map that is fitted on the sequences with a single object, and objects are
+matched with the true ones over the frames that were seen.
+
+Where identities are wrong no covariance helps, so those sequences are told apart by `Distances.held`.
+
+`fit_correction` finds a factor on Sigma_A and one on the variances R that the guide states, so that the true positions
+of validation sequences are likeliest. Both stay within the model, whose noises are corrected. Not part of the paper.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.stats import chi2
+from torch import Tensor, nn
+
+from pyro_pixels._batch import object_mask
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.table import N_SEEN
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.predict import Prediction, generate, interpolate
+from pyro_pixels.queries.latent_states import averaged
+
+LEVELS = (0.5, 0.9, 0.95)
+KINDS = ("smoothing", "forecasting", "interpolation")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class Distances(NamedTuple):
+    """Of the true positions from the predicted ones, in standard deviations, squared."""
+
+    squared: Tensor  # (B, N, T), NaN where there is no object, and in frames that the prediction is not about
+    log_density: Tensor  # (B, N, T), of the true positions, per square pixel; NaN in the same places
+    held: Tensor  # (B,) bool, identities were not switched
+
+
+class Coverage(NamedTuple):
+    """The share of true positions in the predicted regions of each level."""
+
+    levels: Tensor  # (L,)
+    shares: Tensor  # (L,)
+    n_positions: int
+
+
+class Correction(NamedTuple):
+    """Factors on variances."""
+
+    position_noise: float = 1.0  # on Sigma_A
+    measurement_noise: float = 1.0  # on the R that the guide states
+
+
+def coverage(distances: Distances, levels: Sequence[float] = LEVELS, among: Tensor | None = None) -> Coverage:
+    """The coverage of each level; of a fine grid of levels, a reliability curve.
+
+    Args:
+        levels: between 0 and 1; among: (B,) bool, the sequences that count, default all.
+
+    Raises:
+        ValueError: if a level is not between 0 and 1.
+    """
+    if not all(0 < level < 1 for level in levels):
+        raise ValueError(f"levels are {tuple(levels)}; wanted numbers between 0 and 1")
+    squared = distances.squared if among is None else distances.squared[among]
+    squared = squared[~squared.isnan()]
+    radius = torch.from_numpy(chi2.ppf(np.asarray(levels, float), 2))
+    shares = (squared.unsqueeze(-1) <= radius).double().mean(0)
+    return Coverage(torch.tensor(levels, dtype=torch.float64), shares, len(squared))
+
+
+@torch.no_grad()
+def distances(
+    model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, n_samples: int = 0,
+    batch_size: int = 100,
+) -> dict[str, Distances]:  # fmt: skip
+    """Distances of the true positions from what is inferred from all frames, from the first, and from both ends.
+
+    Args:
+        data: sequences with ``positions``, some with N = 1.
+        n_seen: frames seen before forecasting, and at either end for interpolation.
+        n_samples: if given, predictions are `averaged` over so many samples of q; for guides that do not know the
+            dynamics, whose own covariances leave out the uncertainty of q and z.
+
+    Returns:
+        `KINDS` -> Distances.
+
+    Raises:
+        ValueError: if the truth is missing, or the sequences are too short.
+    """
+    T, N = data.images.shape[1], int(data.n_objects.max())
+    if data.positions is None:
+        raise ValueError("the sequences have no positions; wanted simulated ones (examples/simulate.py)")
+    if n_seen < 1 or 2 * n_seen >= T:
+        raise ValueError(f"sequences have {T} frames; to see {n_seen} at either end they need more than {2 * n_seen}")
+    device, frame = next(model.parameters()).device, torch.arange(T)
+    masks = {
+        "smoothing": frame >= 0,
+        "forecasting": frame < n_seen,
+        "interpolation": (frame < n_seen) | (frame >= T - n_seen),
+    }
+    moments: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+    for i in range(0, len(data), batch_size):
+        images, n_objects = (x[i : i + batch_size].to(device) for x in (data.images, data.n_objects))
+        for kind, seen in masks.items():
+            found = (
+                generate(model, guide, images[:, :n_seen], n_objects, n_frames=T, n_samples=n_samples)
+                if kind == "forecasting"
+                else interpolate(model, guide, images, n_objects, seen.to(device), n_samples=n_samples)
+            )
+            moments[kind].append(_moments(averaged(model, found, n_objects) if n_samples else found, N))
+    found = {kind: [torch.cat(x) for x in zip(*parts)] for kind, parts in moments.items()}
+    to_pixels = metrics.fit_affine(found["smoothing"][0], data.positions, data.n_objects)
+    return {
+        kind: _compare(data, to_pixels(mean), to_pixels.covariance(cov), masks[kind], about=_about(kind, masks[kind]))
+        for kind, (mean, cov) in found.items()
+    }
+
+
+def _about(kind: str, seen: Tensor) -> Tensor:
+    return seen if kind == "smoothing" else ~seen
+
+
+def _moments(prediction: Prediction, n_objects: int) -> tuple[Tensor, Tensor]:
+    missing = n_objects - prediction.mean.shape[1]
+    mean, cov = prediction.mean.cpu(), prediction.cov.cpu()
+    pad = mean.new_full((len(mean), missing, *mean.shape[2:]), torch.nan)
+    return torch.cat([mean, pad], 1), torch.cat([cov, pad.unsqueeze(-1).expand(*pad.shape, 2)], 1)
+
+
+def _compare(data: ImageSequences, mean: Tensor, cov: Tensor, seen: Tensor, about: Tensor) -> Distances:
+    truth, n_objects = data.positions, data.n_objects
+    assert truth is not None
+    order = metrics.assign(mean[:, :, seen].nan_to_num(), truth[:, :, seen].nan_to_num(), n_objects)
+    mean, cov = metrics.reorder(mean, order), metrics.reorder(cov, order)
+    there = object_mask(n_objects, truth.shape[1]).unsqueeze(-1) & about
+    eye = torch.eye(2, dtype=cov.dtype)
+    L = torch.linalg.cholesky(torch.where(there[..., None, None], cov, eye))
+    e = (truth - mean).nan_to_num().unsqueeze(-1)
+    squared = torch.linalg.solve_triangular(L, e, upper=False).square().sum((-2, -1))
+    log_density = -0.5 * squared - L.diagonal(dim1=-2, dim2=-1).log().sum(-1) - float(np.log(2 * np.pi))
+    nan = torch.full_like(squared, torch.nan)
+    held = ~metrics.switches(mean[:, :, seen].nan_to_num(), truth[:, :, seen].nan_to_num(), n_objects)
+    return Distances(torch.where(there, squared, nan), torch.where(there, log_density, nan), held)
+
+
+def corrected(model: PixelModel, guide: Guide, correction: Correction) -> tuple[PixelModel, Guide]:
+    """Copies of model and guide with their noises corrected; dynamics that they share stay shared.
+
+    Raises:
+        ValueError: if the guide has no ``head`` that states a standard deviation.
+    """
+    if not isinstance(getattr(guide, "head", None), nn.Module):
+        raise ValueError(f"a {type(guide).__name__} has no head that states R; wanted a recurrent or structured guide")
+    model, guide = copy.deepcopy((model, guide))
+    root, factor = model.dynamics.root_Sigma_A, correction.position_noise**0.5
+    with torch.no_grad():
+        root.copy_(factor * root.tril(-1) + torch.diag_embed(root.diagonal() + np.log(factor)))
+    guide.head = ScaledHead(guide.head, correction.measurement_noise**0.5)  # type: ignore[arg-type]
+    return model, guide
+
+
+class ScaledHead(nn.Module):
+    """A head whose standard deviations are multiplied by a factor."""
+
+    def __init__(self, head: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.head, self.factor = head, factor
+
+    def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = self.head(s, images, n_objects)
+        return mean, self.factor * std
+
+
+def fit_correction(
+    model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, n_samples: int = 0
+) -> Correction:
+    """The correction under which the true positions of validation sequences are likeliest.
+
+    Sequences in which identities are switched do not count, or wrong identities would be mistaken for noise. The three
+    kinds of predictions count alike.
+
+    Args:
+        data: validation sequences with ``positions``, not those that the coverage is reported on; 60 are enough.
+        n_seen, n_samples: as in `distances`.
+
+    Raises:
+        ValueError: as in `distances` and `corrected`.
+    """
+    held = distances(model, guide, data, n_seen=n_seen)["smoothing"].held
+    data = data[held.nonzero().squeeze(1)]
+
+    def loss(log_factors: np.ndarray) -> float:
+        trial = corrected(model, guide, Correction(*np.exp(log_factors).tolist()))
+        with torch.random.fork_rng(devices=[]):  # the same samples for every trial
+            torch.manual_seed(0)
+            each = distances(*trial, data, n_seen=n_seen, n_samples=n_samples)
+        return -sum(float(x.log_density[x.held].nanmean()) for x in each.values())
+
+    simplex = np.log([(1.0, 1.0), (2.0, 1.0), (1.0, 0.3)])
+    options = {"initial_simplex": simplex, "xatol": 0.1, "fatol": 1e-3, "maxfev": 30}
+    found = minimize(loss, np.zeros(2), method="Nelder-Mead", options=options)
+    return Correction(*np.exp(found.x).tolist())

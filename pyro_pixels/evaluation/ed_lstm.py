@@ -1,0 +1,303 @@
+"""The paper's baseline (Sec 3.4, Fig 7): an encoder-decoder LSTM that generates images without any notion of objects.
+
+`evaluate_edlstm` measures it as `evaluation.evaluate` measures a model, in a table of the same layout.
+
+Readings of Sec 3.4, where the paper leaves a choice: the image before the first is black, the LSTM's first state 0;
+layers are fully connected; the last seen image is an input, so that all of v_{1:tau} is used; and an LSTM's weights are
+two matrices, (4 D, D) for the input and (4 D, D) for the state, where Sec 3.2 starts weights from N(0, 1 / sqrt(d)).
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_pixels._init import init_as_paper
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.blob_tracker import RADIUS, find_disks
+from pyro_pixels.evaluation.table import N_SEEN, means_by_n
+from pyro_pixels.training.checkpoints import (
+    load_checkpoint,
+    load_weights,
+    read_lines,
+    save_checkpoint,
+    stop_signals,
+    write_lines,
+)
+from pyro_pixels.training.loop import FitResult
+
+
+@dataclass(frozen=True)
+class EDLSTMConfig:
+    """Sizes of an `EDLSTM`; the defaults are Sec 3.4's."""
+
+    height: int = 48
+    width: int = 48
+    state_size: int = 2048
+    """D, length of the LSTM's state and of every hidden layer."""
+    n_layers: int = 1
+    """Fully connected layers of the encoder, and of the decoder; the paper had one or two."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field.name} is {value}; wanted a whole number of at least 1")
+
+
+class EDLSTM(nn.Module):
+    """Encoder-decoder LSTM of Fig 7: image v_{t-1} is encoded, an LSTM takes it in, its state is decoded into image t.
+
+    A ReLU follows each layer of encoder and of decoder but its last.
+    """
+
+    def __init__(self, config: EDLSTMConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, P = config.state_size, config.height * config.width
+        self.encoder = _layers([P] + [D] * config.n_layers)
+        self.lstm = nn.LSTM(D, D, batch_first=True)
+        self.decoder = _layers([D] * config.n_layers + [P])
+        for p in self.lstm.parameters():
+            nn.init.normal_(p, std=p.numel() ** -0.25) if p.dim() == 2 else nn.init.zeros_(p)
+
+    def forward(self, images: Tensor, n_seen: int | None = None) -> Tensor:
+        """Logits (B, T, H, W) of every frame given the frames before it; of the first, given a black image.
+
+        Args:
+            images: (B, T, H, W) in [0, 1] or uint8.
+            n_seen: frames of ``images`` that are used; behind them the network's own probabilities take their place.
+                So the logits of frames 1 to n_seen + 1 do not depend on it. None: all, as the paper trains.
+
+        Raises:
+            ValueError: if the images are of another size, or ``n_seen`` is negative.
+        """
+        size = (self.config.height, self.config.width)
+        if images.dim() != 4 or 0 in images.shape or images.shape[2:] != size:
+            raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, {size[0]}, {size[1]}), none 0")
+        if n_seen is not None and n_seen < 0:
+            raise ValueError(f"n_seen is {n_seen}; wanted at least 0, or None for all frames")
+        T = images.shape[1]
+        given = T if n_seen is None else min(n_seen + 1, T)
+        previous = F.pad(images[:, : given - 1].flatten(2).to(next(self.parameters())), (0, 0, 1, 0))
+        x, (h, c) = self.lstm(self.encoder(previous))
+        logits, h, c = [self.decoder(x)], h[0], c[0]
+        for _ in range(given, T):  # a cell, which is faster here than an LSTM of one frame
+            x = self.encoder(logits[-1][:, -1].sigmoid())
+            h, c = torch.lstm_cell(x, (h, c), *self.lstm.all_weights[0])
+            logits.append(self.decoder(h).unsqueeze(1))
+        return torch.cat(logits, 1).unflatten(-1, size)
+
+    @torch.no_grad()
+    def generate(self, images: Tensor, n_frames: int) -> Tensor:
+        """Pixel probabilities (B, T, H, W) from the seen frames (Sec 3.4).
+
+        Frames up to tau are predictions one step ahead, each from the true frames before it; the others follow from
+        the network's own predictions.
+
+        Args:
+            images: (B, tau, H, W), the seen frames.
+            n_frames: T, the number of frames in all, more than tau.
+
+        Raises:
+            ValueError: if tau >= T, or as in `forward`.
+        """
+        tau = images.shape[1]
+        if n_frames <= tau:
+            raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more")
+        return self(F.pad(images, (0, 0, 0, 0, 0, n_frames - tau)), n_seen=tau).sigmoid()
+
+
+def fit_edlstm(
+    net: EDLSTM, data: ImageSequences, *, steps: int, own_predictions: bool, batch_size: int = 20,
+    learning_rate: float = 1e-3, seed: int = 0, run_dir: str | Path | None = None, resume: bool = False,
+    progress: bool = True, on_evaluation: Callable[[dict[str, float]], None] | None = None, evaluate_every: int = 500,
+) -> FitResult:  # fmt: skip
+    """Minimises -log p of all frames with Adam, in place, on the device that ``net`` is on.
+
+    Args:
+        data: what to learn from; only the images are looked at.
+        own_predictions: False: every frame is predicted from the true frames before it, as the paper trains. True: only
+            the first 5 are given, and the gradient passes through the predictions: trained for what it is tested on.
+        seed: of the order of the sequences; the caller's random state is not used.
+        run_dir: folder for metrics.jsonl and checkpoint.pt; None: nothing is written.
+        resume: continue from the checkpoint in ``run_dir``; on a CPU the numbers are those of an uninterrupted run.
+        on_evaluation: called with each line of metrics, once in ``evaluate_every`` steps.
+
+    Raises:
+        ValueError: if a number is out of range; if ``resume`` finds no checkpoint or one trained otherwise; or if the
+            folder holds a run and ``resume`` is not given.
+        FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
+    """
+    for name, value in {"steps": steps, "batch_size": batch_size, "evaluate_every": evaluate_every}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; wanted at least 1")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate is {learning_rate}; wanted a number above 0")
+    optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, fused=True)
+    settings = {"config": dataclasses.asdict(net.config), "own_predictions": own_predictions, "seed": seed,
+                "batch_size": batch_size, "learning_rate": learning_rate}  # fmt: skip
+    step, seconds, sums = 0, 0.0, {"nll": 0.0, "steps": 0.0, "seconds": 0.0}
+    folder = None if run_dir is None else Path(run_dir)
+    lines: list[dict[str, float]] = []
+    if resume:
+        step, seconds, sums = _resume(net, optimizer, folder, settings)
+        lines = [] if folder is None else [line for line in read_lines(folder) if line["step"] <= step]
+    elif folder is not None and (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} holds a trained run; give resume=True to go on with it, or another folder")
+
+    def save() -> None:
+        if folder is not None:
+            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
+            save_checkpoint(
+                folder / "checkpoint.pt", {"step": step, "seconds": seconds, "sums": sums, **settings, **state}
+            )
+
+    if folder is not None:
+        write_lines(folder, lines)
+    weight, n_seen = next(net.parameters()), N_SEEN if own_predictions else None
+    images = data.images.to(weight.device)
+    bar = tqdm(total=steps, initial=step, disable=not progress, unit="step", mininterval=0.5)
+    with stop_signals() as stop, bar:
+        started = time.perf_counter() - seconds
+        while step < steps and not stop.is_set():
+            v = images[_batch(len(images), batch_size, seed, step).to(images.device)].to(weight.dtype)
+            loss = F.binary_cross_entropy_with_logits(net(v, n_seen), v, reduction="sum") / v[..., 0, 0].numel()
+            if not math.isfinite(nll := float(loss.detach())):
+                raise FloatingPointError(
+                    f"the loss is {nll} at step {step + 1}; the last checkpoint is kept. Try a smaller learning_rate"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            now = time.perf_counter() - started
+            sums = {"nll": sums["nll"] + nll, "steps": sums["steps"] + 1, "seconds": sums["seconds"] + now - seconds}
+            seconds = now
+            bar.update()
+            if step % 20 == 0:
+                bar.set_postfix(nll=f"{nll:.1f}", refresh=False)
+            if step % evaluate_every == 0 or step == steps:
+                lines.append({
+                    "step": step, "seconds": round(seconds, 3),
+                    "steps_per_second": round(sums["steps"] / sums["seconds"], 3),
+                    "nll_per_frame": sums["nll"] / sums["steps"], "learning_rate": learning_rate,
+                })  # fmt: skip
+                sums = dict.fromkeys(sums, 0.0)
+                if folder is not None:
+                    write_lines(folder, lines)
+                if on_evaluation is not None:
+                    on_evaluation(lines[-1])
+                save()
+                started = time.perf_counter() - seconds
+        if stop.is_set():
+            save()
+        return FitResult(step, seconds, lines[-1] if lines else {}, stop.is_set())
+
+
+def load_edlstm(folder: str | Path, device: torch.device | str = "cpu") -> EDLSTM:
+    """The network that `fit_edlstm` left in a folder.
+
+    Raises:
+        ValueError: if there is no checkpoint, or it is damaged or of something else.
+    """
+    path = Path(folder) / "checkpoint.pt"
+    state = _read(path)
+    with torch.random.fork_rng(devices=[]):
+        net = EDLSTM(EDLSTMConfig(**state["config"]))
+    load_weights(net, state["net"], path)
+    return net.to(device)
+
+
+def evaluate_edlstm(
+    net: EDLSTM, data: ImageSequences, *, n_seen: int = N_SEEN, batch_size: int = 100, radius: float = RADIUS
+) -> dict[str, Any]:
+    """Losses of the generated images, and how far the balls in them are from the true ones; layout as `evaluate`'s.
+
+    ``generation_error_px`` is in the network's favour: balls are what `find_disks` finds in each generated image, its
+    pixels above 1/2 taken as white, and are matched with the true noisy positions anew in every frame, so that identity
+    does not count. An object that is not found is taken to be at the centre of the image; ``missing_share`` says how
+    many are not, ``generation_found_error_px`` is the error of the others.
+
+    Args:
+        data: fresh sequences. Without ``positions`` there are losses only.
+        n_seen: frames seen before generation.
+        radius: of a ball, in pixels.
+
+    Raises:
+        ValueError: if the sequences are too short, or of another size than the network's.
+    """
+    T = data.images.shape[1]
+    if not 1 <= n_seen < T:
+        raise ValueError(f"n_seen is {n_seen}; wanted at least 1 and less than the {T} frames of a sequence")
+    weight, parts = next(net.parameters()), data.images[:, :n_seen].split(batch_size)
+    drawn = torch.cat([net.generate(part.to(weight), T)[:, n_seen:].cpu() for part in parts])
+    unseen, n_objects = data.images[:, n_seen:], data.n_objects
+    values = {
+        "nll_per_frame_nats": metrics.nll_per_frame(unseen, drawn).double(),
+        "paper_style_loss": metrics.paper_style_loss(unseen, drawn).double(),
+        "constant_image_nll_per_frame_nats": metrics.nll_per_frame(unseen, unseen.double().mean().expand(unseen.shape)),
+    }
+    if data.positions is not None:
+        found = find_disks(drawn > 0.5, n_objects, radius)
+        missing = found.isnan().any(-1)  # (n, N, T - n_seen)
+        centre = (torch.tensor([data.size[1], data.size[0]], dtype=found.dtype) - 1) / 2
+        frames = [x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in (found, data.positions[:, :, n_seen:])]
+        guess, truth = torch.where(frames[0].isnan(), centre, frames[0]), frames[1]  # (n (T - n_seen), N, 1, 2)
+        n_each = n_objects.repeat_interleave(T - n_seen)
+        order = metrics.assign(guess, truth, n_each)
+        error = metrics.errors(metrics.reorder(guess, order), truth, n_each).view(len(data), T - n_seen, -1)
+        lost = metrics.reorder(missing.transpose(1, 2).flatten(0, 1), order).view(error.shape)
+        values["generation_error_px"] = error.mean(1)
+        values["generation_found_error_px"] = error.masked_fill(lost, torch.nan)
+        values["missing_share"] = torch.where(error.isnan(), torch.nan, lost.double())
+    return {"n_seen": n_seen, "n_frames": T} | means_by_n(values, n_objects)
+
+
+def _layers(sizes: list[int]) -> nn.Sequential:
+    """Fully connected layers started as the paper's, a ReLU after each but the last."""
+    layers: list[nn.Module] = []
+    for n_in, n_out in pairwise(sizes):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+        init_as_paper(layers[-2])  # type: ignore[arg-type]
+    return nn.Sequential(*layers[:-1])
+
+
+def _batch(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The sequences of a step, a function of seed and step alone; an epoch uses each once, but for the last few."""
+    epoch, place = divmod(step, max(1, n // batch_size))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    state = load_checkpoint(path)
+    if "net" not in state:
+        raise ValueError(f"{path} holds no ED-LSTM; train one with examples/train_edlstm.py")
+    return state
+
+
+def _resume(
+    net: EDLSTM, optimizer: torch.optim.Optimizer, folder: Path | None, settings: dict[str, Any]
+) -> tuple[int, float, dict[str, float]]:
+    """Weights and optimizer from a checkpoint, in place; its step, seconds and sums."""
+    if folder is None:
+        raise ValueError("resume needs run_dir, the folder of the run to go on with")
+    path = folder / "checkpoint.pt"
+    state = _read(path)
+    for name, value in settings.items():
+        if state[name] != value:
+            raise ValueError(f"{path} was trained with {name} {state[name]}, not {value}; resume with the former")
+    load_weights(net, state["net"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["seconds"], state["sums"]

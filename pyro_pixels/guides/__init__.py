@@ -1,0 +1,25 @@
+"""Amortised guides q(a | v) (Sec 2.2.1): the contract, the paper's network, and guides with the dynamics inside."""
+
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.heads import AttentionHead, LinearHead
+from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
+from pyro_pixels.guides.joint import JointGuide
+from pyro_pixels.guides.other_networks import BidirectionalRNN, ConvolutionalFrontEnd
+from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide
+from pyro_pixels.guides.tracking_head import TrackingHead
+
+__all__ = [
+    "AttentionHead",
+    "BidirectionalRNN",
+    "ConditionedTracks",
+    "ConvolutionalFrontEnd",
+    "Guide",
+    "InferenceRNN",
+    "JointGuide",
+    "LinearHead",
+    "RecurrentGuide",
+    "StateNetwork",
+    "StructuredGuide",
+    "TrackingHead",
+]

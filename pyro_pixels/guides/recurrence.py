@@ -1,0 +1,92 @@
+"""The recursion of Eq (8) over time and objects, along its diagonals, with its gradient by hand.
+
+s_t^n needs only s_{t-1}^n and s_t^{n-1}, so all cells with equal t + n can be computed at once: T + N - 1 steps
+instead of T N. States are kept by diagonal, s_t^n at `H[d + 1, n + 1]` with d = t + n (t, n counted from 0), so that
+the cells of a step, and what they read, are rows that follow each other; and the gradient of the weights is one product
+over all cells at the end instead of one a step. The first object has none before it, and no product is spent on that.
+tests/test_guides.py compares both with the literal double loop.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_pixels.guides.products import accumulator
+
+
+def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
+    """The states of Eq (8).
+
+    Args:
+        from_image: (T, B, 2 D), what the image and the biases contribute to the mask's and the contribution's
+            arguments at every t.
+        s_0: (N, B, D), the states before the first frame.
+        W: (2 D, 2 D), the columns of [W^beta; W^s] that act on [s_{t-1}^n, s_t^{n-1}].
+
+    Returns:
+        s (N, T, B, D).
+    """
+    return _Recurrence.apply(from_image, s_0, W)  # type: ignore[no-any-return]
+
+
+def _diagonals(N: int, T: int, B: int) -> Iterator[tuple[int, slice, slice]]:
+    """(d, the rows of its cells, those of them that have an object before them) of every diagonal."""
+    for d in range(T + N - 1):
+        first, last = max(0, d - T + 1), min(N - 1, d) + 1
+        yield d, slice(first * B, last * B), slice(max(1, first) * B, last * B)
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
+        (T, B, _), (N, _, D) = from_image.shape, s_0.shape
+        H = s_0.new_zeros(T + N, N + 1, B, D)  # H[:, 0] = s_t^0 = 0
+        gates = s_0.new_empty(T + N - 1, N, B, 2 * D)  # (beta, s_hat) of every cell; the corners are no cells
+        for n in range(N):
+            H[: n + 1, n + 1] = s_0[n]
+            gates[n : n + T, n] = from_image
+        add_time, add_object = (accumulator(part.mT, n * B) for part, n in zip(W.split(D, 1), (N, N - 1)))
+        states, before = (part.flatten(1, 2).unbind() for part in (H[:, 1:], H[:, :-1]))
+        for (d, cells, later), gate in zip(_diagonals(N, T, B), gates.flatten(1, 2).unbind()):
+            add_time(gate[cells], states[d][cells])
+            add_object(gate[later], before[d][later])
+            beta, s_hat = gate[cells].chunk(2, 1)
+            torch.lerp(before[d][cells], s_hat.tanh_(), beta.sigmoid_(), out=states[d + 1][cells])
+        ctx.save_for_backward(H, gates, W)
+        return torch.stack([H[n + 1 : n + 1 + T, n + 1] for n in range(N)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        H, gates, W = ctx.saved_tensors
+        N, T, B, D = grad_s.shape
+        G = torch.zeros_like(H)  # gradient of H
+        for n in range(N):
+            G[n + 1 : n + 1 + T, n + 1] = grad_s[n]
+        add_time, add_object = (accumulator(part, n * B) for part, n in zip(W.split(D, 1), (N, N - 1)))
+        # ds / d(arguments of sigm and tanh), and 1 - beta = ds_t^n / ds_t^{n-1} directly, of every cell.
+        beta, s_hat = gates.chunk(2, -1)
+        kept, slopes = 1 - beta, gates.new_empty(*beta.shape[:-1], 2, D)
+        torch.mul((s_hat - H[:-1, :-1]).mul_(beta), kept, out=slopes[..., 0, :])
+        torch.mul(1 - s_hat.square(), beta, out=slopes[..., 1, :])
+        grad_gates = torch.empty_like(slopes)
+        for n in range(N):
+            grad_gates[:n, n], grad_gates[n + T :, n] = 0.0, 0.0
+        states, before = (part.flatten(1, 2).unbind() for part in (G[:, 1:], G[:, :-1]))
+        by_diagonal = zip(*(x.flatten(1, 2).unbind() for x in (slopes, kept, grad_gates)))
+        for (d, cells, later), (slope, keep, grad_gate) in reversed(list(zip(_diagonals(N, T, B), by_diagonal))):
+            g = states[d + 1]
+            torch.mul(g[cells].unsqueeze(1), slope[cells], out=grad_gate[cells])
+            before[d][later].addcmul_(g[later], keep[later])
+            grad_gate = grad_gate.flatten(1)
+            add_time(states[d][cells], grad_gate[cells])
+            add_object(before[d][later], grad_gate[later])
+        grad_gates = grad_gates.flatten(-2)
+        grad_W_time = grad_gates.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
+        grad_W_object = grad_gates[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)
+        grad_image = sum((grad_gates[n : n + T, n] for n in range(1, N)), grad_gates[:T, 0])
+        grad_s_0 = torch.stack([G[: n + 1, n + 1].sum(0) for n in range(N)])
+        return grad_image, grad_s_0, torch.cat([grad_W_time, grad_W_object], 1)

@@ -1,0 +1,184 @@
+"""A guide with the dynamics inside (Sec 2.3 calls for one): q(a | v) is p(a) times what the network saw, normalised.
+
+The recurrent network emits a Gaussian potential for each object and frame, N(y_t^n; a_t^n, R_t^n) with diagonal R, as
+if it were a noisy measurement, and
+
+    q(a^n | v) = p(a^n) prod_t N(y_t^n; a_t^n, R_t^n) / Z^n,   Z^n = sum_k pi_k N(y^n; m_k, C_k + R^n)
+
+is computed exactly: a mixture over the component z, weighed by its evidence, each part a Gaussian over all frames that
+is correlated in time. In the bound, log q(a) - log p(a) = sum_t log N(y_t; a_t, R_t) - log Z. If the images were linear
+in a with Gaussian noise, the true potentials would make the bound tight.
+
+The gradient of a sample flows through the Gaussian of the component that was drawn, not through the probabilities
+of the draw. It is exact for K = 1 and where z is certain, and biased where components overlap, as they still do after
+the quick preset (docs/decisions.md).
+"""
+
+import math
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.inference_rnn import StateNetwork
+from pyro_pixels.guides.tracking_head import TrackingHead
+from pyro_pixels.lgssm.dynamics import Dynamics, TrackMixture, dense_components
+
+UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
+
+
+class ConditionedTracks(TorchDistribution):
+    """p(a_{1:T} | y) when y = a + N(0, R) was measured: event shape (T, 2), exact in float64.
+
+    Args:
+        dynamics: gives the prior p(a), Eq (10).
+        y: (..., T, 2), measurements.
+        R: (..., T, 2), their variances, above 0.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
+    has_rsample = True
+
+    def __init__(self, dynamics: Dynamics, y: Tensor, R: Tensor) -> None:
+        super().__init__(y.shape[:-2], y.shape[-2:], validate_args=False)
+        components = dense_components(dynamics.lgssm(), y.shape[-2])
+        self._m, self._C, self._prior_L = components.stacked_moments  # (K, 2T), (K, 2T, 2T), (K, 2T, 2T)
+        z = dist.Categorical(logits=dynamics.log_pi.to(self._m.dtype), validate_args=False)
+        self._prior = TrackMixture(z, components, validate_args=False)
+        self._y, self._R = (x.to(self._m.dtype).flatten(-2) for x in (y, R))  # (..., 2T)
+        e = self._y.unsqueeze(-2) - self._m  # (..., K, 2T)
+        self._L = factor_sum(self._C, self._R)
+        W_e, log_det = solve_sum(self._C, self._R, e, self._L)
+        log_evidence = -0.5 * ((e * W_e).sum(-1) + log_det + e.shape[-1] * math.log(2 * math.pi))
+        log_joint = log_evidence + z.logits
+        self.component = dist.Categorical(logits=log_joint, validate_args=False)  # p(z | y), (..., K)
+        self.log_evidence = log_joint.logsumexp(-1)  # log Z, (...)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        a = value.to(self._m.dtype)
+        potentials = dist.Normal(a.flatten(-2), self._R.sqrt(), validate_args=False).log_prob(self._y).sum(-1)
+        return self._prior.log_prob(a) + potentials - self.log_evidence
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        """Draws a prior path and a measurement of it, moves the path by what the real measurement says, and picks z."""
+        shape = torch.Size(sample_shape) + self.batch_shape + self._m.shape  # (S, ..., K, 2T)
+        a = self._m + torch.einsum("kij,...kj->...ki", self._prior_L, self._m.new_empty(shape).normal_())
+        a = self._updated(a, a + self._R.sqrt().unsqueeze(-2) * torch.randn_like(a))
+        z = self.component.sample(torch.Size(sample_shape))[..., None, None]
+        return a.gather(-2, z.expand(*z.shape[:-1], a.shape[-1])).squeeze(-2).unflatten(-1, self.event_shape)
+
+    def _updated(self, a: Tensor, y: Tensor) -> Tensor:
+        """a + C (C + R)^-1 (y observed - y), (..., K, 2T)."""
+        W_d, _ = solve_sum(self._C, self._R, self._y.unsqueeze(-2) - y, self._L)
+        return a + torch.einsum("kij,...kj->...ki", self._C, W_d)
+
+    @property
+    def mean(self) -> Tensor:
+        means = self._updated(self._m, self._m)
+        return (self.component.probs.unsqueeze(-1) * means).sum(-2).unflatten(-1, self.event_shape)
+
+    @property
+    def frame_covariance(self) -> Tensor:
+        """(..., T, 2, 2), the covariance of a_t in each frame."""
+        means, w = self._updated(self._m, self._m), self.component.probs  # (..., K, 2T), (..., K)
+        explained = self._C @ torch.cholesky_solve(self._C.expand_as(self._L), self._L)
+        within = _frame_blocks(self._C - explained)  # (..., K, T, 2, 2)
+        spread = (means - (w.unsqueeze(-1) * means).sum(-2, keepdim=True)).unflatten(-1, self.event_shape)
+        between = spread.unsqueeze(-1) * spread.unsqueeze(-2)
+        return (w[..., None, None, None] * (within + between)).sum(-4)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.frame_covariance.diagonal(dim1=-2, dim2=-1)
+
+
+class StructuredGuide(Guide):
+    """q(a | v) = p(a) x potentials from the recurrent network, normalised; it shares the model's dynamics.
+
+    Args:
+        dynamics: the model's own, ``model.dynamics``.
+        rnn: gives s_t^n, Eq (8).
+        head: reads y_t^n and the square root of R_t^n from s_t^n; default a `TrackingHead`.
+    """
+
+    def __init__(self, dynamics: Dynamics, rnn: StateNetwork, head: nn.Module | None = None) -> None:
+        super().__init__()
+        self.dynamics, self.rnn = dynamics, rnn
+        self.head = TrackingHead(dynamics, rnn.height, rnn.width, rnn.state_size) if head is None else head
+
+    def encode(self, images: Tensor, n_objects: Tensor) -> ConditionedTracks:
+        y, sigma = self.head(self.rnn(images, n_objects), images, n_objects)
+        return ConditionedTracks(self.dynamics, y, sigma.square())
+
+    def encode_observed(
+        self, images: Tensor, n_objects: Tensor, observed: Tensor
+    ) -> tuple[ConditionedTracks, dist.Categorical]:
+        observed = observed.expand(len(images), int(n_objects.max()), images.shape[1])
+        frames_seen = observed.any(1)  # (B, T)
+        seen = images * frames_seen[..., None, None]  # identities are not to depend on what was only imagined
+        first = int(frames_seen.any(0).nonzero().min())  # before it the network has nothing to go by
+        s = F.pad(self.rnn(images[:, first:], n_objects), (0, 0, first, 0))
+        y, sigma = self.head(s, seen, n_objects)
+        q_a = ConditionedTracks(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))
+        return q_a, q_a.component
+
+
+@torch.no_grad()
+def factor_sum(C: Tensor, R: Tensor) -> Tensor:
+    """Cholesky factors (..., K, d, d) of C + diag R, for every pair of a C (K, d, d) and an R (..., d)."""
+    S = C.expand(*R.shape[:-1], *C.shape).clone()
+    S.diagonal(dim1=-2, dim2=-1).add_(R.unsqueeze(-2))
+    return torch.linalg.cholesky_ex(S).L
+
+
+def solve_sum(C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+    """(C + diag R)^-1 b and log det (C + diag R), differentiable in C, R and b.
+
+    The gradient is taken from the solution instead of through the Cholesky factors, and summed over sequences at once:
+    several times faster than autograd for many small matrices.
+
+    Args:
+        C: (K, d, d), symmetric positive definite; R: (..., d), above 0; b: (*S, ..., K, d).
+        L: what `factor_sum` gives for C and R.
+
+    Returns:
+        (*S, ..., K, d) and (..., K).
+    """
+    return _SolveSum.apply(C, R, b, L)  # type: ignore[no-any-return]
+
+
+class _SolveSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cholesky_solve(b.unsqueeze(-1), L).squeeze(-1)
+        ctx.save_for_backward(L, x)
+        ctx.set_materialize_grads(False)
+        return x, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        L, x = ctx.saved_tensors
+        K, d = L.shape[-3], L.shape[-1]
+        grad_b = torch.zeros_like(x) if grad_x is None else torch.cholesky_solve(grad_x.unsqueeze(-1), L).squeeze(-1)
+        grad_C = -torch.einsum("rki,rkj->kij", grad_b.reshape(-1, K, d), x.reshape(-1, K, d))
+        grad_R = -(grad_b * x).sum(-2).reshape(-1, *L.shape[:-3], d).sum(0)
+        if grad_log_det is not None:
+            W = torch.cholesky_inverse(L)
+            grad_C = grad_C + torch.einsum("rk,rkij->kij", grad_log_det.reshape(-1, K), W.reshape(-1, K, d, d))
+            grad_R = grad_R + (grad_log_det.unsqueeze(-1) * W.diagonal(dim1=-2, dim2=-1)).sum(-2)
+        return grad_C, grad_R, grad_b, None
+
+
+def _frame_blocks(cov: Tensor) -> Tensor:
+    """The (T, 2, 2) blocks on the diagonal of (..., 2T, 2T)."""
+    T = cov.shape[-1] // 2
+    t = torch.arange(T, device=cov.device)
+    return cov.unflatten(-1, (T, 2)).unflatten(-3, (T, 2))[..., t, :, t, :].movedim(0, -3)

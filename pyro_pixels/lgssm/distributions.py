@@ -1,0 +1,202 @@
+"""Distributions over the path of one object, with the LGSSM's batch of starts in front (Sec 2.1.2).
+
+`DenseTracks` and `BlockTracks` are the same p(a_{1:T} | z) of Eq (3) with h integrated out: as one Gaussian over all
+2 T coordinates, O(T^3), and as a Kalman filter that takes many frames at a time, O(T). `StatePath` is p(h_{1:T} | z).
+
+Departures from the paper: none. The density does not depend on how it is computed.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm.kalman import LGSSM
+
+BLOCK_FRAMES = 32  # frames a step of `BlockTracks`: fewer make more steps, more make larger matrices
+
+
+class DenseTracks(TorchDistribution):
+    """Positions (T, 2) with a dense joint Gaussian: what Eq (3) leaves when h is integrated out.
+
+    Args:
+        mean: (K, 2 T) and
+        cov: (K, 2 T, 2 T), the stacked positions' moments (`lgssm.marginal_moments`). One Cholesky factor a component
+            serves every sequence and object, since the covariance does not depend on the data.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
+    has_rsample = True
+
+    def __init__(self, mean: Tensor, cov: Tensor, *, batch_shape: torch.Size | None = None) -> None:
+        self._mean, self._cov, self._L = mean, cov, torch.linalg.cholesky_ex(cov).L
+        self._set_shapes(mean.shape[:-1] if batch_shape is None else batch_shape)
+
+    def _set_shapes(self, batch_shape: torch.Size) -> None:
+        super().__init__(batch_shape, torch.Size((self._mean.shape[-1] // 2, 2)), validate_args=False)
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DenseTracks":
+        new = object.__new__(type(self))
+        new._mean, new._cov, new._L = self._mean, self._cov, self._L  # kept small: they broadcast
+        new._set_shapes(torch.Size(batch_shape))
+        return new
+
+    @property
+    def stacked_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (K, 2 T), covariance and its Cholesky factor (K, 2 T, 2 T) of the stacked positions."""
+        return self._mean, self._cov, self._L
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        variance = self._L.square().sum(-1)
+        return variance.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return _LogNormal.apply(value.flatten(-2) - self._mean, self._cov, self._L.detach())  # type: ignore[no-any-return]
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.batch_shape + self._mean.shape[-1:]
+        noise = torch.randn(shape, dtype=self._mean.dtype, device=self._mean.device)
+        return (self._mean + torch.einsum("...kj,kij->...ki", noise, self._L)).unflatten(-1, self.event_shape)
+
+
+class BlockTracks(TorchDistribution):
+    """Positions (T, 2) by a Kalman filter that takes ``block`` frames at a time, as one observation of 2 block numbers.
+
+    Given the state at its first frame, a block is Gaussian with the same covariance V whichever block it is; so is the
+    state that the next block starts from, jointly. Work and memory grow with T alone, and gains and covariances are
+    computed once for all sequences and objects. Exact for singular Sigma_H and Sigma, like the filter frame by frame.
+
+    Args:
+        lgssm: with a batch (K,) of starts.
+        n_frames: T.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
+    has_rsample = True
+
+    def __init__(
+        self, lgssm: LGSSM, n_frames: int, *, block: int = BLOCK_FRAMES, batch_shape: torch.Size | None = None
+    ) -> None:
+        self._lgssm, self._block = lgssm, min(block, n_frames)
+        super().__init__(
+            lgssm.mu.shape[:-1] if batch_shape is None else batch_shape, torch.Size((n_frames, 2)), validate_args=False
+        )
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "BlockTracks":
+        T = self.event_shape[0]
+        return type(self)(self._lgssm, T, block=self._block, batch_shape=torch.Size(batch_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        return self._marginals.mean.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        return self._marginals.cov.diagonal(dim1=-2, dim2=-1).expand(self.batch_shape + self.event_shape)
+
+    @property
+    def _marginals(self) -> exact.Gaussians:
+        mu, Sigma = self._lgssm.mu, self._lgssm.Sigma
+        later = exact.rollout(self._lgssm, mu, Sigma, self.event_shape[0] - 1)
+        states = (torch.cat([now.unsqueeze(1), then], 1) for now, then in zip((mu, Sigma), later))
+        return exact.observation_moments(self._lgssm, exact.Gaussians(*states))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        (_, B, _, _, Sigma_A, m, P), b = self._lgssm, self._block
+        F, drift, V = exact.response(_states_observed(self._lgssm), b + 1)  # of the block's states and the next one
+        to_a = exact.on_diagonal(B, b)  # (2b, 4b)
+        F_a, drift_a = to_a @ F[:-4], drift[:-4] @ to_a.mT
+        V_a = to_a @ V[:-4, :-4] @ to_a.mT + exact.on_diagonal(Sigma_A, b)
+        F_h, drift_h, V_h, V_ha = F[-4:], drift[-4:], V[-4:, -4:], V[-4:, :-4] @ to_a.mT
+        log_prob = value.new_zeros(())
+        for a in value.flatten(-2).split(2 * b, -1):
+            n = a.shape[-1]  # the last block may be shorter
+            L = torch.linalg.cholesky_ex(F_a[:n] @ P @ F_a[:n].mT + V_a[:n, :n]).L  # (K, 2b, 2b)
+            identity = torch.eye(n, dtype=L.dtype, device=L.device)
+            whiten = torch.linalg.solve_triangular(L, identity, upper=False)
+            e = torch.einsum("...ki,kji->...kj", a - m @ F_a[:n].mT - drift_a[:n], whiten)
+            log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            log_prob = log_prob - 0.5 * e.square().sum(-1) - log_det - 0.5 * n * math.log(2 * math.pi)
+            gain = (F_h @ P @ F_a[:n].mT + V_ha[:, :n]) @ whiten.mT  # (K, 4, 2b)
+            m = m @ F_h.mT + drift_h + torch.einsum("...ki,kji->...kj", e, gain)
+            P = F_h @ P @ F_h.mT + V_h - gain @ gain.mT
+        return log_prob
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.batch_shape
+        starts = self._lgssm._replace(mu=self._lgssm.mu.expand(*shape, -1))
+        return exact.sample(starts, self.event_shape[0])[1]
+
+
+def _states_observed(lgssm: LGSSM) -> LGSSM:
+    """The LGSSM whose observations are the states themselves."""
+    identity = torch.eye(lgssm.A.shape[-1], dtype=lgssm.A.dtype, device=lgssm.A.device)
+    return lgssm._replace(B=identity, Sigma_A=torch.zeros_like(identity))
+
+
+class StatePath(TorchDistribution):
+    """p(h_{1:T} | z): the states of Eq (5), event shape (T, d), batch shape that of the LGSSM's starts.
+
+    Needs positive definite Sigma_H and Sigma for `log_prob`; sampling needs neither.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]
+    has_rsample = True
+
+    def __init__(self, lgssm: LGSSM, n_frames: int) -> None:
+        self._lgssm = lgssm
+        super().__init__(lgssm.mu.shape[:-1], torch.Size((n_frames, lgssm.mu.shape[-1])), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        A, _, u, Sigma_H, _, mu, Sigma = self._lgssm
+        h = value.to(A.dtype)
+        start = dist.MultivariateNormal(mu, Sigma, validate_args=False).log_prob(h[..., 0, :])
+        step = dist.MultivariateNormal(h[..., :-1, :] @ A.mT + u, Sigma_H, validate_args=False)
+        return start + step.log_prob(h[..., 1:, :]).sum(-1)
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        return exact.sample(self._lgssm, self.event_shape[0], tuple(sample_shape))[0]
+
+
+class _LogNormal(torch.autograd.Function):
+    """log N(e; 0, C) (..., K) of e (..., K, d), C (K, d, d) and its Cholesky factor L.
+
+    With x = C^-1 e the gradients are -x and (x x' - C^-1) / 2, summed over sequences: no need to go through the factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, C: Tensor, L: Tensor) -> Tensor:
+        K, d = e.shape[-2:]
+        identity = torch.eye(d, dtype=L.dtype, device=L.device)
+        whiten = torch.linalg.solve_triangular(L, identity, upper=False)  # L^-1
+        white = e.reshape(-1, K, d).transpose(0, 1) @ whiten.mT  # (K, n, d)
+        ctx.save_for_backward(whiten, white)
+        log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_prob = -0.5 * white.square().sum(-1).mT - (log_det + 0.5 * d * math.log(2 * math.pi))
+        return log_prob.view(e.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        whiten, white = ctx.saved_tensors
+        K, _, d = white.shape
+        each = grad.reshape(-1, K).mT  # (K, n)
+        weighed = each.unsqueeze(-1) * white
+        excess = weighed.mT @ white
+        excess.diagonal(dim1=-2, dim2=-1).sub_(each.sum(-1, keepdim=True))
+        grad_e = (weighed @ whiten).neg_().transpose(0, 1).reshape(*grad.shape, d)
+        return grad_e, 0.5 * (whiten.mT @ excess @ whiten), None

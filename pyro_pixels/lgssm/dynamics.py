@@ -1,0 +1,237 @@
+"""Learnable latent dynamics (Sec 2.1.2): the parameters of Eqs (3)-(4) and the exact marginal p(a_{1:T}) of Eq (10).
+
+`Dynamics` holds delta, u, Sigma_H, Sigma_A, pi, mu_k and Sigma_k as ordinary parameters. Its `positions(T)` is the
+distribution of one object's positions with the states h and the component z integrated out:
+
+    p(a_{1:T}) = sum_k pi_k p(a_{1:T} | z = k)
+
+a `MixtureSameFamily(Categorical(pi), components)`, where the components are Pyro's `GaussianHMM` (`hmm_components`, the
+model as one would state it) or the same density many times faster: the dense Gaussian over all 2 T coordinates
+(`dense_components`), a filter that takes many frames at a time (`block_components`), or whichever of the two suits T
+(`exact_components`). All are computed in float64: in float32 Pyro's GaussianHMM is wrong by nats, silently, when
+Sigma_H is small. docs/performance.md measures them.
+
+Departures from the paper: none in the density. Sigma_A is kept above a floor (`DynamicsConfig.position_noise_floor`)
+so that its Cholesky factor exists. Sigma_H, Sigma_A and Sigma_k are full covariances; the paper does not say.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from torch import Tensor, nn
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm.distributions import BlockTracks, DenseTracks
+from pyro_pixels.lgssm.kalman import LGSSM
+
+DENSE_FRAMES = 64  # up to this many frames `exact_components` are dense
+
+
+@dataclass(frozen=True)
+class DynamicsConfig:
+    """Starting values of the dynamics; the defaults are those of Sec 3.2. Noises are variances, in latent units."""
+
+    n_components: int = 2
+    """K, the number of ways an object may start."""
+    delta: float = 0.1
+    """Sampling period."""
+    state_noise: float = 1e-3
+    """Sigma_H = state_noise I."""
+    position_noise: float = 1.0
+    """Sigma_A = position_noise I."""
+    start_spread: float = 1.0
+    """Standard deviation of the positions in mu_k, which are drawn."""
+    start_velocity_spread: float = 0.0
+    """The same of the velocities in mu_k; 0 in the paper."""
+    start_variance: float = 1.0
+    """Sigma_k = start_variance I."""
+    position_noise_floor: float = 1e-6
+    """Sigma_A never falls below this times I."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.n_components, int) or self.n_components < 1:
+            raise ValueError(f"n_components is {self.n_components}; wanted a whole number of at least 1")
+        for name in ("delta", "state_noise", "start_spread", "start_variance", "position_noise_floor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted a finite number above 0")
+        if not 0 <= self.start_velocity_spread < math.inf:
+            raise ValueError(
+                f"start_velocity_spread is {self.start_velocity_spread}; wanted a finite number, at least 0"
+            )
+        if not self.position_noise_floor < self.position_noise < math.inf:
+            raise ValueError(
+                f"position_noise is {self.position_noise}; wanted more than its floor, {self.position_noise_floor}"
+            )
+
+
+class TrackMixture(dist.MixtureSameFamily):
+    """p(a_{1:T}) of Eq (10): event shape (T, 2), computed in float64 whatever the type of the value.
+
+    A mixture of dense components or of Pyro's GaussianHMM. `log_prob` returns float64.
+    """
+
+    support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]  # torch's own has no bijection
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._log_joint(value).logsumexp(-1)
+
+    def component_posterior(self, value: Tensor) -> dist.Categorical:
+        """p(z | a_{1:T}), a Categorical over K, for positions (..., T, 2)."""
+        return dist.Categorical(logits=self._log_joint(value), validate_args=False)
+
+    def _log_joint(self, value: Tensor) -> Tensor:
+        value = value.to(exact.exact_dtype(value.device)).unsqueeze(-3)
+        return self.component_distribution.log_prob(value) + self.mixture_distribution.logits
+
+
+Components = Callable[[LGSSM, int], dist.TorchDistribution]
+"""(LGSSM with a batch of K, T) -> p(a_{1:T} | z = k), batch shape (K,), event shape (T, 2)."""
+
+
+def exact_components(lgssm: LGSSM, n_frames: int) -> DenseTracks | BlockTracks:
+    """The fastest of the exact components: dense for short sequences, by blocks for longer ones."""
+    return (dense_components if n_frames <= DENSE_FRAMES else block_components)(lgssm, n_frames)
+
+
+def dense_components(lgssm: LGSSM, n_frames: int) -> DenseTracks:
+    """The components as dense Gaussians over all 2 T coordinates: O(T^3), the fastest for short sequences."""
+    return DenseTracks(*exact.marginal_moments(lgssm, n_frames))
+
+
+def block_components(lgssm: LGSSM, n_frames: int) -> BlockTracks:
+    """The components as filters that take many frames at a time: O(T)."""
+    return BlockTracks(lgssm, n_frames)
+
+
+def hmm_components(lgssm: LGSSM, n_frames: int) -> dist.GaussianHMM:
+    """The components as Pyro's `GaussianHMM`, O(T) work.
+
+    Pyro's chain starts at h_0 and makes a transition before the first observation, and its matrices act from the
+    right. A dummy h_0 ~ N(0, I), forgotten by a first transition with matrix 0 and noise N(mu_k, Sigma_k), gives h_1
+    exactly the start of Eq (4).
+    """
+    A, B, u, Sigma_H, Sigma_A, mu, Sigma = lgssm
+    K, d = mu.shape
+    dtype, device = A.dtype, A.device
+
+    def normal(loc: Tensor, cov: Tensor) -> dist.MultivariateNormal:
+        return dist.MultivariateNormal(loc, scale_tril=exact.semidefinite_cholesky(cov), validate_args=False)
+
+    rest = (K, n_frames - 1)
+    matrix = torch.cat([torch.zeros(K, 1, d, d, dtype=dtype, device=device), A.mT.expand(*rest, d, d)], 1)
+    noise_mean = torch.cat([mu.unsqueeze(1), u.expand(*rest, d)], 1)
+    noise_cov = torch.cat([Sigma.unsqueeze(1), Sigma_H.expand(*rest, d, d)], 1)
+    return dist.GaussianHMM(
+        initial_dist=normal(torch.zeros(K, d, dtype=dtype, device=device), torch.eye(d, dtype=dtype, device=device)),
+        transition_matrix=matrix,
+        transition_dist=normal(noise_mean, noise_cov),
+        observation_matrix=B.mT,
+        observation_dist=normal(torch.zeros(2, dtype=dtype, device=device), Sigma_A),
+        duration=n_frames,
+        validate_args=False,
+    )
+
+
+class Dynamics(nn.Module):
+    """delta, u, Sigma_H, Sigma_A, pi_k, mu_k, Sigma_k as parameters, started as in Sec 3.2.
+
+    Args:
+        config: starting values. mu_k is drawn when constructed; u = 0 and pi is uniform.
+        components: how p(a_{1:T} | z = k) is computed: one of the `*_components` above, or your own.
+    """
+
+    def __init__(self, config: DynamicsConfig = DynamicsConfig(), *, components: Components = exact_components) -> None:
+        super().__init__()
+        K = config.n_components
+        self.config, self.components = config, components
+        self.log_delta = nn.Parameter(torch.tensor(config.delta).log())
+        self.u = nn.Parameter(torch.zeros(4))
+        self.log_pi = nn.Parameter(torch.zeros(K))
+        self.mu = nn.Parameter(
+            torch.cat([config.start_spread * torch.randn(K, 2), config.start_velocity_spread * torch.randn(K, 2)], -1)
+        )
+        self.root_Sigma_H = nn.Parameter(_log_root(config.state_noise, 4))
+        self.root_Sigma_A = nn.Parameter(_log_root(config.position_noise - config.position_noise_floor, 2))
+        self.root_Sigma = nn.Parameter(_log_root(config.start_variance, 4).repeat(K, 1, 1))
+
+    @property
+    def delta(self) -> Tensor:
+        """Sampling period, a positive scalar."""
+        return self.log_delta.exp()
+
+    @property
+    def pi(self) -> Tensor:
+        """(K,) component probabilities."""
+        return self.log_pi.softmax(-1)
+
+    @torch.no_grad()
+    def set_starts(self, log_pi: Tensor, mu: Tensor, Sigma: Tensor) -> None:
+        """Puts log pi_k (K,), mu_k (K, 4) and Sigma_k (K, 4, 4), positive definite, in place of what they were."""
+        self.log_pi.copy_(log_pi)
+        self.mu.copy_(mu)
+        L = torch.linalg.cholesky(Sigma)
+        self.root_Sigma.copy_(L.tril(-1) + torch.diag_embed(L.diagonal(dim1=-2, dim2=-1).log()))
+
+    def lgssm(self) -> LGSSM:
+        """The parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
+        dtype, device = exact.exact_dtype(self.mu.device), self.mu.device
+        I = torch.eye(4, dtype=dtype, device=device)
+        delta = self.log_delta.to(dtype).exp()
+        Sigmas = _covariance(torch.cat([self.root_Sigma_H.unsqueeze(0), self.root_Sigma]).to(dtype))  # all at once
+        Sigma_A = _covariance(self.root_Sigma_A.to(dtype)) + self.config.position_noise_floor * I[:2, :2]
+        return LGSSM(
+            A=I + delta * torch.ones(2, dtype=dtype, device=device).diag(2),
+            B=I[:2],
+            u=self.u.to(dtype),
+            Sigma_H=Sigmas[0],
+            Sigma_A=Sigma_A,
+            mu=self.mu.to(dtype),
+            Sigma=Sigmas[1:],
+        )
+
+    def positions(self, n_frames: int) -> TrackMixture:
+        """p(a_{1:T}) of one object, Eq (10): batch shape (), event shape (T, 2)."""
+        lgssm = self.lgssm()
+        z = dist.Categorical(logits=self.log_pi.to(lgssm.mu.dtype), validate_args=False)
+        return TrackMixture(z, self.components(lgssm, n_frames), validate_args=False)
+
+    def component_posterior(self, a: Tensor, observed: Tensor | None = None) -> dist.Categorical:
+        """p(z | a) by a Kalman filter a component (Sec 3.4), batch (...), for a (..., T, 2).
+
+        Args:
+            a: positions; observed: (..., T) bool, False where a step is missing.
+        """
+        if observed is not None:
+            observed = observed.unsqueeze(-2)
+        log_likelihood = exact.log_likelihood(self.lgssm(), a.unsqueeze(-3), observed)
+        log_pi = self.log_pi.to(log_likelihood.dtype).log_softmax(-1)
+        return dist.Categorical(logits=log_likelihood + log_pi, validate_args=False)
+
+
+def collapse_components(lgssm: LGSSM, pi: Tensor) -> LGSSM:
+    """The LGSSM with one Gaussian start that has the mean and covariance of the mixture (pi (K,), mu_k, Sigma_k)."""
+    pi = pi.to(lgssm.mu.dtype)
+    mean = pi @ lgssm.mu
+    spread = lgssm.mu - mean
+    cov = torch.einsum("k,kij->ij", pi, lgssm.Sigma + spread.unsqueeze(-1) * spread.unsqueeze(-2))
+    return lgssm._replace(mu=mean, Sigma=cov)
+
+
+def select_component(lgssm: LGSSM, k: Tensor) -> LGSSM:
+    """The LGSSM whose starts are those of components ``k`` (...): its mu is (..., 4)."""
+    return lgssm._replace(mu=lgssm.mu[k], Sigma=lgssm.Sigma[k])
+
+
+def _log_root(variance: float, d: int) -> Tensor:
+    """The unconstrained (d, d) matrix that `_covariance` maps to ``variance`` I."""
+    return 0.5 * torch.tensor(variance).log() * torch.eye(d)
+
+
+def _covariance(root: Tensor) -> Tensor:
+    """L L' with L the lower triangle of ``root``, its diagonal exponentiated."""
+    L = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).exp())
+    return L @ L.mT

@@ -1,0 +1,85 @@
+"""The positions of all frames as one Gaussian: Eq (3) with the states integrated out."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from pyro_pixels.lgssm.kalman import LGSSM
+
+
+class Response(NamedTuple):
+    """How the stacked observations answer to the first state: a_{1:T} = F h_1 + drift + N(0, V)."""
+
+    F: Tensor  # (T p, d)
+    drift: Tensor  # (T p,)
+    V: Tensor  # (T p, T p)
+
+
+def response(lgssm: LGSSM, n_steps: int) -> Response:
+    """The a_{1:T} that follow h_1, Eq (3) with all later states integrated out, no loop over T.
+
+    With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise, so V is G Sigma_H G' + Sigma_A on the
+    diagonal, where G is the block-Toeplitz matrix of the F_j. The starts of ``lgssm`` play no part. The gradient is
+    written by hand; second derivatives do not exist.
+    """
+    A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
+    F = _after(B, A, n_steps)  # (T, p, d)
+    drift, V = _Response.apply(F, u, Sigma_H, Sigma_A)
+    return Response(F.flatten(0, 1), drift, V)
+
+
+class _Response(torch.autograd.Function):
+    """drift (T p,) and V (T p, T p) of F (T, p, d), u, Sigma_H and Sigma_A, with their gradients by hand.
+
+    Row (t, i) of G, and column (s, j), is F_{t-1-s}[i, j], or 0 where s >= t; there is one s less than frames.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, F: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor) -> tuple[Tensor, Tensor]:
+        T, p, d = F.shape
+        falling = torch.cat([F.flip(0), torch.zeros_like(F)])  # F_{T-1}, ..., F_0, 0, ..., 0
+        G = falling.unfold(0, T - 1, 1)[1 : T + 1].flip(0).movedim(-1, 2).reshape(T * p, T - 1, d)
+        summed = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]).flatten(0, 1)  # (T p, d)
+        G_Sigma = G @ Sigma_H
+        V = G_Sigma.flatten(1) @ G.flatten(1).mT
+        V.view(T, p, T, p).diagonal(dim1=0, dim2=2).add_(Sigma_A.unsqueeze(-1))
+        ctx.save_for_backward(F, u, G, G_Sigma, summed)
+        return summed @ u, V
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_drift: Tensor, grad_V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
+        F, u, G, G_Sigma, summed = ctx.saved_tensors
+        T, p, d = F.shape
+        grad_V_G = (grad_V @ G.flatten(1)).view(-1, d)
+        grad_G = ((grad_V + grad_V.mT) @ G_Sigma.flatten(1)).view(T, p, T - 1, d)
+        # What was laid along the diagonals is added up along them: row t, moved by t, has lag l in column T - 1 + l.
+        rows = pad(grad_G.movedim(2, 1).flip(1), (0, 0, 0, 0, 0, T + 1)).flatten(0, 1)
+        by_lag = rows[: T * (2 * T - 1)].view(T, 2 * T - 1, p, d).sum(0)[T - 1 : -1]
+        later = grad_drift.view(T, p)[1:].flip(0).cumsum(0).flip(0)
+        grad_F = torch.cat([by_lag + later.unsqueeze(-1) * u, torch.zeros_like(F[:1])])
+        grad_Sigma_A = grad_V.view(T, p, T, p).diagonal(dim1=0, dim2=2).sum(-1)
+        return grad_F, summed.mT @ grad_drift, G.view(-1, d).mT @ grad_V_G, grad_Sigma_A
+
+
+def on_diagonal(block: Tensor, n: int) -> Tensor:
+    """The matrix with ``n`` times the same block (i, j) on its diagonal, and zeros elsewhere."""
+    return torch.kron(torch.eye(n, dtype=block.dtype, device=block.device), block)
+
+
+def marginal_moments(lgssm: LGSSM, n_steps: int) -> tuple[Tensor, Tensor]:
+    """Mean (..., T p) and covariance (..., T p, T p) of the stacked a_{1:T}: Eq (3) with h integrated out."""
+    F, drift, V = response(lgssm, n_steps)
+    return lgssm.mu @ F.mT + drift, F @ lgssm.Sigma @ F.mT + V
+
+
+def _after(B: Tensor, A: Tensor, n: int) -> Tensor:
+    """B A^0 .. B A^{n-1} as (n, p, d), by doubling."""
+    after, step = B.unsqueeze(0), A
+    while len(after) < n:
+        after = torch.cat([after, after @ step])
+        step = step @ step
+    return after[:n]

@@ -1,0 +1,21 @@
+"""The generative model (Sec 2.1): a neural renderer over exact linear dynamics."""
+
+from pyro_pixels.model.likelihoods import (
+    LIKELIHOODS,
+    BernoulliPixels,
+    ContinuousBernoulliPixels,
+    GaussianPixels,
+    PixelLikelihood,
+)
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.renderer import Renderer
+
+__all__ = [
+    "LIKELIHOODS",
+    "BernoulliPixels",
+    "ContinuousBernoulliPixels",
+    "GaussianPixels",
+    "PixelLikelihood",
+    "PixelModel",
+    "Renderer",
+]

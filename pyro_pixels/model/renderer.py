@@ -1,0 +1,69 @@
+"""Neural renderer: all objects' positions into one image (Sec 2.1.1, Eqs 1-2).
+
+An empty canvas x^0 = tanh(theta_x0) is drawn upon by one object after the other; each writes its contribution where
+its attention mask says so, and the last state is decoded into pixels.
+
+Departures from the paper: none by default; `input_scale` and `background_logit` start it elsewhere. An absent object
+(mixed N in a batch) leaves the canvas exactly as it was.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pyro_pixels._init import init_as_paper
+
+
+class Renderer(nn.Module):
+    """Eqs (1)-(2) up to the logits of the Bernoulli.
+
+    Args:
+        height: H and
+        width: W, in pixels.
+        state_size: D, length of the canvas state x.
+        background_logit: starting value of b^v; the paper's is 0, a grey image. About -4 starts from black.
+        input_scale: if given, W^alpha and W^x start from N(0, input_scale^2) and their biases uniformly within
+            +-2/3 input_scale, so that the units of x switch at places all over the canvas, sharply, from the start;
+            for positions within [-1, 1]. None: as the paper, where units switch slowly and all through the origin.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        state_size: int = 1024,
+        *,
+        background_logit: float = 0.0,
+        input_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+        self.theta_x0 = nn.Parameter(torch.empty(state_size))
+        self.to_alpha = nn.Linear(2, state_size)  # W^alpha, b^alpha
+        self.to_x = nn.Linear(2, state_size)  # W^x, b^x
+        self.to_v = nn.Linear(state_size, height * width)  # W^v, b^v
+        nn.init.normal_(self.theta_x0, std=state_size**-0.25)
+        for layer in (self.to_alpha, self.to_x, self.to_v):
+            init_as_paper(layer)
+        if input_scale is not None:
+            for layer in (self.to_alpha, self.to_x):
+                nn.init.normal_(layer.weight, std=input_scale)
+                nn.init.uniform_(layer.bias, -2 / 3 * input_scale, 2 / 3 * input_scale)
+        nn.init.constant_(self.to_v.bias, background_logit)
+
+    def forward(self, a: Tensor, present: Tensor) -> Tensor:
+        """Logits of the pixels.
+
+        Args:
+            a: positions (..., N, T, 2), cast to the type of the weights.
+            present: (..., N) bool, False for objects that are not there; broadcasts against the batch of ``a``.
+
+        Returns:
+            (..., T, H, W).
+        """
+        a = a.to(self.theta_x0.dtype)
+        x = self.theta_x0.tanh()
+        for n in range(a.shape[-3]):
+            alpha = torch.sigmoid(self.to_alpha(a[..., n, :, :]))
+            update = alpha * (torch.tanh(self.to_x(a[..., n, :, :])) - x)
+            x = x + torch.where(present[..., n, None, None], update, 0.0)
+        return self.to_v(x).unflatten(-1, (self.height, self.width))

@@ -1,0 +1,51 @@
+"""Figures of the paper, and of the answers to questions."""
+
+from pyro_pixels.plots.answers import (
+    plot_counts,
+    plot_evidence,
+    plot_fan,
+    plot_moves,
+    plot_over_time,
+    plot_regions,
+    plot_reliability,
+    plot_starts,
+)
+from pyro_pixels.plots.paper import (
+    gif,
+    overlay,
+    plot_error_over_time,
+    plot_frames,
+    plot_generated_images,
+    plot_inference_means,
+    plot_learning_curves,
+    plot_positions,
+    plot_sequences,
+    plot_start,
+    plot_training,
+    plot_trajectories,
+    save_figure,
+)
+
+__all__ = [
+    "gif",
+    "overlay",
+    "plot_counts",
+    "plot_error_over_time",
+    "plot_evidence",
+    "plot_fan",
+    "plot_frames",
+    "plot_generated_images",
+    "plot_inference_means",
+    "plot_learning_curves",
+    "plot_moves",
+    "plot_over_time",
+    "plot_positions",
+    "plot_regions",
+    "plot_reliability",
+    "plot_sequences",
+    "plot_start",
+    "plot_starts",
+    "plot_training",
+    "plot_trajectories",
+    "save_figure",
+]

@@ -1,0 +1,50 @@
+"""Presets: the paper's configuration, and one that learns in minutes."""
+
+from pyro_pixels.config import RunConfig
+from pyro_pixels.lgssm.dynamics import DynamicsConfig
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.cannonballs import CannonballConfig
+
+_NOISE = ("model.dynamics.root_Sigma_H", "model.dynamics.root_Sigma_A")
+
+
+PRESETS: dict[str, RunConfig] = {
+    "paper": RunConfig(schedule=Schedule(one_n_per_batch=True)),  # the paper does not say what is in a batch
+    # Minutes on two CPU cores. Why each value is what it is: docs/decisions.md.
+    "quick": RunConfig(
+        guide="structured",
+        state_size=256,
+        guide_state_size=64,
+        background_logit=-4.5,
+        renderer_input_scale=12.0,
+        dynamics=DynamicsConfig(
+            delta=0.2,
+            state_noise=1e-6,
+            position_noise=2e-3,
+            start_spread=0.1,
+            start_velocity_spread=0.3,
+            start_variance=0.1,
+        ),
+        schedule=Schedule(
+            steps=1_000,
+            learning_rate_factors={
+                "model.renderer": 3.0,
+                "model.dynamics": 3.0,
+                "model.dynamics.log_pi": 0.3,
+                "model.dynamics.u": 0.2,
+                "model.dynamics.log_delta": 0.2,
+            },
+            decay_from=500,
+            learn_from=dict.fromkeys(_NOISE, 700),
+            kl_before=1 / 3,
+            kl_start=1.0,
+            anneal_from=700,
+            anneal_steps=0,
+            one_n_per_batch=True,
+            single_object_steps=200,
+            fit_starts_at=(350, 700),
+            evaluate_every=100,
+        ),
+        data=CannonballConfig(height=32, width=32),
+    ),
+}

@@ -1,0 +1,128 @@
+"""What if? Objects as they are in some frame, moved, removed, or taken on by other dynamics.
+
+`what_if` takes p(h_t, z | v) of one frame, makes a `Change`, and rolls the changed world on: means and covariances in
+closed form, samples from the jointly drawn states. Dynamics are changed by functions of an `LGSSM`, which compose::
+
+    Change(dynamics=lambda lgssm: scale_period(scale_force(lgssm, 0.5), 2.0))
+
+Shapes as in `queries`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels._batch import object_mask
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm.kalman import LGSSM, Gaussians
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.predict import Prediction, infer, render
+from pyro_pixels.queries.latent_states import posterior_states
+
+
+def unchanged(lgssm: LGSSM) -> LGSSM:
+    """The dynamics as they were learned."""
+    return lgssm
+
+
+def scale_force(lgssm: LGSSM, factor: float) -> LGSSM:
+    """u times a factor: 0 for no gravity, -1 for gravity upwards."""
+    return lgssm._replace(u=factor * lgssm.u)
+
+
+def scale_period(lgssm: LGSSM, factor: float) -> LGSSM:
+    """The sampling period delta times a factor: below 1 slow motion, above 1 a time lapse.
+
+    What happens in one period is scaled with it: the kick that u gives to the velocities and Sigma_H by the factor,
+    u's part for the positions, which is of second order, by its square.
+    """
+    identity = torch.eye(lgssm.A.shape[-1], dtype=lgssm.A.dtype, device=lgssm.A.device)
+    position, velocity = lgssm.u.chunk(2)
+    u = torch.cat([factor**2 * position, factor * velocity])
+    return lgssm._replace(A=identity + factor * (lgssm.A - identity), u=u, Sigma_H=factor * lgssm.Sigma_H)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is different from some frame on; by default nothing."""
+
+    dynamics: Callable[[LGSSM], LGSSM] = unchanged
+    """Makes the dynamics that hold from then on of the learned ones; the starts it may leave alone."""
+    shift: Tensor | None = None
+    """Added to the states h of that frame; broadcastable to (B, N, 4): positions, then velocities, latent units."""
+    removed: Tensor | None = None
+    """(B, N) bool, or broadcastable to it: objects that are there no more from the next frame on."""
+
+
+@torch.no_grad()
+def what_if(
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor,
+    change: Change,
+    *,
+    frame: int,
+    n_frames: int,
+    n_samples: int = 100,
+) -> Prediction:
+    """The first ``frame`` frames as they were, and how they would have gone on had something changed then.
+
+    The states at that frame are inferred from all the images that are given, also later ones: these say more of where
+    the objects were. Give ``images[:, :frame]`` to have it inferred from the past alone.
+
+    Args:
+        images: (B, T, H, W); n_objects: (B,).
+        change: what is different after frame ``frame``.
+        frame: the frame after which the world changes, from 1 to T; n_frames: frames in all, more than ``frame``.
+        n_samples: S, at least 1; q(a | v) is averaged over them.
+
+    Returns:
+        A Prediction of ``n_frames`` frames. ``observed`` says which are those before the change; a removed object is
+        NaN in the others.
+
+    Raises:
+        ValueError: if ``frame``, ``n_frames`` or ``n_samples`` are out of range, or as in `infer`.
+    """
+    T = images.shape[1] if images.dim() == 4 else 0
+    if not 1 <= frame <= T or n_frames <= frame:
+        raise ValueError(
+            f"frame is {frame}, n_frames {n_frames}, and there are {T} images; "
+            "wanted frame from 1 to the number of images, and n_frames, which counts all, above it"
+        )
+    if n_samples < 1:
+        raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
+    found = infer(guide, images, n_objects, n_samples=n_samples)
+    h = posterior_states(model.dynamics, found.samples)
+    assert found.samples is not None
+    assert h.samples is not None
+    shift = 0.0 if change.shift is None else change.shift.to(h.mean)
+    lgssm, n_ahead = change.dynamics(model.dynamics.lgssm()), n_frames - frame
+    ahead = exact.rollout(lgssm, h.mean[..., frame - 1, :] + shift, h.cov[..., frame - 1, :, :], n_ahead)
+    ahead = exact.observation_moments(lgssm, ahead)
+    drawn = exact.sample_rollout(lgssm, h.samples[..., frame - 1, :] + shift, n_ahead)
+    drawn = exact.sample_observations(lgssm, drawn)
+
+    removed = torch.zeros_like(h.mean[..., 0, 0], dtype=torch.bool) if change.removed is None else change.removed
+    gone = removed.expand(h.mean.shape[:2])[..., None, None]
+    present = object_mask(n_objects, h.mean.shape[1])
+    before = Gaussians(found.mean[:, :, :frame], torch.diag_embed(found.std[:, :, :frame].square()))
+    after = Gaussians(ahead.mean.masked_fill(gone, torch.nan), ahead.cov.masked_fill(gone.unsqueeze(-1), torch.nan))
+
+    def drawn_images(a_before: Tensor, a_after: Tensor) -> Tensor:
+        images_after = model.likelihood.mean(model.renderer(a_after, present & ~gone[..., 0, 0]))
+        return torch.cat([render(model, a_before, n_objects), images_after], -3)
+
+    samples_before = found.samples[..., :frame, :]
+    return Prediction(
+        mean=torch.cat([before.mean, after.mean], 2),
+        cov=torch.cat([before.cov, after.cov], 2),
+        images=drawn_images(before.mean, ahead.mean),
+        observed=torch.arange(n_frames, device=images.device) < frame,
+        component=h.p_z.argmax(-1),
+        samples=torch.cat([samples_before, drawn.masked_fill(gone, torch.nan)], 3),
+        sample_images=drawn_images(samples_before, drawn),
+    )

@@ -1,0 +1,158 @@
+"""How likely are these images, and how many objects are in them: importance-weighted bounds on log p(v).
+
+With S samples a^s of q(a | v),
+
+    log p(v) >= < log 1/S sum_s w_s >,   w_s = p(v | a^s) p(a^s) / q(a^s | v)
+
+which is Eq (7)'s bound for S = 1 and rises to log p(v) as S grows (Burda et al., 2016). The effective number of
+samples, (sum w)^2 / sum w^2, tells how far to trust it: near 1, a single sample carries all the weight.
+
+A weight is unbiased whatever distribution its sample was drawn from, so samples from several may be averaged. The
+number of objects is told with tracks of q for N objects and with those for N + 1 of which one is left out: where the
+guide loses its way with N, it often finds it with one more.
+
+Samples are drawn one after the other and only their weights kept, so memory is that of one pass over a chunk.
+
+Shapes as in `queries`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_pixels._batch import check_batch, object_mask
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.model.pixel_model import PixelModel
+
+
+class Evidence(NamedTuple):
+    """A bound on log p(v) of each sequence, in nats."""
+
+    log_evidence: Tensor  # (B,), float64
+    effective_samples: Tensor  # (B,), from 1 to S
+
+
+class Count(NamedTuple):
+    """How many objects there are."""
+
+    n_objects: Tensor  # (B,), the most likely number
+    probs: Tensor  # (B, max_objects + 1), p(N | v) for N = 0, 1, ...
+    log_evidence: Tensor  # (B, max_objects + 1), the bounds on log p(v | N)
+    effective_samples: Tensor  # (B, max_objects + 1)
+
+
+@torch.no_grad()
+def log_evidence(
+    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 50, chunk_size: int = 100
+) -> Evidence:
+    """The importance-weighted bound on log p(v | N) of each sequence.
+
+    Args:
+        images: (B, T, H, W) in {0, 1}; n_objects: (B,).
+        n_samples: S, at least 1; chunk_size: sequences that are worked on at once.
+
+    Raises:
+        ValueError: if ``n_samples`` or ``chunk_size`` is below 1, or the input does not fit together.
+    """
+    check_batch(images, n_objects, (model.renderer.height, model.renderer.width))
+    log_w = []
+    for chunk in _chunks(len(images), chunk_size, n_samples):
+        q_a = guide.q(images[chunk], n_objects[chunk])
+        present = object_mask(n_objects[chunk], q_a.batch_shape[1])
+        log_w.append(_log_weights(model, q_a, images[chunk], [present], n_samples)[0])
+    return _summary(torch.cat(log_w, 1))
+
+
+@torch.no_grad()
+def count_objects(
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    max_objects: int = 3,
+    *,
+    log_prior: Tensor | None = None,
+    n_samples: int = 10,
+    chunk_size: int = 100,
+) -> Count:
+    """p(N | v) for N = 0, ..., ``max_objects``, from the evidence for each; N = 0 is the empty canvas, exact.
+
+    An object more than needed may hide behind another and explain the images as well; p(a) makes it pay for every
+    frame in which q has to know where it is. So it is by the evidence, not by the images, that it is too many.
+
+    Args:
+        images: (B, T, H, W) in {0, 1}.
+        log_prior: (max_objects + 1,), log p(N) up to a constant; default: all equal.
+        n_samples: S, drawn from q for each number of objects up to ``max_objects + 1``.
+        chunk_size: sequences that are worked on at once.
+
+    Raises:
+        ValueError: if ``max_objects`` is below 1, ``log_prior`` has another length, or as in `log_evidence`.
+    """
+    if max_objects < 1:
+        raise ValueError(f"max_objects is {max_objects}; wanted at least 1")
+    if log_prior is not None and log_prior.shape != (max_objects + 1,):
+        raise ValueError(f"log_prior has shape {tuple(log_prior.shape)}; wanted ({max_objects + 1},), N = 0 included")
+    parts = [_evidence_by_count(model, guide, images[chunk], max_objects, n_samples)
+             for chunk in _chunks(len(images), chunk_size, n_samples)]  # fmt: skip
+    log_p, effective = (torch.cat(x) for x in zip(*parts))
+    posterior = log_p if log_prior is None else log_p + log_prior.to(log_p)
+    return Count(posterior.argmax(-1), posterior.softmax(-1), log_p, effective)
+
+
+def _evidence_by_count(
+    model: PixelModel, guide: Guide, images: Tensor, max_objects: int, n_samples: int
+) -> tuple[Tensor, Tensor]:
+    """The bound and the effective samples (B, max_objects + 1) for each N."""
+    one = torch.ones(len(images), dtype=torch.long, device=images.device)
+    log_w: list[list[Tensor]] = [[] for _ in range(max_objects + 2)]
+    log_w[0].append(_log_empty(model, images).expand(n_samples, -1))
+    for n in range(1, max_objects + 2):
+        everyone = torch.ones(n, dtype=torch.bool, device=images.device)
+        all_but_one = ~torch.eye(n, dtype=torch.bool, device=images.device)
+        kept = [everyone, *(all_but_one if n > 1 else [])]
+        weights = _log_weights(model, guide.q(images, n * one), images, kept, n_samples)
+        log_w[n].append(weights[0])
+        log_w[n - 1] += weights[1:]
+    each = [_summary(torch.cat(samples)) for samples in log_w[:-1]]
+    return torch.stack([x.log_evidence for x in each], -1), torch.stack([x.effective_samples for x in each], -1)
+
+
+def _chunks(n: int, chunk_size: int, n_samples: int) -> list[slice]:
+    if n_samples < 1 or chunk_size < 1:
+        raise ValueError(f"n_samples is {n_samples}, chunk_size {chunk_size}; wanted at least 1 of each")
+    return [slice(i, i + chunk_size) for i in range(0, n, chunk_size)]
+
+
+def _summary(log_w: Tensor) -> Evidence:
+    """Of weights (S, B)."""
+    return Evidence(log_w.logsumexp(0) - math.log(len(log_w)), 1 / log_w.softmax(0).square().sum(0))
+
+
+def _log_weights(
+    model: PixelModel, q_a: dist.TorchDistribution, images: Tensor, kept: Sequence[Tensor], n_samples: int
+) -> list[Tensor]:
+    """log w (S, B), float64, for each of the ``kept`` masks of objects, (N,) or (B, N); the others are left out."""
+    p_a = model.dynamics.positions(images.shape[1])
+    log_w: list[list[Tensor]] = [[] for _ in kept]
+    for _ in range(n_samples):
+        a = q_a.sample()
+        log_ratio = p_a.log_prob(a) - q_a.log_prob(a).double()  # (B, N)
+        for weights, mask in zip(log_w, kept):
+            weights.append(_log_pixels(model, a, mask, images) + torch.where(mask, log_ratio, 0.0).sum(-1))
+    return [torch.stack(weights) for weights in log_w]
+
+
+def _log_pixels(model: PixelModel, a: Tensor, present: Tensor, images: Tensor) -> Tensor:
+    """log p(v | a) (B,), float64."""
+    logits = model.renderer(a, present).double()
+    return model.likelihood(logits).log_prob(images.to(logits.dtype))
+
+
+def _log_empty(model: PixelModel, images: Tensor) -> Tensor:
+    """log p(v) (B,) with no object."""
+    nowhere = torch.zeros(len(images), 1, images.shape[1], 2, device=images.device)
+    return _log_pixels(model, nowhere, torch.zeros(1, dtype=torch.bool, device=images.device), images)

@@ -1,0 +1,246 @@
+"""Everything that a trained model says of some sequences, as one arviz object (Secs 2.2 and 3.3-3.4).
+
+`to_inference_data` draws from q(a | v) p(h, z | a), lets the dynamics take each draw on to frames that nobody saw,
+draws from the prior beside it, and labels every number, so that arviz plots, compares and stores it. The one chain
+holds independent draws: its effective sample size is their number.
+
+Dimensions and their coordinates:
+
+    chain, draw     0;  0 .. S - 1
+    sequence        0 .. B - 1, the index in ``images``
+    object, time    1 .. N;  1 .. T, as in the paper; in ``predictions`` time goes on at T + 1
+    axis, state     "x", "y";  "x", "y", "vx", "vy", in latent units
+    component       0 .. K - 1, the values of z
+    row, column     0 .. H - 1;  0 .. W - 1, pixels
+
+Where a sequence has no such object a, h, z and positions are NaN; z is a float for that reason.
+
+Departures from the paper: none.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from torch import Tensor
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels._batch import check_batch, object_mask
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.joint import JointGuide
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.predict import render
+
+PIXELS_AT_ONCE = 2**24  # of all sequences, frames and draws that are rendered together
+
+OBJECT = ("sequence", "object")
+PIXELS = ("sequence", "time", "row", "column")
+LATENTS = {"a": (*OBJECT, "time", "axis"), "h": (*OBJECT, "time", "state"), "z": OBJECT}
+CONSTANTS = {
+    "n_objects": ("sequence",),
+    "positions": (*OBJECT, "time", "axis"),
+    "delta": (),
+    "u": ("state",),
+    "Sigma_H": ("state", "state_bis"),
+    "Sigma_A": ("axis", "axis_bis"),
+    "pi": ("component",),
+    "mu": ("component", "state"),
+    "Sigma": ("component", "state", "state_bis"),
+}
+DIMENSIONS = {
+    "posterior": LATENTS,
+    "sample_stats": {"log_weight": ("sequence",)},
+    "log_likelihood": {"v": ("sequence", "time")},
+    "posterior_predictive": {"v": PIXELS},
+    "predictions": {"a": LATENTS["a"], "h": LATENTS["h"], "v": PIXELS},  # z does not change
+    "prior": LATENTS,
+    "prior_predictive": {"v": PIXELS},
+    "observed_data": {"v": PIXELS},
+    "constant_data": CONSTANTS,
+}
+"""The variables of each group, and their dimensions after chain and draw (which data do not have)."""
+
+Groups = dict[str, dict[str, Tensor]]
+
+
+@torch.no_grad()
+def to_inference_data(
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor,
+    *,
+    n_samples: int = 200,
+    n_frames_ahead: int = 0,
+    positions: Tensor | None = None,
+    seed: int = 0,
+) -> Any:
+    """Posterior, predictions, prior and data with their names, for ``arviz``.
+
+    ============================  ======================================================================================
+    group                         variables
+    ============================  ======================================================================================
+    ``posterior``                 a, h, z from q(a | v) p(h, z | a)
+    ``sample_stats``              log_weight, log p(v, a) - log q(a | v) of each sequence: its mean is the bound, its
+                                  Pareto k says how far the guide is from the posterior
+    ``log_likelihood``            v, log p(v_t | a_t) of each frame, for ``arviz.loo`` and ``arviz.compare``
+    ``posterior_predictive``      v, drawn again at the posterior's a
+    ``predictions``               a, h, v at the frames after the last, each the future of the same posterior draw; not
+                                  there if ``n_frames_ahead`` is 0
+    ``prior``                     a, h, z before anything was seen
+    ``prior_predictive``          v of the prior's a
+    ``observed_data``             v
+    ``constant_data``             the learned delta, u, Sigma_H, Sigma_A, pi, mu, Sigma; n_objects; positions if given
+    ============================  ======================================================================================
+
+    Args:
+        images: (B, T, H, W) binary; n_objects: (B,).
+        n_samples: S, draws of posterior and prior. Images are kept as uint8: S B T H W bytes a group.
+        n_frames_ahead: frames to predict.
+        positions: (B, N, T, 2), true positions in pixels, kept as they are; in the order of the model's objects.
+        seed: of all draws; the caller's random state is left as it was.
+
+    Returns:
+        An ``arviz.InferenceData``, or from arviz 1 on an ``xarray.DataTree``. Both have ``to_netcdf``, and
+        ``arviz.from_netcdf`` reads either.
+
+    Raises:
+        ValueError: if the images do not fit the model or the guide, or a number is out of range.
+    """
+    check_batch(images, n_objects, (model.renderer.height, model.renderer.width))
+    _check_options(images, n_objects, n_samples, n_frames_ahead, positions)
+    T, device = images.shape[1], images.device
+
+    def draw(n: int) -> Groups:
+        groups = _posterior(model, guide, images, n_objects, n)
+        if n_frames_ahead:
+            groups["predictions"] = _future(model, groups["posterior"]["h"], n_objects, n_frames_ahead)
+        return groups | _prior(model, n_objects, T, n)
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        groups = _in_parts(draw, n_samples, PIXELS_AT_ONCE // images.numel())
+    groups = {group: {name: x.unsqueeze(0) for name, x in drawn.items()} for group, drawn in groups.items()}
+    groups["observed_data"] = {"v": images.to(torch.uint8)}
+    groups["constant_data"] = _constants(model, n_objects, positions)
+    return _labelled(groups, _coordinates(groups))
+
+
+def _posterior(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, n: int) -> Groups:
+    """n draws, all at once: what Pyro's Predictive does, and the densities that it does not return."""
+    with pyro.plate("draws", n, dim=-2):
+        q = poutine.trace(JointGuide(guide, model.dynamics)).get_trace(images, n_objects)
+        p = poutine.trace(poutine.replay(model, trace=q)).get_trace(images, n_objects)
+    for trace in (q, p):
+        trace.compute_log_prob()
+    q_nodes: Any = q.nodes
+    p_nodes: Any = p.nodes
+    p_v = p_nodes["v"]["fn"]
+    # h and z are exact given a, so that their part of the weight is 0
+    log_weight = p_nodes["v"]["log_prob"] + p_nodes["a"]["log_prob"] - q_nodes["a"]["log_prob"]
+    return {
+        "posterior": _without_absent({name: q_nodes[name]["value"] for name in LATENTS}, n_objects),
+        "sample_stats": {"log_weight": log_weight},
+        "log_likelihood": {"v": p_v.base_dist.log_prob(p_nodes["v"]["value"]).sum((-2, -1))},
+        "posterior_predictive": {"v": p_v.sample().to(torch.uint8)},
+    }
+
+
+def _future(model: PixelModel, h: Tensor, n_objects: Tensor, n_frames: int) -> dict[str, Tensor]:
+    """What follows the last of the states h (n, B, N, T, 4): a draw of p(h, a, v) at ``n_frames`` more frames."""
+    lgssm = model.dynamics.lgssm()
+    h = exact.sample_rollout(lgssm, h[..., -1, :], n_frames)
+    a = exact.sample_observations(lgssm, h)
+    v = torch.bernoulli(render(model, a, n_objects)).to(torch.uint8)
+    return {"a": a, "h": h, "v": v}  # NaN follows from NaN; the renderer skips it
+
+
+def _prior(model: PixelModel, n_objects: Tensor, n_frames: int, n: int) -> Groups:
+    drawn = Predictive(model.joint, num_samples=n, parallel=True)(None, n_objects, n_frames)
+    v = drawn["v"].to(torch.uint8)
+    return {
+        "prior": _without_absent({name: drawn[name] for name in LATENTS}, n_objects),
+        "prior_predictive": {"v": v},
+    }
+
+
+def _without_absent(draws: dict[str, Tensor], n_objects: Tensor) -> dict[str, Tensor]:
+    """Values of latents (n, B, N, ...), NaN for objects that are not there."""
+    present = object_mask(n_objects, int(n_objects.max()))
+    return {name: torch.where(present[(..., *[None] * (x.dim() - 3))], x, torch.nan) for name, x in draws.items()}
+
+
+def _in_parts(draw: Callable[[int], Groups], n_samples: int, at_once: int) -> Groups:
+    """``n_samples`` draws, so many at once as fit into memory, moved to the CPU."""
+    at_once = max(1, at_once)
+    sizes = [min(at_once, n_samples - start) for start in range(0, n_samples, at_once)]
+    parts = [{group: {name: x.cpu() for name, x in drawn.items()} for group, drawn in draw(n).items()} for n in sizes]
+    return {
+        group: {name: torch.cat([part[group][name] for part in parts]) for name in drawn}
+        for group, drawn in parts[0].items()
+    }
+
+
+def _constants(model: PixelModel, n_objects: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+    dynamics, lgssm = model.dynamics, model.dynamics.lgssm()
+    constants = {"n_objects": n_objects, "delta": dynamics.delta, "pi": dynamics.pi}
+    constants |= {name: getattr(lgssm, name) for name in ("u", "Sigma_H", "Sigma_A", "mu", "Sigma")}
+    return constants if positions is None else constants | {"positions": positions}
+
+
+def _coordinates(groups: Groups) -> dict[str, Sequence[Any]]:
+    _, S, _, N, T, _ = groups["posterior"]["a"].shape
+    B, _, H, W = groups["observed_data"]["v"].shape
+    axis = ["x", "y"]
+    state = [*axis, "vx", "vy"]
+    counted = {"draw": S, "sequence": B, "row": H, "column": W, "component": len(groups["constant_data"]["pi"])}
+    return {
+        "chain": [0],
+        **{name: range(size) for name, size in counted.items()},
+        "object": range(1, N + 1),
+        "time": range(1, T + 1),
+        "axis": axis,
+        "axis_bis": axis,
+        "state": state,
+        "state_bis": state,
+    }
+
+
+def _labelled(groups: Groups, coordinates: Mapping[str, Sequence[Any]]) -> Any:
+    """The groups as xarray data sets, in the container that the installed arviz works with.
+
+    arviz's own `from_dict` takes other arguments in 0.x than in 1.x, and guesses names; nothing is to be guessed here.
+    """
+    # slow to import, and not needed to train
+    import arviz
+    import xarray
+
+    def labelled(group: str, variables: dict[str, Tensor]) -> xarray.Dataset:
+        drawn = () if group.endswith("_data") else ("chain", "draw")
+        arrays = {name: ((*drawn, *DIMENSIONS[group][name]), x.detach().cpu().numpy()) for name, x in variables.items()}
+        of_group = dict(coordinates)
+        if group == "predictions":
+            T, n_ahead = len(coordinates["time"]), variables["a"].shape[-2]
+            of_group["time"] = range(T + 1, T + n_ahead + 1)
+        names = {name for dims, _ in arrays.values() for name in dims}
+        return xarray.Dataset(arrays, {name: list(x) for name, x in of_group.items() if name in names})
+
+    data_sets = {group: labelled(group, variables) for group, variables in groups.items()}
+    if hasattr(arviz, "convert_to_datatree"):
+        return xarray.DataTree.from_dict(data_sets)
+    return arviz.InferenceData(**data_sets)  # type: ignore[attr-defined]
+
+
+def _check_options(
+    images: Tensor, n_objects: Tensor, n_samples: int, n_frames_ahead: int, positions: Tensor | None
+) -> None:
+    if n_samples < 1:
+        raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
+    if n_frames_ahead < 0:
+        raise ValueError(f"n_frames_ahead is {n_frames_ahead}; wanted 0, for no predictions, or more")
+    wanted = (len(images), int(n_objects.max()), images.shape[1], 2)
+    if positions is not None and positions.shape != wanted:
+        raise ValueError(f"positions have shape {tuple(positions.shape)}; wanted (B, N, T, 2) = {wanted}")

@@ -1,0 +1,147 @@
+"""Positions and velocities with all the uncertainty there is: filtered, averaged over q(a | v), before the start.
+
+`queries.smooth` answers for positions that are given. Here are its twin for a stream, `filter_states`, and the answers
+for images: `states` averages p(h, z | a) over q(a | v), and `posterior_states` does so over the samples of any
+prediction. Given positions everything is exact; averages over q are those of S samples of it, with the part that is
+Gaussian given a sample in closed form. `retrodict` takes states back to times before the first frame.
+
+The paper's procedures (Secs 3.4-3.5) put the means of q and the likeliest component in place of all they might be.
+`averaged` makes the mean and the covariance of such a prediction those of the whole mixture.
+
+Shapes as in `queries`.
+"""
+
+import torch
+from torch import Tensor
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm.dynamics import Dynamics, select_component
+from pyro_pixels.lgssm.kalman import Gaussians
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.predict import Prediction, States, infer, render, smooth
+from pyro_pixels.queries.streaming import filtered, start, step
+
+
+@torch.no_grad()
+def filter_states(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> States:
+    """Positions and velocities at every frame given positions up to it, E[h_t | a_{1:t}], by exact filtering.
+
+    The components are averaged out in each frame with p(z | a_{1:t}): ``p_z`` is (..., T, K). At the last frame this is
+    what `smooth` says, too.
+
+    Args:
+        a: (..., T, 2); observed: (..., T) bool, False where a frame is missing; default all observed.
+
+    Raises:
+        ValueError: if ``a`` or ``observed`` has the wrong shape.
+    """
+    lgssm = dynamics.lgssm()
+    a, observed = exact.check_observations(lgssm, a, observed)
+    state, steps = start(dynamics, a.shape[:-2]), []
+    for t in range(a.shape[-2]):
+        state = step(lgssm, state, a[..., t, :], observed[..., t])
+        steps.append((*filtered(state), state.log_w.exp()))
+    means, covs, p_z = zip(*steps)
+    return States(torch.stack(means, -2), torch.stack(covs, -3), torch.stack(p_z, -2))
+
+
+@torch.no_grad()
+def states(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 100) -> States:
+    """Positions and velocities given images: p(h, z | a) averaged over q(a | v).
+
+    Args:
+        images: (B, T, H, W); n_objects: (B,); n_samples: S, at least 1.
+
+    Returns:
+        mean (B, N, T, 4), cov, p_z (B, N, K), and samples (S, B, N, T, 4), each a path drawn jointly over time.
+
+    Raises:
+        ValueError: if ``n_samples`` is below 1, or as in `infer`.
+    """
+    if n_samples < 1:
+        raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
+    return posterior_states(model.dynamics, infer(guide, images, n_objects, n_samples=n_samples).samples)
+
+
+@torch.no_grad()
+def posterior_states(dynamics: Dynamics, samples: Tensor | None, observed: Tensor | None = None) -> States:
+    """p(h, z | a) averaged over samples of a, such as those of an `Inference` or, with its mask, of a `Prediction`.
+
+    The covariance is that of a mixture: the mean of the samples' covariances and the covariance of their means.
+
+    Args:
+        samples: (S, ..., T, 2).
+        observed: bool, broadcastable to (..., T); positions elsewhere are not used but integrated out.
+
+    Raises:
+        ValueError: if there are no samples.
+    """
+    if samples is None:
+        raise ValueError("there are no samples to average over; ask for some with n_samples=100")
+    each = smooth(dynamics, samples, observed)
+    z = torch.distributions.Categorical(probs=each.p_z, validate_args=False).sample()
+    h = exact.sample_posterior(select_component(dynamics.lgssm(), z), samples, observed)
+    return States(*_average(Gaussians(each.mean, each.cov)), each.p_z.mean(0), h)
+
+
+@torch.no_grad()
+def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Prediction:
+    """The prediction with its mean and covariance averaged over q(a | v) and z: nothing is taken for certain.
+
+    In frames that were not seen these are the moments of a_t, Sigma_A included; where they were seen, those of q as
+    before. Guides that know the dynamics average by themselves; for them this is the same up to the samples' error.
+
+    Args:
+        prediction: of `generate` or `interpolate`, with samples; n_objects: (B,).
+
+    Raises:
+        ValueError: if the prediction has no samples.
+    """
+    if prediction.samples is None:
+        raise ValueError("the prediction has no samples to average over; ask for some with n_samples=100")
+    a, observed = prediction.samples, prediction.observed
+    lgssm, h = model.dynamics.lgssm(), posterior_states(model.dynamics, a, observed)
+    unseen = exact.observation_moments(lgssm, Gaussians(h.mean, h.cov))
+    known = observed.unsqueeze(-1)
+    mean = torch.where(known, prediction.mean, unseen.mean)
+    cov = torch.where(known.unsqueeze(-1), prediction.cov, unseen.cov)
+    return prediction._replace(mean=mean, cov=cov, images=render(model, mean, n_objects))
+
+
+@torch.no_grad()
+def retrodict(dynamics: Dynamics, states: States, n_frames: int) -> States:
+    """Positions and velocities in the ``n_frames`` frames before the first.
+
+    The dynamics run backwards from what is known of h_1, h_{t-1} = A^-1 (h_t - u - eta). Of earlier times nothing is
+    assumed: the model says where objects are in the first frame, not where they come from.
+
+    Args:
+        states: smoothed ones, whose first frame counts; if they have samples, so has the answer.
+
+    Returns:
+        States at the frames before the first, in the order of time: mean (..., n_frames, 4) and so on.
+
+    Raises:
+        ValueError: if ``n_frames`` is below 1.
+    """
+    if n_frames < 1:
+        raise ValueError(f"n_frames is {n_frames}; wanted at least 1 frame before the first")
+    backwards = exact.reverse(dynamics.lgssm())
+    h = exact.rollout(backwards, states.mean[..., 0, :], states.cov[..., 0, :, :], n_frames)
+    samples = states.samples
+    if samples is not None:
+        samples = exact.sample_rollout(backwards, samples[..., 0, :], n_frames).flip(-2)
+    return States(h.mean.flip(-2), h.cov.flip(-3), states.p_z, samples)
+
+
+def positions(dynamics: Dynamics, states: States, *, noise: bool = True) -> Gaussians:
+    """Mean (..., T, 2) and covariance (..., T, 2, 2) of a_t = B h_t + noise, or of B h_t alone, from those of h_t."""
+    return exact.observation_moments(dynamics.lgssm(), Gaussians(states.mean, states.cov), noise)
+
+
+def _average(each: Gaussians) -> Gaussians:
+    """The mixture, in equal parts, of S Gaussians (S, ..., d)."""
+    S = each.mean.shape[0]
+    weights = each.mean.new_full((S,), 1 / S)
+    return exact.mixture_moments(weights, Gaussians(each.mean.movedim(0, -2), each.cov.movedim(0, -3)))

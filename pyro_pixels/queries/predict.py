@@ -1,0 +1,283 @@
+"""Asking a trained model (Secs 3.3-3.5): where are the objects, where will they be, what happened in between.
+
+Every query needs a model, any guide that keeps the contract, and images; none trains anything. Means follow the paper's
+procedure; samples propagate all the uncertainty there is, of q(a | v), of the component z and of the states h. Given
+positions a, everything about h and z is exact.
+
+Departures from the paper: k* is taken from all seen frames, also those behind a gap; frames may be missing anywhere,
+for all objects or for one; and guides that know the dynamics (`Guide.encode_observed`) answer with their own posterior
+instead of handing means to a smoother.
+
+Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; positions are latent, float64.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels._batch import check_batch, object_mask
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm.dynamics import Dynamics, select_component
+from pyro_pixels.model.pixel_model import PixelModel
+
+MOMENT_SAMPLES = 256  # for guides whose distribution has no closed-form mean or variance
+
+
+class Inference(NamedTuple):
+    """q(a | v): where the objects are."""
+
+    mean: Tensor  # (B, N, T, 2)
+    std: Tensor  # (B, N, T, 2)
+    samples: Tensor | None  # (S, B, N, T, 2)
+
+
+class States(NamedTuple):
+    """p(h | a) and p(z | a): positions and velocities given positions, exact."""
+
+    mean: Tensor  # (..., T, 4), E[h_t | a], components averaged out
+    cov: Tensor  # (..., T, 4, 4)
+    p_z: Tensor  # (..., K); (..., T, K) where it is filtered
+    samples: Tensor | None = None  # (S, ..., T, 4), paths
+
+
+class Prediction(NamedTuple):
+    """Positions and images at all T frames, seen or not."""
+
+    mean: Tensor  # (B, N, T, 2): inferred where the frame was seen, predicted where not
+    cov: Tensor  # (B, N, T, 2, 2): of a_t, Sigma_A included
+    images: Tensor  # (B, T, H, W) pixel probabilities, rendered from the means
+    observed: Tensor  # bool, which frames were seen: (T,), (B, 1, T), or of which objects: (B, N, T)
+    component: Tensor  # (B, N), k* = argmax_k p(z = k | a)
+    samples: Tensor | None  # (S, B, N, T, 2)
+    sample_images: Tensor | None  # (S, B, T, H, W) pixel probabilities, rendered from the samples
+
+
+@torch.no_grad()
+def infer(guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 0) -> Inference:
+    """Positions from images (Sec 3.3).
+
+    Args:
+        images: (B, T, H, W) in [0, 1] or uint8; n_objects: (B,); n_samples: S, 0 for none.
+
+    Raises:
+        ValueError: if the images do not fit the guide.
+    """
+    q_a = guide.q(images, n_objects)
+    mean, variance = _moments(q_a)
+    return Inference(mean, variance.sqrt(), q_a.sample(torch.Size((n_samples,))).to(mean.dtype) if n_samples else None)
+
+
+@torch.no_grad()
+def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor) -> Tensor:
+    """Pixel probabilities (B, T, H, W) rendered from the inferred means. Arguments and errors as in `infer`."""
+    return render(model, infer(guide, images, n_objects).mean, n_objects)
+
+
+@torch.no_grad()
+def render(model: PixelModel, a: Tensor, n_objects: Tensor) -> Tensor:
+    """Pixel probabilities (..., B, T, H, W) of positions (..., B, N, T, 2), Eqs (1)-(2); means for grey pixels."""
+    return model.likelihood.mean(model.renderer(a, object_mask(n_objects, a.shape[-3])))
+
+
+@torch.no_grad()
+def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> States:
+    """Positions and velocities at every frame given positions at the observed ones, by exact smoothing.
+
+    Args:
+        a: (..., T, 2); observed: (..., T) bool, False where a frame is missing; default all observed.
+    """
+    lgssm = dynamics.lgssm()
+    p_z = dynamics.component_posterior(a, observed).probs
+    each = exact.rts_smoother(lgssm, a.unsqueeze(-3), None if observed is None else observed.unsqueeze(-2))
+    over_time = exact.Gaussians(each.mean.movedim(-3, -2), each.cov.movedim(-4, -3))  # (..., T, K, ...)
+    mean, cov = exact.mixture_moments(p_z.unsqueeze(-2), over_time)
+    return States(mean, cov, p_z)
+
+
+@torch.no_grad()
+def generate(
+    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_frames: int, n_samples: int = 0
+) -> Prediction:
+    """The frames that follow (Sec 3.4).
+
+    a_{1:tau} are the guide's means, k* the most likely component given them, E[h_tau | a_{1:tau}, k*] the filtered
+    mean; the learned dynamics take it on to frame T, and each position is rendered. Samples draw each of these instead.
+    A guide that knows the dynamics answers by itself: E[a_{1:T} | v_{1:tau}].
+
+    Args:
+        images: (B, tau, H, W), the seen frames; n_objects: (B,).
+        n_frames: T, the number of frames in all, more than tau.
+        n_samples: S, 0 for none.
+
+    Raises:
+        ValueError: if tau >= T, or as in `infer`.
+    """
+    check_batch(images, n_objects)
+    tau = images.shape[1]
+    if n_frames <= tau:
+        raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more than {tau}")
+    unseen = images.new_zeros(len(images), n_frames - tau, *images.shape[2:])
+    observed = torch.arange(n_frames, device=images.device) < tau
+    return _predict(model, guide, torch.cat([images, unseen], 1), n_objects, observed, n_samples)
+
+
+@torch.no_grad()
+def interpolate(
+    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, *, n_samples: int = 0
+) -> Prediction:
+    """Missing frames (Sec 3.5), anywhere: between seen ones, before the first, after the last; or hidden objects.
+
+    Each gap is first filled with images generated from the frames before it, so that the guide arrives at the frames
+    behind it warmed in; the means it gives at the seen frames are then the observations of a smoother that takes the
+    others as missing. The paper's case is ``observed`` true at frames 1..5 and 26..30. The guide's network starts at
+    the first seen frame.
+
+    An object may be hidden in frames that are seen: of its position there the guide's answer is not used, and it is
+    inferred from the object's other frames.
+
+    Args:
+        images: (B, T, H, W); what they hold at frames where no object is observed is ignored.
+        n_objects: (B,).
+        observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object, in the guide's order of
+            objects; at least one true frame in every sequence. Sequences that miss other frames are done in turn.
+        n_samples: S, 0 for none.
+
+    Raises:
+        ValueError: if ``observed`` is not such a mask, or as in `infer`.
+    """
+    check_batch(images, n_objects)
+    observed = _checked_mask(observed, images, n_objects)
+    patterns = _frames_seen(observed)  # (T,) or (B, T)
+    images = images.to(guide.dtype)
+    if patterns.dim() == 1:
+        return _interpolate(model, guide, images, n_objects, observed, patterns, n_samples)
+    each, group = patterns.unique(dim=0, return_inverse=True)
+    rows = [(group == i).nonzero().squeeze(1) for i in range(len(each))]
+    parts = [
+        _interpolate(model, guide, images[r], n_objects[r], observed[r, : int(n_objects[r].max())], seen, n_samples)
+        for r, seen in zip(rows, each)
+    ]
+    return _joined(parts, torch.cat(rows))._replace(observed=observed)
+
+
+def _interpolate(
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor,
+    observed: Tensor,
+    frames_seen: Tensor,
+    n_samples: int,
+) -> Prediction:
+    """`interpolate` for sequences of which the same frames (T,) are seen."""
+    filled = images * frames_seen[:, None, None]
+    for start, stop in _gaps(frames_seen):
+        so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
+        prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far)
+        filled[:, start:stop] = prediction.images[:, start:stop]
+    return _predict(model, guide, filled, n_objects, observed, n_samples)
+
+
+def _predict(
+    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, n_samples: int = 0
+) -> Prediction:
+    """All frames from the observed ones; ``images`` are filled where they are not observed."""
+    samples, known = None, observed.unsqueeze(-1)
+    knows_dynamics = guide.encode_observed(images.to(guide.dtype), n_objects, observed)
+    if knows_dynamics is not None:
+        q_a, p_z = knows_dynamics
+        mean, cov, k = q_a.mean, q_a.frame_covariance, p_z.logits.argmax(-1)  # type: ignore[attr-defined]
+        if n_samples:
+            samples = q_a.sample(torch.Size((n_samples,)))
+    else:
+        T, seen_at = images.shape[1], observed.reshape(-1, images.shape[1]).any(0).nonzero()
+        first, last = int(seen_at.min()), int(seen_at.max()) + 1  # what lies outside is the dynamics' affair
+        q_a = guide.q(images[:, first:last], n_objects)
+        seen, variance = (F.pad(x, (0, 0, first, T - last)) for x in _moments(q_a))
+        dynamics = model.dynamics
+        k = dynamics.component_posterior(seen, observed).logits.argmax(-1)
+        lgssm = select_component(dynamics.lgssm(), k)
+        smoothed = exact.observation_moments(lgssm, exact.rts_smoother(lgssm, seen, observed))
+        mean = torch.where(known, seen, smoothed.mean)
+        cov = torch.where(known.unsqueeze(-1), torch.diag_embed(variance), smoothed.cov)
+        if n_samples:
+            a = F.pad(q_a.sample(torch.Size((n_samples,))).to(mean.dtype), (0, 0, first, T - last))
+            lgssm = select_component(dynamics.lgssm(), dynamics.component_posterior(a, observed).sample())
+            samples = torch.where(
+                known, a, exact.sample_observations(lgssm, exact.sample_posterior(lgssm, a, observed))
+            )
+    sample_images = None if samples is None else render(model, samples, n_objects)
+    return Prediction(mean, cov, render(model, mean, n_objects), observed, k, samples, sample_images)
+
+
+class _Moments(NamedTuple):
+    mean: Tensor  # (B, N, T, 2)
+    variance: Tensor  # (B, N, T, 2)
+
+
+def _moments(q_a: dist.TorchDistribution) -> _Moments:
+    """In `lgssm.exact_dtype`; from samples where the distribution has no closed form for them."""
+    try:
+        mean, variance = q_a.mean, q_a.variance
+    except NotImplementedError:
+        samples = q_a.sample(torch.Size((MOMENT_SAMPLES,)))
+        mean, variance = samples.mean(0), samples.var(0)
+    dtype = exact.exact_dtype(mean.device)
+    return _Moments(mean.to(dtype), variance.to(dtype))
+
+
+def _checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
+    """``observed`` as (T,) or (B, N or 1, T)."""
+    (B, T), N = images.shape[:2], int(n_objects.max())
+    if observed.dtype != torch.bool or observed.shape not in ((T,), (B, T), (B, N, T)):
+        raise ValueError(
+            f"observed is {observed.dtype} {tuple(observed.shape)}; "
+            f"wanted bool, (T,) = ({T},), (B, T) = {(B, T)} or (B, N, T) = {(B, N, T)}"
+        )
+    observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
+    if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects see nothing
+        observed = observed & object_mask(n_objects, N).unsqueeze(-1)
+    unseen = ~_frames_seen(observed).any(-1)
+    if unseen.any():
+        where = "" if observed.dim() == 1 else f" of sequence {int(unseen.nonzero()[0])}"
+        raise ValueError(f"no frame{where} is observed; wanted at least one True in every sequence")
+    return observed
+
+
+def _frames_seen(observed: Tensor) -> Tensor:
+    """(T,) or (B, T): frames in which any object is observed."""
+    return observed if observed.dim() == 1 else observed.any(1)
+
+
+def _joined(parts: Sequence[Prediction], rows: Tensor) -> Prediction:
+    """Predictions of some sequences each, as one whose sequence ``rows[i]`` is the i-th of them."""
+    N, order = max(part.mean.shape[1] for part in parts), rows.argsort()
+
+    def join(name: str) -> Tensor | None:
+        batch = 1 if name.startswith("sample") else 0
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is None:
+            return None
+        if not name.endswith("images"):
+            tensors = [_with_objects(x, batch + 1, N) for x in tensors]
+        return torch.cat(tensors, batch).index_select(batch, order)
+
+    names = ("mean", "cov", "images", "component", "samples", "sample_images")
+    return parts[0]._replace(**{name: join(name) for name in names})
+
+
+def _with_objects(x: Tensor, dim: int, n_objects: int) -> Tensor:
+    """x with zeros for objects that it lacks in that dimension."""
+    return F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, n_objects - x.shape[dim]])
+
+
+def _gaps(seen: Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of every run of missing frames between two seen ones, of a mask (T,)."""
+    frames = seen.nonzero().squeeze(1).tolist()
+    return [(before + 1, after) for before, after in itertools.pairwise(frames) if after > before + 1]

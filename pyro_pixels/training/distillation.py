@@ -1,0 +1,100 @@
+"""A guide that learns from another guide what is in the images: the recipe for the paper's inference network.
+
+By the bound alone the paper's network needs very many steps (docs/reproduction.md): where an object is reaches it only
+through what the renderer draws. A `StructuredGuide` knows within minutes. Its draws can be given to the other guide as
+answers (`draw_tracks`), which then learns q(a | v) by maximum likelihood (`GivenTracks`), a regression:
+
+    minimise  E_{a ~ q_teacher(a | v)} [-log q(a | v)] = KL(q_teacher || q) + what does not depend on q
+
+over images alone; nothing is labelled. Objects have no order, so q is held to the teacher's tracks in whichever order
+is likeliest under q itself. What comes out is an ordinary guide of the same model: all queries work, and it can go on
+learning by the bound.
+
+Departure from the paper: this is no bound on log p(v). It is the wake-phase objective of Bornschein and Bengio
+(Reweighted wake-sleep, 2015) with a teacher's draws in the place of importance samples.
+"""
+
+from functools import lru_cache
+from itertools import permutations
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pyro_pixels._batch import object_mask
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.training.elbo import AnnealedELBO, BoundTerms
+
+MOST_OBJECTS = 6
+"""All orders are gone through: 720 of six objects."""
+
+
+class GivenTracks(AnnealedELBO):
+    """What `fit(..., objective=GivenTracks, tracks=...)` minimises: -log q(a | v) of given tracks, the model aside.
+
+    `terms` are 0 and -log q, so that the "KL" of metrics.jsonl is -log q per frame.
+    """
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """-log q(a | v), summed over sequences, for images, n_objects and tracks a (B, N, T, 2).
+
+        Raises:
+            ValueError: if there are no tracks.
+        """
+        if len(args) != 3:
+            raise ValueError("GivenTracks needs tracks; give them to fit, such as tracks=draw_tracks(teacher, data)")
+        images, n_objects, tracks = args
+        q_a = guide.q(images, n_objects)
+        log_q = log_prob_in_best_order(q_a, tracks[:, : q_a.batch_shape[1]], n_objects)
+        self.terms = BoundTerms(torch.zeros_like(log_q), -log_q.detach())
+        return -log_q.sum()
+
+
+@torch.no_grad()
+def draw_tracks(guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> Tensor:
+    """One draw of q(a | v) for each sequence, (n, N, T, 2) on the CPU, for `GivenTracks`; absent objects are last."""
+    device, most = next(guide.parameters()).device, int(data.n_objects.max())
+    drawn = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(data), batch_size):
+            part = data[start : start + batch_size]
+            a = guide.q(part.images.to(device), part.n_objects.to(device)).sample().float().cpu()
+            drawn.append(pad(a, (0, 0, 0, 0, 0, most - a.shape[1])))
+    return torch.cat(drawn)
+
+
+def log_prob_in_best_order(q_a: dist.TorchDistribution, a: Tensor, n_objects: Tensor) -> Tensor:
+    """log q of each sequence's tracks, numbered as is likeliest; differentiable, nothing is read from the device.
+
+    Args:
+        q_a: batch (B, N), event (T, 2).
+        a: (B, N, T, 2), in any order; absent objects are last, and do not count.
+        n_objects: (B,).
+
+    Returns:
+        (B,), in nats.
+
+    Raises:
+        ValueError: if there are more than `MOST_OBJECTS` objects.
+    """
+    N = a.shape[1]
+    if N > MOST_OBJECTS:
+        raise ValueError(f"there are {N} objects; all their orders can be gone through for at most {MOST_OBJECTS}")
+    n = torch.arange(N, device=a.device)
+    rolled = [q_a.log_prob(a.roll(-shift, 1)) for shift in range(N)]  # of object n + shift, as the guide's n
+    shift = (n - n.unsqueeze(-1)) % N
+    pairs = torch.stack(rolled, -1).gather(-1, shift.expand(len(a), N, N))  # [b, i, j]: track j as the guide's i
+    present = object_mask(n_objects, N)
+    alone = torch.where(torch.eye(N, dtype=torch.bool, device=a.device), 0.0, -torch.inf)  # absent ones stay in place
+    pairs = torch.where(present.unsqueeze(-1) & present.unsqueeze(-2), pairs, alone)
+    return pairs[:, n, _orders(N, a.device)].sum(-1).amax(-1)
+
+
+@lru_cache
+def _orders(N: int, device: torch.device) -> Tensor:
+    """(N!, N); kept, so that a recorded step copies nothing to the device."""
+    return torch.tensor(list(permutations(range(N))), device=device)

@@ -1,0 +1,106 @@
+"""The bound of Eq (7), and the bound with a scaled KL that is maximised (Sec 3.2).
+
+The bound is Pyro's: ``AnnealedELBO()(model, guide)`` is a module whose value is the loss, and `AnnealedELBO` is a
+`Trace_ELBO`, so ``pyro.infer.SVI(model, guide, optim, loss=AnnealedELBO())`` is the same objective. The KL weight is
+applied in one place, to every latent site of model and guide alike, whatever sites a guide has.
+
+Departures from the paper: <log q> is estimated with the same sample as the rest of the bound instead of in closed
+form, which has the same gradient for Eq (9)'s guide and holds for every other guide.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.model.pixel_model import PixelModel
+
+
+class ScaleLatents(Messenger):
+    """`poutine.scale` for latent sites alone: around model and guide it multiplies the KL and leaves the data term."""
+
+    def __init__(self, weight: Tensor | float) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = msg["scale"] * self.weight
+
+
+class BoundTerms(NamedTuple):
+    """The parts of Eq (7) for each sequence of a batch, in nats; the KL without its weight."""
+
+    log_likelihood: Tensor  # (B,), <log p(v | a)>
+    kl: Tensor  # (B,), KL(q(a | v) || p(a))
+
+    @property
+    def bound(self) -> Tensor:
+        return self.log_likelihood - self.kl
+
+
+class AnnealedELBO(Trace_ELBO):
+    """Eq (7) with the KL multiplied by ``kl_weight`` (Sec 3.2's beta), a positive number or 0-dimensional tensor.
+
+    After each evaluation `terms` holds the parts of the unweighted bound (of the last particle).
+    """
+
+    def __init__(self, kl_weight: float | Tensor = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        self.kl_weight = kl_weight
+        self.terms: BoundTerms | None = None
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        with ScaleLatents(self.kl_weight):
+            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        for name in guide_trace.stochastic_nodes:
+            site: Any = guide_trace.nodes[name]
+            if not site["fn"].has_rsample:
+                raise ValueError(
+                    f"the guide's site '{name}' cannot be sampled with gradients; give it a distribution with rsample"
+                )
+        self.terms = _bound_terms(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Minus the weighed bound, summed over sequences. Every latent site is sampled with gradients, so that it is
+        its own surrogate; unlike `Trace_ELBO`'s it is computed without waiting for the device."""
+        loss = torch.zeros(())
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            loss = loss + _log_prob_sum(guide_trace) - _log_prob_sum(model_trace)
+        return loss / self.num_particles
+
+
+def _log_prob_sum(trace: Trace) -> Tensor:
+    sites: list[Any] = [trace.nodes[name] for name in (*trace.stochastic_nodes, *trace.observation_nodes)]
+    return sum((site["log_prob_sum"] for site in sites), torch.zeros(()))
+
+
+def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
+    def total(trace: Trace, names: list[str]) -> Tensor:
+        sites: list[Any] = [trace.nodes[name] for name in names]
+        return sum((site["unscaled_log_prob"].detach() for site in sites), torch.zeros(()))
+
+    kl = total(guide_trace, guide_trace.stochastic_nodes) - total(model_trace, model_trace.stochastic_nodes)
+    return BoundTerms(total(model_trace, model_trace.observation_nodes), kl)
+
+
+def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:
+    """The terms of Eq (7) for each sequence of ``data`` (n,), one sample each, in float64 nats; no gradient."""
+    device = next(model.parameters()).device
+    elbo = AnnealedELBO()
+    loss = elbo(model, guide)
+    parts = []
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(data), batch_size):
+            part = data[start : start + batch_size]
+            loss(part.images.to(device), part.n_objects.to(device))
+            assert elbo.terms is not None
+            parts.append([term.cpu().double() for term in elbo.terms])
+    return BoundTerms(*(torch.cat(terms) for terms in zip(*parts)))

@@ -1,0 +1,79 @@
+"""How objects start: pi, mu_k, Sigma_k of Eq (4) by EM, from tracks.
+
+The mixture over starts is learned by gradient with everything else, but a mixture that begins with its components on
+top of each other stays there: from one end to the other of a launch is far for steps of 1e-3. Its maximum
+likelihood given tracks has no such trouble and costs less than one training step, so `fit` can put it there
+(`Schedule.fit_starts_at`). The paper has no such step.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm.dynamics import Dynamics
+
+VARIANCE_FLOOR = 1e-5  # latent units, of Sigma_k in any direction
+
+
+@torch.no_grad()
+def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterations: int = 100, seed: int = 0) -> float:
+    """Sets pi, mu_k and Sigma_k to those under which tracks are likeliest; everything else stays as it is.
+
+    Given h_1, a track has mean F h_1 + drift and covariance V. So all that it says of h_1 is a Gaussian N(m; h_1, P)
+    with P = (F' V^-1 F)^-1, the same for every track, and m = P F' V^-1 (a - drift). EM for a mixture that is seen
+    through noise P (Bovy, Hogg and Roweis, 2011) does the rest.
+
+    Args:
+        dynamics: changed in place.
+        a: (n, T, 2), tracks of single objects, such as draws from q(a | v); at least 2 frames, 10 tracks a component.
+        n_restarts: mixtures that begin at different tracks; the likeliest is kept.
+
+    Returns:
+        The mean over tracks of log p(m), in nats.
+
+    Raises:
+        ValueError: if there are too few tracks or frames.
+    """
+    K = dynamics.config.n_components
+    if a.dim() != 3 or a.shape[1] < 2 or len(a) < 10 * K:
+        raise ValueError(f"tracks have shape {tuple(a.shape)}; wanted (n >= {10 * K}, T >= 2, 2) to fit {K} starts")
+    m, P = _seen_starts(dynamics, a)
+    floor = VARIANCE_FLOOR * torch.eye(4, dtype=m.dtype, device=m.device)
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.stack([torch.randperm(len(m), generator=generator)[:K] for _ in range(n_restarts)])
+    mu = m[first]  # (R, K, 4)
+    Sigma = (m.mT.cov() / K + floor).expand(n_restarts, K, 4, 4)
+    log_pi = torch.full((n_restarts, K), -math.log(K), dtype=m.dtype, device=m.device)
+    for _ in range(n_iterations):
+        log_joint = log_pi + _log_normal(m[:, None, None] - mu, Sigma + P)  # (n, R, K)
+        r = log_joint.softmax(-1)
+        G = torch.linalg.solve(Sigma + P, Sigma).mT  # Sigma (Sigma + P)^-1
+        h = mu + ((m[:, None, None] - mu).unsqueeze(-2) @ G.mT).squeeze(-2)  # E[h_1 | m, z = k], (n, R, K, 4)
+        share = r.sum(0)
+        mu = torch.einsum("nrk,nrki->rki", r, h) / share[..., None]
+        spread = h - mu
+        within = torch.einsum("nrk,nrki,nrkj->rkij", r, spread, spread) / share[..., None, None]
+        Sigma = within + Sigma - G @ Sigma + floor
+        log_pi = (share / len(m)).log()
+    fit = (log_pi + _log_normal(m[:, None, None] - mu, Sigma + P)).logsumexp(-1).mean(0)  # (R,)
+    best = fit.nan_to_num(-torch.inf).argmax()
+    dynamics.set_starts(log_pi[best], mu[best], Sigma[best])
+    return float(fit[best])
+
+
+def _seen_starts(dynamics: Dynamics, a: Tensor) -> tuple[Tensor, Tensor]:
+    """m (n, 4) and P (4, 4) of tracks a (n, T, 2)."""
+    F, drift, V = exact.response(dynamics.lgssm(), a.shape[1])
+    V_inv_F = torch.linalg.solve(V, F)
+    P = torch.linalg.inv(F.mT @ V_inv_F)
+    return (a.to(V.dtype).flatten(1) - drift) @ V_inv_F @ P, P
+
+
+def _log_normal(e: Tensor, cov: Tensor) -> Tensor:
+    """log N(e; 0, cov) for e (n, ..., d) and cov (..., d, d)."""
+    L = torch.linalg.cholesky_ex(cov).L
+    white = torch.linalg.solve_triangular(L, e.movedim(0, -1), upper=False)  # (..., d, n)
+    log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return (-0.5 * white.square().sum(-2)).movedim(-1, 0) - log_det - 0.5 * e.shape[-1] * math.log(2 * math.pi)

@@ -1,0 +1,221 @@
+"""One step of training - forward, backward, optimiser - in one process, in several, or as a CUDA graph.
+
+On a GPU an ordinary Pyro program waits for Python: a step is thousands of small kernels. `CapturedSteps` lets Pyro run
+a few steps as they are, then records one as a CUDA graph and replays it. Nothing is asked of model or guide but that
+they do not wait for the device; where one does, the recording fails, and steps go on as before, with a warning that
+says why.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as processes
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pyro_pixels._batch import Known, knowing
+from pyro_pixels.training.elbo import AnnealedELBO
+
+WARM_UP = 3  # steps before a recording: libraries are loaded, and the optimiser's state is made
+
+
+class Batch(NamedTuple):
+    """What a step learns from."""
+
+    images: Tensor  # (n, T, H, W), all sequences, on the device
+    n_objects: Tensor  # (n,), on the device
+    index: Tensor  # (B,), which of them, on the CPU
+    known: Known  # of any batch of this kind
+    seed: int  # of this step
+    tracks: Tensor | None = None  # (n, N, T, 2), on the device, for objectives that learn from tracks
+
+
+class Steps:
+    """Steps that maximise the weighed bound per sequence, as Python runs them.
+
+    Args:
+        elbo: its ``kl_weight`` counts.
+        loss: the module ``elbo(model, guide)``.
+        learning_rate: Adam's, before the factor of its group.
+        factors: (factor on the learning rate, parameters) for each group of parameters.
+        clip_norm: gradients of a larger norm are scaled down to it.
+        parts: a batch is gone through in so many parts, one after the other, whose gradients add up: less memory, more
+            time. Each part draws its samples from a seed of its own, so that it matters not which process draws them.
+    """
+
+    def __init__(
+        self,
+        elbo: AnnealedELBO,
+        loss: nn.Module,
+        learning_rate: float,
+        factors: dict[float, list[nn.Parameter]],
+        *,
+        clip_norm: float | None = None,
+        parts: int = 1,
+    ) -> None:
+        self.elbo, self.loss, self.clip_norm, self.parts = elbo, loss, clip_norm, parts
+        self.parameters = [p for group in factors.values() for p in group]
+        self.optimizer = torch.optim.Adam(
+            [{"params": group, "factor": factor} for factor, group in factors.items()],
+            lr=learning_rate,
+            fused=True,
+            **self._adam_options(),
+        )
+        self.totals = torch.zeros(2, dtype=torch.float64, device=self.parameters[0].device)
+        """Sums over steps of the mean log p(v | a) and KL of a batch's sequences, in nats."""
+
+    def _adam_options(self) -> dict[str, Any]:
+        return {}
+
+    def set(self, kl_weight: float, learning_rate: float) -> None:
+        """What the next steps use."""
+        self.elbo.kl_weight = kl_weight
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group["factor"]
+
+    def take(self, batch: Batch) -> None:
+        """One step."""
+        self.optimizer.zero_grad()
+        for i, index in enumerate(batch.index.chunk(self.parts)):
+            self._add_gradient(self.loss, batch, i, index)
+        self._move()
+
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        """Where steps are taken: in the midst of everything else, or beside it."""
+        return contextlib.nullcontext()
+
+    def read_totals(self) -> Tensor:
+        """`totals` (2,) on the CPU, of all processes; waits for the steps to be done."""
+        return self.totals.cpu()
+
+    def _add_gradient(self, loss: nn.Module, batch: Batch, part: int, index: Tensor, weight: float = 1.0) -> None:
+        """Adds the gradient of a part's share of the mean loss of the batch's sequences, times ``weight``."""
+        self._seed(batch, part)
+        chosen, n = index.to(batch.images.device, non_blocking=True), len(batch.index)
+        given = [x[chosen] for x in (batch.images, batch.n_objects, batch.tracks) if x is not None]
+        (loss(*given) * (weight / n)).backward()
+        terms = self.elbo.terms
+        assert terms is not None
+        self.totals += torch.stack([terms.log_likelihood.sum(), terms.kl.sum()]) / n
+
+    def _seed(self, batch: Batch, part: int) -> None:
+        if self.parts > 1:
+            torch.manual_seed((batch.seed * 1_009 + part) % 2**63)
+
+    def _move(self) -> None:
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.optimizer.step()
+
+    def _learning(self) -> frozenset[int]:
+        """Which parameters learn now."""
+        return frozenset(i for i, p in enumerate(self.parameters) if p.requires_grad)
+
+
+class DistributedSteps(Steps):
+    """Steps whose parts are shared among the processes of a `torchrun`, the gradients averaged by PyTorch's own engine.
+
+    ``parts`` must be a multiple of the number of processes. The numbers are those of `Steps` with as many parts.
+    """
+
+    _wrapped: tuple[frozenset[int], DistributedDataParallel] | None = None
+
+    def take(self, batch: Batch) -> None:
+        rank, world, loss = processes.get_rank(), processes.get_world_size(), self._shared_loss()
+        mine = list(enumerate(batch.index.chunk(self.parts)))[rank::world]
+        self.optimizer.zero_grad()
+        for i, index in mine:
+            last = i == mine[-1][0]
+            with contextlib.nullcontext() if last else loss.no_sync():
+                self._add_gradient(loss, batch, i, index, weight=world)  # the processes' gradients are averaged
+        self._move()
+
+    def read_totals(self) -> Tensor:
+        totals = self.totals.clone()
+        processes.all_reduce(totals)
+        return totals.cpu()
+
+    def _shared_loss(self) -> DistributedDataParallel:
+        """It expects the same parameters to learn always, so that it is made anew when others do."""
+        learning = self._learning()
+        if self._wrapped is None or self._wrapped[0] != learning:
+            self._wrapped = learning, DistributedDataParallel(self.loss, find_unused_parameters=True)
+        return self._wrapped[1]
+
+
+class CapturedSteps(Steps):
+    """Steps on a CUDA device, each kind of which is recorded as a CUDA graph once and replayed from then on.
+
+    What changes from step to step - the sequences, the KL weight, the learning rate - is read from tensors that are
+    written to before a replay. What changes the program - which parameters learn, the number of sequences, the largest
+    N - asks for a recording of its own.
+    """
+
+    refused: str | None = None
+    """Why steps are not recorded; None while they are."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._stream = torch.cuda.Stream(self.totals.device)
+        self._memory = torch.cuda.graph_pool_handle()  # of all recordings: no two are replayed at once
+        self._taken: dict[Hashable, int] = {}
+        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def _adam_options(self) -> dict[str, Any]:
+        return {"capturable": True}
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        self._stream.wait_stream(torch.cuda.current_stream(self.totals.device))
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def read_totals(self) -> Tensor:
+        torch.cuda.current_stream(self.totals.device).wait_stream(self._stream)
+        return super().read_totals()
+
+    def _seed(self, batch: Batch, part: int) -> None:
+        """Nothing: a recording has no seeds, its random numbers go on where the last ones ended."""
+
+    def set(self, kl_weight: float, learning_rate: float) -> None:
+        device = self.totals.device
+        if not isinstance(self.elbo.kl_weight, Tensor):
+            self.elbo.kl_weight = torch.zeros((), device=device)
+        self.elbo.kl_weight.fill_(kl_weight)
+        for group in self.optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = torch.zeros((), device=device)
+            group["lr"].fill_(learning_rate * group["factor"])
+
+    def take(self, batch: Batch) -> None:
+        kind = (len(batch.index), batch.known, self._learning())
+        if self.refused is None and kind not in self._recorded and self._taken.get(kind, 0) >= WARM_UP:
+            self._record(kind, batch)
+        if kind in self._recorded:
+            graph, index = self._recorded[kind]
+            index.copy_(batch.index, non_blocking=True)
+            graph.replay()
+            return
+        self._taken[kind] = self._taken.get(kind, 0) + 1
+        with knowing(batch.known):
+            super().take(batch)
+
+    def _record(self, kind: Hashable, batch: Batch) -> None:
+        graph, index = torch.cuda.CUDAGraph(), batch.index.to(self.totals.device)
+        torch.cuda.synchronize(self.totals.device)
+        try:
+            with knowing(batch.known), torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+                super().take(batch._replace(index=index))
+        except Exception as error:  # whatever model, guide or driver object to
+            self.refused = (str(error).splitlines() or [type(error).__name__])[0]
+            self.optimizer.zero_grad()
+            torch.cuda.synchronize(self.totals.device)
+            warnings.warn(
+                f"steps are not recorded as a CUDA graph but run one by one, which is slower: {self.refused}",
+                stacklevel=2,
+            )
+        else:
+            self._recorded[kind] = graph, index

@@ -1,0 +1,132 @@
+"""Worlds besides Sec 3.1's: one with other physics that the linear model can hold, and one that it can not.
+
+Neither is in the paper. `DriftConfig`: no gravity, objects cross the image with constant velocity, so that the drift u
+that is learned should be 0. `BouncingConfig`: walls throw objects back, which no constant A and u can do. Objects
+of both do not touch each other, and stay in view.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pyro_pixels.data import TrueDynamics
+from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.worlds.base import NOISE_MARGIN, Motion, WorldConfig
+from pyro_pixels.worlds.cannonballs import CannonballConfig
+
+
+@dataclass(frozen=True)
+class _InView(WorldConfig):
+    """A world in pixels and frames whose objects all stay in view."""
+
+    position_noise: float = 0.04
+    """Variance of the positions around their paths, in square pixels, in each direction."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.position_noise < np.inf:
+            raise ValueError(f"position_noise is {self.position_noise}; wanted a finite number, at least 0")
+        if not (self.room()[1] > 0).all():
+            raise ValueError(
+                f"{self.height} x {self.width} pixels have no room for objects of radius {self.radius} and noise of "
+                f"variance {self.position_noise}; wanted a larger image, or less of either"
+            )
+
+    def room(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The corner (2,) of the rectangle that paths stay in, and its size (2,), (column, row)."""
+        margin = self.radius + NOISE_MARGIN * np.sqrt(self.position_noise)
+        return np.full(2, margin), np.array([self.width, self.height]) - 1 - 2 * margin
+
+    def noisy(self, rng: np.random.Generator, paths: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Positions around paths."""
+        return paths + np.sqrt(self.position_noise) * rng.standard_normal(paths.shape)
+
+
+@dataclass(frozen=True)
+class DriftConfig(_InView):
+    """Free drift: an object enters from the left or the right, and keeps its velocity.
+
+    Where it is in the first and in the last frame is drawn, each evenly in a strip of the image.
+    """
+
+    world: str = field(default="drift", init=False)
+    entry: tuple[float, float] = (0.0, 0.25)
+    """Where objects are in the first frame: shares of the way across, from the side they enter from."""
+    exit: tuple[float, float] = (0.6, 1.0)
+    """Where they are in the last frame."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("entry", "exit"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"{name} is {(low, high)}; wanted two shares within [0, 1], the smaller first")
+
+    def move(self, rng: np.random.Generator, shape: tuple[int, int]) -> Motion:
+        corner, room = self.room()
+        side = rng.integers(2, size=shape)
+        first, last = (
+            np.stack([np.where(side, 1 - across, across), rng.uniform(size=shape)], -1)
+            for across in (rng.uniform(*self.entry, size=shape), rng.uniform(*self.exit, size=shape))
+        )
+        t = np.linspace(0, 1, self.n_frames)[:, None]
+        paths = corner + room * (first[..., None, :] * (1 - t) + last[..., None, :] * t)
+        return Motion(self.noisy(rng, paths), paths, side)
+
+    def true_dynamics(self) -> TrueDynamics:
+        """Exact but for the shape of the starts: their first two moments are those of the uniform draws."""
+        corner, room = self.room()
+        last = self.n_frames - 1
+        I, O = np.eye(2), np.zeros((2, 2))
+        to_start = np.block([[I, O], [-I / last, I / last]]) * np.tile(room, 2)  # (first, last) -> h_1
+        low, high = np.array([self.entry[0], 0, self.exit[0], 0]), np.array([self.entry[1], 1, self.exit[1], 1])
+        mean = (low + high) / 2
+        mirrored = np.where([True, False, True, False], 1 - mean, mean)
+        Sigma = to_start @ np.diag((high - low) ** 2 / 12) @ to_start.T
+        mu = np.stack([mean, mirrored]) @ to_start.T + np.concatenate([corner, np.zeros(2)])
+        return TrueDynamics(
+            LGSSM(
+                A=torch.eye(4, dtype=torch.float64) + torch.diag(torch.ones(2, dtype=torch.float64), 2),
+                B=torch.eye(2, 4, dtype=torch.float64),
+                u=torch.zeros(4, dtype=torch.float64),
+                Sigma_H=torch.zeros(4, 4, dtype=torch.float64),
+                Sigma_A=self.position_noise * torch.eye(2, dtype=torch.float64),
+                mu=torch.from_numpy(mu),
+                Sigma=torch.from_numpy(np.stack([Sigma, Sigma])),
+            ),
+            pi=torch.full((2,), 0.5, dtype=torch.float64),
+        )
+
+
+@dataclass(frozen=True)
+class BouncingConfig(_InView):
+    """Objects start anywhere, in any direction, and walls throw them back without loss."""
+
+    world: str = field(default="bouncing", init=False)
+    speed: tuple[float, float] = (1.0, 2.0)
+    """Pixels a frame."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.speed
+        if not 0 <= low <= high < np.inf:
+            raise ValueError(f"speed is {(low, high)}; wanted two finite numbers of at least 0, the smaller first")
+
+    def move(self, rng: np.random.Generator, shape: tuple[int, int]) -> Motion:
+        corner, room = self.room()
+        start = room * rng.uniform(size=(*shape, 2))
+        angle, speed = rng.uniform(0, 2 * np.pi, size=shape), rng.uniform(*self.speed, size=shape)
+        v = speed[..., None] * np.stack([np.cos(angle), np.sin(angle)], -1)
+        without_walls = start[..., None, :] + np.arange(self.n_frames)[:, None] * v[..., None, :]
+        paths = corner + room - abs(without_walls % (2 * room) - room)  # a wall is a mirror
+        return Motion(self.noisy(rng, paths), paths, None)
+
+
+WORLDS: dict[str, type[WorldConfig]] = {
+    "cannonballs": CannonballConfig,
+    "drift": DriftConfig,
+    "bouncing": BouncingConfig,
+}
+"""Worlds that a configuration can name; add your own to train on it and load it by name."""
