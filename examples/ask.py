@@ -31,8 +31,8 @@ from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.plots import answers as query_plots
 from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
-from pyro_pixels.queries.predict import States, interpolate, smooth
 from pyro_pixels.queries.latent_states import filter_states, positions, retrodict, states
+from pyro_pixels.queries.predict import States, interpolate, smooth
 from pyro_pixels.queries.streaming import forecast, start_images, step, step_image
 from pyro_pixels.queries.streaming import start as start_stream
 

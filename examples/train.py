@@ -27,7 +27,8 @@ from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import infer
 from pyro_pixels.runs import Run, build, load_config, save_config
 from pyro_pixels.training.fitting import fit, fit_together
-from pyro_pixels.training.loop import FitResult, Training
+from pyro_pixels.training.loop import FitResult
+from pyro_pixels.training.svi import Training
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.others import WORLDS
 

@@ -290,7 +290,7 @@ def test_candidates_are_checked(small_data):
 def test_starts_are_fitted_once_where_the_schedule_says(small_data, tmp_path, monkeypatch, stop_at):
     """Also where a run is stopped just before it, and resumed; the numbers are those of an uninterrupted run."""
     steps = []
-    monkeypatch.setattr("pyro_pixels.training.loop.fit_starts", lambda dynamics, a, seed: steps.append(tuple(a.shape)))
+    monkeypatch.setattr("pyro_pixels.training.svi.fit_starts", lambda dynamics, a, seed: steps.append(tuple(a.shape)))
     schedule = replace(QUICK, fit_starts_at=(3,))
     fit(make_model(), make_guide(), small_data, schedule, run_dir=tmp_path / "whole", progress=False)
     assert steps == [(int(small_data.n_objects.sum()), 11, 2)]

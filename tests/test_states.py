@@ -14,8 +14,8 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.queries.predict import States, generate, interpolate, smooth
 from pyro_pixels.queries.latent_states import averaged, filter_states, positions, posterior_states, retrodict, states
+from pyro_pixels.queries.predict import States, generate, interpolate, smooth
 
 
 def make_dynamics(K=3, seed=1, **options):

@@ -18,9 +18,9 @@ from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.training.checkpoints import load_checkpoint
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.fitting import fit, fit_together
-from pyro_pixels.training.loop import Training
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.training.step_runners import WARM_UP, Batch, CapturedSteps, Steps
+from pyro_pixels.training.svi import Training
 
 QUICK = Schedule(
     steps=6, batch_size=4, learn_from={"model.dynamics": 2}, anneal_from=2, anneal_steps=2, evaluate_every=3

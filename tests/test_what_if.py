@@ -7,8 +7,8 @@ from test_queries import Oracle, true_world
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.queries.counterfactual import Change, scale_force, scale_period, what_if
-from pyro_pixels.queries.predict import generate
 from pyro_pixels.queries.latent_states import averaged
+from pyro_pixels.queries.predict import generate
 
 
 def ask(change, *, frame=10, n_frames=20, n_samples=3):

@@ -28,8 +28,8 @@ from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.table import N_SEEN
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
-from pyro_pixels.queries.predict import Prediction, generate, interpolate
 from pyro_pixels.queries.latent_states import averaged
+from pyro_pixels.queries.predict import Prediction, generate, interpolate
 
 LEVELS = (0.5, 0.9, 0.95)
 KINDS = ("smoothing", "forecasting", "interpolation")

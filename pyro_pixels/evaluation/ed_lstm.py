@@ -9,7 +9,6 @@ two matrices, (4 D, D) for the input and (4 D, D) for the state, where Sec 3.2 s
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,22 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from pyro_pixels._init import init_as_paper
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.blob_tracker import RADIUS, find_disks
 from pyro_pixels.evaluation.table import N_SEEN, means_by_n
-from pyro_pixels.training.checkpoints import (
-    load_checkpoint,
-    load_weights,
-    read_lines,
-    save_checkpoint,
-    stop_signals,
-    write_lines,
-)
-from pyro_pixels.training.loop import FitResult
+from pyro_pixels.training.checkpoints import load_checkpoint, load_weights
+from pyro_pixels.training.loop import FitResult, Loop, prepared
 
 
 @dataclass(frozen=True)
@@ -144,65 +135,69 @@ def fit_edlstm(
             raise ValueError(f"{name} is {value}; wanted at least 1")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}; wanted a number above 0")
-    optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, fused=True)
-    settings = {"config": dataclasses.asdict(net.config), "own_predictions": own_predictions, "seed": seed,
-                "batch_size": batch_size, "learning_rate": learning_rate}  # fmt: skip
-    step, seconds, sums = 0, 0.0, {"nll": 0.0, "steps": 0.0, "seconds": 0.0}
-    folder = None if run_dir is None else Path(run_dir)
-    lines: list[dict[str, float]] = []
-    if resume:
-        step, seconds, sums = _resume(net, optimizer, folder, settings)
-        lines = [] if folder is None else [line for line in read_lines(folder) if line["step"] <= step]
-    elif folder is not None and (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} holds a trained run; give resume=True to go on with it, or another folder")
+    training = _Training(
+        net, data, steps, evaluate_every, own_predictions=own_predictions, batch_size=batch_size,
+        learning_rate=learning_rate, seed=seed, run_dir=run_dir, on_evaluation=on_evaluation,
+    )  # fmt: skip
+    with prepared([training], resume) as stop:
+        training.train(stop, progress=progress)
+        return training.result(stop)
 
-    def save() -> None:
-        if folder is not None:
-            state = {"net": net.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(
-                folder / "checkpoint.pt", {"step": step, "seconds": seconds, "sums": sums, **settings, **state}
+
+class _Training(Loop):
+    """The training of one network. Arguments as in `fit_edlstm`."""
+
+    def __init__(
+        self, net: EDLSTM, data: ImageSequences, steps: int, evaluate_every: int, *, own_predictions: bool,
+        batch_size: int, learning_rate: float, seed: int, **where: Any,
+    ) -> None:  # fmt: skip
+        self.net, self.weight = net, next(net.parameters())
+        super().__init__(steps, evaluate_every, device=self.weight.device, **where)
+        self.images, self.n_seen = data.images.to(self.device), N_SEEN if own_predictions else None
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, fused=True)
+        self.settings = {"config": dataclasses.asdict(net.config), "own_predictions": own_predictions, "seed": seed,
+                         "batch_size": batch_size, "learning_rate": learning_rate}  # fmt: skip
+        self.nll = torch.zeros((), dtype=torch.float64, device=self.device)  # summed over steps, nats a frame
+
+    def _take_step(self) -> None:
+        index = _batch(len(self.images), self.settings["batch_size"], self.settings["seed"], self.step)
+        v = self.images[index.to(self.device)].to(self.weight.dtype)
+        loss = F.binary_cross_entropy_with_logits(self.net(v, self.n_seen), v, reduction="sum") / v[..., 0, 0].numel()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.nll += loss.detach()
+
+    def _look(self) -> dict[str, float]:
+        nll = float(self.nll) / self.since["steps"]
+        if not math.isfinite(nll):
+            raise FloatingPointError(
+                f"the loss is not finite by step {self.step}; {self._kept()}. Try a smaller learning_rate"
             )
+        return {"nll": nll}
 
-    if folder is not None:
-        write_lines(folder, lines)
-    weight, n_seen = next(net.parameters()), N_SEEN if own_predictions else None
-    images = data.images.to(weight.device)
-    bar = tqdm(total=steps, initial=step, disable=not progress, unit="step", mininterval=0.5)
-    with stop_signals() as stop, bar:
-        started = time.perf_counter() - seconds
-        while step < steps and not stop.is_set():
-            v = images[_batch(len(images), batch_size, seed, step).to(images.device)].to(weight.dtype)
-            loss = F.binary_cross_entropy_with_logits(net(v, n_seen), v, reduction="sum") / v[..., 0, 0].numel()
-            if not math.isfinite(nll := float(loss.detach())):
-                raise FloatingPointError(
-                    f"the loss is {nll} at step {step + 1}; the last checkpoint is kept. Try a smaller learning_rate"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-            now = time.perf_counter() - started
-            sums = {"nll": sums["nll"] + nll, "steps": sums["steps"] + 1, "seconds": sums["seconds"] + now - seconds}
-            seconds = now
-            bar.update()
-            if step % 20 == 0:
-                bar.set_postfix(nll=f"{nll:.1f}", refresh=False)
-            if step % evaluate_every == 0 or step == steps:
-                lines.append({
-                    "step": step, "seconds": round(seconds, 3),
-                    "steps_per_second": round(sums["steps"] / sums["seconds"], 3),
-                    "nll_per_frame": sums["nll"] / sums["steps"], "learning_rate": learning_rate,
-                })  # fmt: skip
-                sums = dict.fromkeys(sums, 0.0)
-                if folder is not None:
-                    write_lines(folder, lines)
-                if on_evaluation is not None:
-                    on_evaluation(lines[-1])
-                save()
-                started = time.perf_counter() - seconds
-        if stop.is_set():
-            save()
-        return FitResult(step, seconds, lines[-1] if lines else {}, stop.is_set())
+    def _line(self) -> dict[str, float]:
+        self.nll.zero_()
+        return {"nll_per_frame": self.seen["nll"], "learning_rate": self.settings["learning_rate"]}
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step, "seconds": self.seconds, "sums": {"nll": float(self.nll), **self.since}, **self.settings,
+            "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+
+    def _check(self, state: dict[str, Any], path: Path) -> None:
+        _check_kind(state, path)
+        for name, value in self.settings.items():
+            if state[name] != value:
+                raise ValueError(f"{path} was trained with {name} {state[name]}, not {value}; resume with the former")
+
+    def _restore(self, state: dict[str, Any], source: str | Path) -> None:
+        load_weights(self.net, state["net"], source)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, sums = state["step"], state["seconds"], dict(state["sums"])
+        self.nll.fill_(sums.pop("nll"))
+        self.since = sums
 
 
 def load_edlstm(folder: str | Path, device: torch.device | str = "cpu") -> EDLSTM:
@@ -212,7 +207,8 @@ def load_edlstm(folder: str | Path, device: torch.device | str = "cpu") -> EDLST
         ValueError: if there is no checkpoint, or it is damaged or of something else.
     """
     path = Path(folder) / "checkpoint.pt"
-    state = _read(path)
+    state = load_checkpoint(path)
+    _check_kind(state, path)
     with torch.random.fork_rng(devices=[]):
         net = EDLSTM(EDLSTMConfig(**state["config"]))
     load_weights(net, state["net"], path)
@@ -280,24 +276,6 @@ def _batch(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     return order[place * batch_size : (place + 1) * batch_size]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    state = load_checkpoint(path)
+def _check_kind(state: dict[str, Any], path: Path) -> None:
     if "net" not in state:
-        raise ValueError(f"{path} holds no ED-LSTM; train one with examples/train_edlstm.py")
-    return state
-
-
-def _resume(
-    net: EDLSTM, optimizer: torch.optim.Optimizer, folder: Path | None, settings: dict[str, Any]
-) -> tuple[int, float, dict[str, float]]:
-    """Weights and optimizer from a checkpoint, in place; its step, seconds and sums."""
-    if folder is None:
-        raise ValueError("resume needs run_dir, the folder of the run to go on with")
-    path = folder / "checkpoint.pt"
-    state = _read(path)
-    for name, value in settings.items():
-        if state[name] != value:
-            raise ValueError(f"{path} was trained with {name} {state[name]}, not {value}; resume with the former")
-    load_weights(net, state["net"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"], state["sums"]
+        raise ValueError(f"{path} holds no ED-LSTM; train one with examples/experiments/train_edlstm.py")

@@ -3,6 +3,7 @@
 from pyro_pixels.queries.counterfactual import Change, scale_force, scale_period, unchanged, what_if
 from pyro_pixels.queries.evidence import Count, Evidence, count_objects, log_evidence
 from pyro_pixels.queries.inference_data import to_inference_data
+from pyro_pixels.queries.latent_states import averaged, filter_states, positions, posterior_states, retrodict, states
 from pyro_pixels.queries.predict import (
     Inference,
     Prediction,
@@ -14,7 +15,6 @@ from pyro_pixels.queries.predict import (
     render,
     smooth,
 )
-from pyro_pixels.queries.latent_states import averaged, filter_states, positions, posterior_states, retrodict, states
 from pyro_pixels.queries.streaming import (
     FilterState,
     ImageStream,

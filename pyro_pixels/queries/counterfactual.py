@@ -19,8 +19,8 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm.kalman import LGSSM, Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
-from pyro_pixels.queries.predict import Prediction, infer, render
 from pyro_pixels.queries.latent_states import posterior_states
+from pyro_pixels.queries.predict import Prediction, infer, render
 
 
 def unchanged(lgssm: LGSSM) -> LGSSM:

@@ -4,9 +4,10 @@ from pyro_pixels.training.checkpoints import load_checkpoint, save_checkpoint
 from pyro_pixels.training.distillation import GivenTracks, draw_tracks
 from pyro_pixels.training.elbo import AnnealedELBO, BoundTerms, bound
 from pyro_pixels.training.fitting import fit, fit_together
-from pyro_pixels.training.loop import FitResult, Training
+from pyro_pixels.training.loop import FitResult
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.training.start_mixture import fit_starts
+from pyro_pixels.training.svi import Training, TrainingOptions
 
 __all__ = [
     "AnnealedELBO",
@@ -15,6 +16,7 @@ __all__ = [
     "GivenTracks",
     "Schedule",
     "Training",
+    "TrainingOptions",
     "bound",
     "draw_tracks",
     "fit",

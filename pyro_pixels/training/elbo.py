@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro.infer import Trace_ELBO
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -21,16 +21,12 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
 
 
-class ScaleLatents(Messenger):
-    """`poutine.scale` for latent sites alone: around model and guide it multiplies the KL and leaves the data term."""
+class ScaleLatents(ScaleMessenger):
+    """`poutine.scale` that acts on latent sites alone: around model and guide it weighs the KL, not the data term."""
 
-    def __init__(self, weight: Tensor | float) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] * self.weight
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            super()._process_message(msg)
 
 
 class BoundTerms(NamedTuple):

@@ -1,0 +1,54 @@
+"""Which sequences each step learns from (Sec 3.2)."""
+
+import torch
+from torch import Tensor
+
+from pyro_pixels._batch import Known
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.training.schedule import Schedule
+
+
+class Batches:
+    """The batches of a training: a function of the seed and the step alone, so that a resumed run draws the same.
+
+    Args:
+        data: the sequences to learn from.
+        schedule: says how large batches are, whether N is the same within each, and how many steps see N = 1 alone.
+        seed: of the order of the sequences.
+
+    Raises:
+        ValueError: if the schedule begins with single objects and no sequence has N = 1.
+    """
+
+    def __init__(self, data: ImageSequences, schedule: Schedule, seed: int) -> None:
+        self.schedule, self.seed, self.n_objects = schedule, seed, data.n_objects
+        by_n = [(data.n_objects == n).nonzero().squeeze(1) for n in data.n_objects.unique()]
+        single = (data.n_objects == 1).nonzero().squeeze(1)
+        if schedule.single_object_steps and not len(single):
+            raise ValueError("single_object_steps is set but no sequence has N = 1; set it to 0 or add such sequences")
+        self._pools = {True: [single], False: by_n if schedule.one_n_per_batch else [torch.arange(len(data))]}
+        self._most_white = max(int((x > 0).flatten(2).sum(-1).max()) for x in data.images.split(500))
+        self._epoch: tuple[bool, int] | None = None
+        self._order: list[Tensor] = []
+
+    def index(self, step: int) -> Tensor:
+        """Indices (B,) of the sequences of a step.
+
+        An epoch uses every sequence once, except those that do not fill a batch.
+        """
+        alone = step < self.schedule.single_object_steps
+        pools, size = self._pools[alone], self.schedule.batch_size
+        per_epoch = sum(max(1, len(pool) // size) for pool in pools)
+        epoch, place = divmod(step - (0 if alone else self.schedule.single_object_steps), per_epoch)
+        if self._epoch != (alone, epoch):
+            generator = torch.Generator().manual_seed((self.seed * 2 + alone) * 1_000_003 + epoch)
+            shuffled = [pool[torch.randperm(len(pool), generator=generator)] for pool in pools]
+            batches = [b for pool in shuffled for b in pool.split(size) if len(b) == min(size, len(pool))]
+            order = torch.randperm(len(batches), generator=generator).tolist()
+            self._epoch, self._order = (alone, epoch), [batches[i] for i in order]
+        return self._order[place]
+
+    def known(self, index: Tensor) -> Known:
+        """What a recording of the step on these sequences may know of them, and of any other batch of its kind."""
+        n_objects = self.n_objects[index] if self.schedule.one_n_per_batch else self.n_objects
+        return Known(int(n_objects.max()), self._most_white)

@@ -1,0 +1,220 @@
+"""Training of a model and its guide by SVI (Secs 2.2.2, 3.2), in Pyro's current form: ``AnnealedELBO()(model, guide)``
+is a module whose value is the loss, and a torch optimiser follows its gradient."""
+
+import copy
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+
+from pyro_pixels._batch import object_mask
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.training.batches import Batches
+from pyro_pixels.training.checkpoints import load_weights
+from pyro_pixels.training.elbo import AnnealedELBO, bound
+from pyro_pixels.training.loop import Loop
+from pyro_pixels.training.processes import is_first_process, n_processes
+from pyro_pixels.training.schedule import Schedule, by_longest_prefix
+from pyro_pixels.training.start_mixture import fit_starts
+from pyro_pixels.training.step_runners import Batch, CapturedSteps, DistributedSteps, Steps
+
+FIT_STARTS_SEQUENCES = 500
+BOUND_SEQUENCES = 60  # on which candidates are compared where there are no validation sequences
+
+
+class TrainingOptions(TypedDict, total=False):
+    """Keywords of `Training`, which `fit` passes on."""
+
+    seed: int
+    """Of batches and samples; the caller's random state is left as it was. Default 0."""
+    run_dir: str | Path | None
+    """Folder for metrics.jsonl and checkpoint.pt; None, the default: nothing is written."""
+    validation: ImageSequences | None
+    """Sequences whose bound is reported at each evaluation."""
+    on_evaluation: Callable[[dict[str, float]], None] | None
+    """Called with each line of metrics."""
+    objective: Callable[[], AnnealedELBO]
+    """Makes what is minimised instead of the bound, such as `distillation.GivenTracks`."""
+    tracks: Tensor | None
+    """(n, N, T, 2), what such an objective is given of each sequence besides its images."""
+
+
+class Training(Loop):
+    """One training of a model and a guide, which `fit` or `fit_together` takes from step to step.
+
+    Args:
+        model: the generative model; changed in place, as is
+        guide: the guide.
+        data: the sequences to learn from; their ``positions`` are never looked at.
+        schedule: when what is learned, and how fast.
+        options: as in `TrainingOptions`.
+
+    Raises:
+        ValueError: if there are not as many ``tracks`` as sequences; if ``schedule.parts`` is no multiple of the number
+            of processes; or as `Batches`.
+    """
+
+    def __init__(
+        self,
+        model: PixelModel,
+        guide: Guide,
+        data: ImageSequences,
+        schedule: Schedule,
+        *,
+        seed: int = 0,
+        run_dir: str | Path | None = None,
+        validation: ImageSequences | None = None,
+        on_evaluation: Callable[[dict[str, float]], None] | None = None,
+        objective: Callable[[], AnnealedELBO] = AnnealedELBO,
+        tracks: Tensor | None = None,
+    ) -> None:
+        super().__init__(
+            schedule.steps, schedule.evaluate_every,
+            device=next(model.parameters()).device, run_dir=run_dir, on_evaluation=on_evaluation,
+        )  # fmt: skip
+        self.model, self.guide, self.schedule, self.seed = model, guide, schedule, seed
+        self.validation, self.objective = validation, objective
+        self.data, self.images, self.n_objects = data, data.images.to(self.device), data.n_objects.to(self.device)
+        self.tracks = None if tracks is None else tracks.to(self.device)
+        if tracks is not None and tracks.shape[:1] != data.n_objects.shape:
+            raise ValueError(f"there are {len(tracks)} tracks for {len(data)} sequences; wanted as many of both")
+        self.batches = Batches(data, schedule, seed)
+        elbo = objective()
+        loss = elbo(model, guide)  # a module: its parameters are the model's and the guide's
+        self.parameters = dict(loss.named_parameters())
+        self.steps = self._runner(elbo, loss)
+
+    def _runner(self, elbo: AnnealedELBO, loss: nn.Module) -> Steps:
+        """Takes the steps: in this process, in several, or as CUDA graphs."""
+        schedule = self.schedule
+        if schedule.parts % n_processes():
+            raise ValueError(
+                f"a batch has {schedule.parts} parts for {n_processes()} processes; wanted a multiple (Schedule.parts)"
+            )
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, p in self.parameters.items():
+            groups.setdefault(by_longest_prefix(schedule.learning_rate_factors, name, 1.0), []).append(p)
+        kind = DistributedSteps if n_processes() > 1 else CapturedSteps if self.device.type == "cuda" else Steps
+        return kind(elbo, loss, schedule.learning_rate, groups, clip_norm=schedule.clip_norm, parts=schedule.parts)
+
+    def begin(self, resume: bool) -> None:
+        torch.manual_seed(self.seed)
+        self._rng = torch.get_rng_state()
+        super().begin(resume)
+
+    def advance(self, until: int, stop: threading.Event) -> Iterator[None]:
+        learned = {name: p.requires_grad for name, p in self.parameters.items()}
+        try:
+            yield from super().advance(until, stop)
+        finally:
+            for name, p in self.parameters.items():
+                p.requires_grad_(learned[name])
+
+    def start_from_best(self, others: "Sequence[Training]", steps: int, stop: threading.Event, progress: bool) -> None:
+        """Trains itself and the others for a number of steps, and takes over the state with the highest bound."""
+        judges = self.data[:BOUND_SEQUENCES] if self.validation is None else self.validation
+        alike = Training(
+            self.model, self.guide, self.data, self.schedule, seed=self.seed,
+            objective=self.objective, tracks=self.tracks,
+        )  # fmt: skip
+        starts, best, kept = [alike, *others], -torch.inf, 0
+        for i, start in enumerate(starts):
+            start.begin(resume=False)
+            start.train(stop, steps, progress=progress, title=f"start {i + 1} of {len(starts)}")
+            reached = float(bound(start.model, start.guide, judges).bound.mean())
+            if reached > best:
+                best, kept, state = reached, i, copy.deepcopy(start._state())
+        self._restore({**state, "seconds": sum(start.seconds for start in starts)}, f"start {kept + 1}")
+
+    def _take_step(self) -> None:
+        torch.set_rng_state(self._rng)
+        with self.steps.stream():
+            schedule, step = self.schedule, self.step
+            for name, p in self.parameters.items():
+                p.requires_grad_(step >= by_longest_prefix(schedule.learn_from, name, 0))
+            self.steps.set(schedule.kl_weight(step), schedule.learning_rate_at(step))
+            seed = self.seed * 1_000_003 + step
+            if schedule.parts > 1:
+                torch.manual_seed(seed)  # each step's own, whichever process takes it
+            if step in schedule.fit_starts_at:
+                self._fit_starts(seed)
+            index = self.batches.index(step)
+            self.steps.take(Batch(self.images, self.n_objects, index, self.batches.known(index), seed, self.tracks))
+        self._rng = torch.get_rng_state()
+
+    @torch.no_grad()
+    def _fit_starts(self, seed: int) -> None:
+        """Fits the mixture over starts to one draw of q(a | v) for each of some sequences."""
+        generator = torch.Generator().manual_seed(seed)
+        tracks = []
+        for index in torch.randperm(len(self.images), generator=generator)[:FIT_STARTS_SEQUENCES].split(100):
+            n_objects = self.n_objects[index.to(self.device)]
+            a = self.guide.q(self.images[index.to(self.device)], n_objects).sample()
+            tracks.append(a[object_mask(n_objects, a.shape[1])])
+        fit_starts(self.model.dynamics, torch.cat(tracks), seed=self.seed)
+        if n_processes() > 1:
+            for parameter in self.model.dynamics.parameters():
+                distributed.broadcast(parameter.data, 0)
+
+    def _look(self) -> Mapping[str, float]:
+        frames = self.images.shape[1] * self.since["steps"]
+        log_likelihood, kl = (float(x) / frames for x in self.steps.read_totals())
+        if not math.isfinite(log_likelihood + kl):
+            raise FloatingPointError(
+                f"the loss is not finite by step {self.step} (log p(v|a) {log_likelihood:.4g}, KL {kl:.4g} nats per "
+                f"frame); {self._kept()}. Try a smaller learning rate, clip_norm, or a larger position_noise_floor"
+            )
+        return {"log_likelihood": log_likelihood, "kl": kl, "kl_weight": self.schedule.kl_weight(self.step - 1)}
+
+    def _line(self) -> dict[str, float]:
+        line = {
+            "bound_per_frame": self.seen["log_likelihood"] - self.seen["kl"],
+            "log_likelihood_per_frame": self.seen["log_likelihood"],
+            "kl_per_frame": self.seen["kl"],
+            "kl_weight": self.seen["kl_weight"],
+            "learning_rate": self.schedule.learning_rate_at(self.step - 1),
+        }
+        if self.validation is not None:
+            terms = bound(self.model, self.guide, self.validation)
+            frames = len(self.validation) * self.validation.images.shape[1]
+            line["validation_bound_per_frame"] = float(terms.bound.sum()) / frames
+            line["validation_kl_per_frame"] = float(terms.kl.sum()) / frames
+        self.steps.totals.zero_()
+        return line
+
+    def _state(self) -> dict[str, Any]:
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "since": self.since,
+            "totals": self.steps.read_totals(),
+            "model": self.model.state_dict(),
+            "guide": self.guide.state_dict(),
+            "optimizer": self.steps.optimizer.state_dict(),
+            "rng": self._rng,
+        }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _check(self, state: dict[str, Any], path: Path) -> None:
+        if state["seed"] != self.seed:
+            raise ValueError(f"{path} was trained with seed {state['seed']}, not {self.seed}; resume with that seed")
+
+    def _restore(self, state: dict[str, Any], source: str | Path) -> None:
+        load_weights(self.model, state["model"], source)
+        load_weights(self.guide, state["guide"], source)
+        self.steps.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.since = state["step"], state["seconds"], dict(state["since"])
+        self.steps.totals.copy_(state["totals"] if is_first_process() else torch.zeros(2))
+        self._rng = state["rng"]
+        if "cuda_rng" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
