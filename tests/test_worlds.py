@@ -9,7 +9,6 @@ import pytest
 import torch
 from test_data import assert_moments
 
-import pyro_pixels.data
 from pyro_pixels._batch import object_mask
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import load_sequences, save_sequences
@@ -266,10 +265,6 @@ def test_grey_files_with_values_beyond_black_and_white_raise(tmp_path, value):
         load_sequences(tmp_path / "bad.npz")
 
 
-def test_what_moved_is_still_found_where_it_was():
-    assert pyro_pixels.data.simulate is simulate
-    assert pyro_pixels.data.CannonballConfig is CannonballConfig
-    with pytest.raises(AttributeError, match="no attribute 'cannon'"):
-        _ = pyro_pixels.data.cannon
+def test_configurations_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DriftConfig().radius = 3.0

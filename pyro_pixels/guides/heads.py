@@ -1,4 +1,4 @@
-"""Heads: what reads the mean and scale of a from the states s (Eq 9)."""
+"""Heads, the parts of a guide that map states s to the mean and scale of a (Eq 9)."""
 
 import math
 from typing import NamedTuple
@@ -14,10 +14,10 @@ SIGMA_FLOOR = 1e-4  # latent units
 
 
 class LinearHead(nn.Module):
-    """Eq (9): mu = W s + b, sigma = softplus(W' s + b') + 1e-4.
+    """The linear head of Eq (9): mu = W s + b, sigma = softplus(W' s + b') + 1e-4.
 
-    The paper does not say how sigma is kept positive. With exp the paper preset is lost within 15 steps: a step of Adam
-    moves W' s by about 1e-3 times the sum of all absolute s, and sigma runs to 1e-20 (docs/decisions.md).
+    The paper does not say how sigma is kept positive. With exp, training with the paper preset collapses within 15
+    steps: a step of Adam moves W' s by about 1e-3 times the sum of |s|, and sigma falls to 1e-20 (docs/decisions.md).
     """
 
     def __init__(self, state_size: int) -> None:
@@ -26,25 +26,27 @@ class LinearHead(nn.Module):
         init_as_paper(self.linear)
 
     def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D)."""
+        """Returns the mean and the standard deviation of a, each (B, N, T, 2), from s (B, N, T, D)."""
         mu, rho = self.linear(s).chunk(2, -1)
         return mu, F.softplus(rho) + SIGMA_FLOOR
 
 
 class AttentionHead(nn.Module):
-    """The mean is the centroid of the white pixels that object n claims.
+    """A head whose mean is the centroid of the white pixels that an object claims.
 
-    Objects claim pixels in turn, each a share of what the ones before it have left: with c_t^n = sigm(Phi W^omega
-    s_t^n), one value a pixel, omega_t^n is proportional to v_t c_t^n prod_{m < n} (1 - c_t^m), and the mean is the
-    omega-weighted mean of the pixels' coordinates, each axis in [-1, 1]: latent units are half-widths of the image. Phi
-    holds the lowest cosine waves over the image, so that claims vary smoothly from pixel to pixel. At the start
-    every claim is one half. The standard deviation is Eq (9)'s.
+    Objects claim pixels in turn, each a fraction of what the objects before it have left (stick breaking): with one
+    value per pixel c_t^n = sigm(Phi W^omega s_t^n), the weights omega_t^n are proportional to
+    v_t c_t^n prod_{m < n} (1 - c_t^m). The mean is the omega-weighted mean of the pixels' coordinates, which run
+    from -1 to 1 along each axis, so that latent units are half-widths of the image. Phi holds the lowest cosine waves
+    over the image, which makes claims vary smoothly from pixel to pixel. At first every claim is one half. The
+    standard deviation is that of Eq (9).
 
     Args:
-        height, width: of the images.
+        height: H of the images.
+        width: W of the images.
         state_size: D.
-        sigma: starting standard deviation of a, in latent units.
-        n_waves: waves along each axis; Phi has n_waves^2 of them.
+        sigma: starting value of the standard deviation of a, in latent units.
+        n_waves: the number of waves along each axis; Phi has n_waves^2 of them.
     """
 
     grid: Tensor  # (H W, 2)
@@ -67,42 +69,42 @@ class AttentionHead(nn.Module):
         self.register_buffer("Phi", Phi.flatten(0, 1), persistent=False)
 
     def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (B, N, T, 2) of a, from s (B, N, T, D) and images (B, T, H, W)."""
+        """Returns the mean and the standard deviation of a, each (B, N, T, 2), from s (B, N, T, D) and the images."""
         white = self.white_pixels(images)
         claim = self.claims(s, white)
-        left = F.logsigmoid(-claim).cumsum(1) - F.logsigmoid(-claim)  # log of what the objects before n have left
+        left = F.logsigmoid(-claim).cumsum(1) - F.logsigmoid(-claim)  # log of the fraction left by objects before n
         omega = (F.logsigmoid(claim) + left + white.v.clamp(min=1e-30).log().unsqueeze(1)).softmax(-1)
         return torch.einsum("bntk,btkc->bntc", omega, white.place), self.to_log_sigma(s).exp()
 
     def white_pixels(self, images: Tensor) -> "WhitePixels":
-        """The white pixels of each frame."""
+        """Returns the white pixels of each frame."""
         v = images.flatten(2)
-        v_white, pixel = v.topk(most_white(v))  # (B, T, k): black pixels have no weight anyway
-        seen = v_white[..., :1] > 0  # in an empty frame every place is the centre, 0
+        v_white, pixel = v.topk(most_white(v))  # (B, T, k): black pixels have no weight
+        seen = v_white[..., :1] > 0  # in a black frame all places are set to the centre, 0
         return WhitePixels(v_white, self.grid[pixel] * seen.unsqueeze(-1), pixel)
 
     def claims(self, s: Tensor, white: "WhitePixels") -> Tensor:
-        """Phi W^omega s_t^n (B, N, T, k) at each of the white pixels."""
+        """Returns the logits of the claims, Phi W^omega s_t^n (B, N, T, k), at each of the white pixels."""
         return torch.einsum("bntw,btkw->bntk", self.to_claim(s), self.Phi[white.index])
 
 
 class WhitePixels(NamedTuple):
-    """The k brightest pixels of each frame, among them all that are not black."""
+    """The k brightest pixels of each frame, which include all that are not black."""
 
-    v: Tensor  # (B, T, k), their values; 0 where there are fewer
+    v: Tensor  # (B, T, k), their values; 0 for padding
     place: Tensor  # (B, T, k, 2), (column, row), each in [-1, 1]
-    index: Tensor  # (B, T, k), counted along the rows of the image
+    index: Tensor  # (B, T, k), index into the flattened image
 
     @property
     def homogeneous(self) -> Tensor:
-        """(B, T, k, 3), (column, row, 1)."""
+        """Homogeneous coordinates (column, row, 1), (B, T, k, 3)."""
         return F.pad(self.place, (0, 1), value=1.0)
 
     @property
     def weighed(self) -> Tensor:
-        """(B, T, k, 3), v (column, row, 1): their sum holds the moments and the mass of the pixels."""
+        """Weighted homogeneous coordinates v (column, row, 1), (B, T, k, 3), whose sums are moments and masses."""
         return self.v.unsqueeze(-1) * self.homogeneous
 
     def at(self, frames: Tensor) -> "WhitePixels":
-        """Those of some frames."""
+        """Returns the white pixels of the given frames only."""
         return WhitePixels(*(x[:, frames] for x in self))

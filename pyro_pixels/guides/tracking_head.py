@@ -1,28 +1,29 @@
-"""Which pixel is whose: the network names the objects where tracks start, the dynamics tell them apart from there on.
+"""A guide's head that tracks: soft data association of pixels to objects with the model's dynamics.
 
-Two objects that cross are told apart not by where they are but by where they come from (the failure of Fig 5b is to do
-the former). So claims of the network count only in the few frames in which tracks start; from there each object is
-followed by p(a) of the model's own dynamics, its components merged into one Gaussian. With l_t^n(x) what is known of
-object n says of a white pixel x at frame t, every pixel is shared among the objects,
+When two objects cross, what tells them apart is not where they are but where they come from (the failure in Fig 5b is
+to use the former). So the network's claims count only in the few frames in which tracks start; from there on each
+object is followed with p(a) of the model's own dynamics, its components merged into one Gaussian. Every white pixel x
+of frame t is assigned to the objects n with responsibilities r, and measurements y are the weighted centroids,
 
-    r_t^n(x) proportional, over n, to exp(l_t^n(x)),   y_t^n = centroid of the white pixels weighed by r_t^n
+    r_t^n(x) = softmax_n(log r_t^n(x)),   y_t^n = centroid of the white pixels with weights r_t^n
 
-in four stages:
+where the unnormalised log-responsibilities (`log_r`) come from four stages:
 
-1. Detect. In a starting frame l is the network's claim, then the log density of a blob around y, a few times over.
-2. Follow. Along an order of all frames that begins with a starting frame, l is the log density of x under the forecast
-   from the frames already passed. A Gaussian can be forecast in any order: some tracks go forward in time first, some
-   backward.
-3. Sweep. Paths are smoothed, E[a | y]; l becomes the log density around them, and so on: EM for moving blobs.
-4. Choose. Of the tracks with different starts, those under which the white pixels are likeliest are kept, two after a
-   few sweeps and one at the end: a start in which two objects hide each other loses to one in which they do not.
+1. Detect. In a starting frame log r is the network's claim, then the log density of a blob around y, iterated.
+2. Follow. Along an order of all frames that begins with a starting frame, log r is the log density of x under the
+   forecast from the frames visited so far. A Gaussian can be forecast in any order: half of the tracks go forward in
+   time first, half backward.
+3. Sweep. Paths are smoothed, E[a | y], and log r becomes the log density around them; repeated, this is EM for a
+   mixture of moving blobs.
+4. Choose. Among tracks with different starting frames, those with the highest likelihood of the white pixels are kept,
+   two after a few sweeps and one at the end: a start in which one object hides another loses to one in which none does.
 
-Where the background has white pixels of its own (salt-and-pepper noise), `clutter` says how many, and pixels are shared
-among the objects and the background: what is far from every object is nobody's, as in probabilistic data association.
+If the background has white pixels of its own (salt-and-pepper noise), `clutter` is their rate, and the background takes
+part in the assignment: pixels far from every object are assigned to it, as in probabilistic data association.
 
-The result is y_t^n and R_t^n = sigma_t^n^2 (1 + 1 / mass of the share). This is no part of the paper, whose network has
-to find such a rule by itself. Nothing of it is differentiated but sigma, and the shares in the starting frames through
-the claims.
+The head returns y_t^n and R_t^n = sigma_t^n^2 (1 + 1 / mass), with the mass of the pixels assigned to the object. None
+of this is in the paper, whose network has to learn data association by itself. Gradients flow only through sigma, and
+through the claims in the starting frames.
 """
 
 import math
@@ -36,24 +37,26 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.heads import AttentionHead, WhitePixels
 from pyro_pixels.lgssm.dynamics import Dynamics, collapse_components
 
-CLAIM_BOUND = 3.0  # nats: what the network may say against the dynamics, about a distance of 3 pixels
-TRACK_NOISE = 0.02  # standard deviation of y while following and sweeping, latent units
+CLAIM_BOUND = 3.0  # largest claim of the network, in nats; it weighs about as much as a distance of 3 pixels
+TRACK_NOISE = 0.02  # standard deviation of y in the stages 2 and 3, latent units
 DETECTION_ROUNDS = 10
-DETECTION_WIDTH = 16.0  # in clutter blobs begin with so many times their variance: narrow ones see no object nearby
-FIRST_SWEEPS, LAST_SWEEPS = 3, 8  # of all tracks, and of the two that are kept then
+DETECTION_WIDTH = 16.0  # with clutter, initial factor on the blobs' variance: narrow blobs would miss objects nearby
+FIRST_SWEEPS, LAST_SWEEPS = 3, 8  # sweeps of all tracks, and of the two that are kept
 
 
 class TrackingHead(AttentionHead):
-    """Measurements y_t^n and the square roots of their variances R_t^n by soft assignment of pixels to objects.
+    """Measurements y_t^n and standard deviations sqrt(R_t^n) by soft assignment of pixels to objects.
 
     Args:
-        dynamics: of the model; positions are in the units of `AttentionHead`.
-        height, width: of the images.
+        dynamics: the dynamics of the model; positions are in the units of `AttentionHead`.
+        height: H of the images.
+        width: W of the images.
         state_size: D.
-        rho: spread of an object's pixels around its position, a standard deviation in pixels; R / 2 for a disk.
-        sigma, n_waves: as in `AttentionHead`.
-        clutter: probability that a pixel which belongs to no object is white; 0: every white pixel is some object's.
-        n_starts: S, how many tracks are followed from different starting frames, half of them forward in time; even.
+        rho: standard deviation of an object's pixels around its position, in pixels; R / 2 for a disk of radius R.
+        clutter: probability that a background pixel is white; with 0 every white pixel belongs to an object.
+        sigma: as in `AttentionHead`.
+        n_waves: as in `AttentionHead`.
+        n_starts: S, the number of tracks from different starting frames, half of them forward in time; even.
 
     Raises:
         ValueError: if ``n_starts`` is not even, or below 2, or ``clutter`` not in [0, 1).
@@ -78,57 +81,64 @@ class TrackingHead(AttentionHead):
         if n_starts < 2 or n_starts % 2:
             raise ValueError(f"n_starts is {n_starts}; wanted an even number, at least 2: tracks go both ways in time")
         if not 0 <= clutter < 1:
-            raise ValueError(f"clutter is {clutter}; wanted a probability below 1, 0 for a background that is black")
+            raise ValueError(f"clutter is {clutter}; wanted a probability below 1, 0 for a black background")
         self.dynamics, self.n_starts = dynamics, n_starts
         per_object = 4 * math.pi * rho**2  # pixels of a disk of radius 2 rho
-        self.clutter = clutter * height * width / 4 / per_object  # a unit of area: of the 4 of [-1, 1]^2
+        self.clutter = clutter * height * width / 4 / per_object  # per unit of area; [-1, 1]^2 has 4
         rho_latent = rho / torch.tensor([(width - 1) / 2, (height - 1) / 2])
         self.register_buffer("blob", torch.diag(rho_latent.square()), persistent=False)
 
     def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
-        """y and the square root of R, (B, N, T, 2), from s (B, N, T, D), images (B, T, H, W) and n_objects (B,)."""
+        """Returns y and sqrt(R), each (B, N, T, 2).
+
+        Args:
+            s: states (B, N, T, D).
+            images: (B, T, H, W).
+            n_objects: (B,).
+        """
         N, white = s.shape[1], self.white_pixels(images)
         absent = ~object_mask(n_objects, N)  # (B, N)
         orders = frame_orders(white, self.n_starts)
         start = orders[:, 0]
         claim = self.claims(s[:, :, start], white.at(start)).transpose(1, 2).unsqueeze(3)  # (B, S, N, 1, k)
-        claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + _nothing(absent)[:, None, :, None, None]
+        claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + _absent_penalty(absent)[:, None, :, None, None]
         with torch.no_grad():
-            l, nobody = self._associate(white, claim, absent, orders)  # (B, T, N, 1, k), (B, T, k)
+            log_r, background = self._associate(white, claim, absent, orders)  # (B, T, N, 1, k), (B, T, k)
         same = (start.unsqueeze(1) == start).sum(1)  # a frame in which several tracks start counts once
-        l = l.index_add(1, start, claim / same[:, None, None, None])
-        y, mass = (x.squeeze(3).transpose(1, 2) for x in share(white.weighed, l, nobody))
+        log_r = log_r.index_add(1, start, claim / same[:, None, None, None])
+        y, mass = (x.squeeze(3).transpose(1, 2) for x in share(white.weighed, log_r, background))
         return y, (self.to_log_sigma(s).exp().square() * (1 + 1 / mass)).sqrt()
 
     def _associate(
         self, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """l (B, T, N, 1, k) around the paths that are kept, up to a constant for each pixel, and that of nobody."""
+        """Returns log r (B, T, N, 1, k) around the chosen paths, up to a constant per pixel, and the background's."""
         if claim.shape[2] == 1 and not self.clutter:
-            return torch.zeros_like(white.v)[:, :, None, None], None  # one object has all the pixels
+            return torch.zeros_like(white.v)[:, :, None, None], None  # a single object has all the pixels
         tracks = Tracks.of(self.dynamics, self.blob, white.v.shape[1], claim.dtype, self.clutter)
-        nobody = tracks.log_clutter(white.place, tracks.blob_precision)  # (B, T, k)
+        background = tracks.log_clutter(white.place, tracks.blob_precision)  # (B, T, k)
         path = tracks.smooth(follow(tracks, white, claim, absent, orders))  # (B, N, S, T, 2)
         for keep, n_sweeps in ((2, FIRST_SWEEPS), (1, LAST_SWEEPS)):
             for _ in range(n_sweeps):
-                y, mass = share(white.weighed, tracks.log_density(white, path, absent), nobody)  # (B, T, N, S, ...)
-                path = tracks.smooth(_towards(path, y.movedim(1, 3), mass.movedim(1, 3)))
-            path = tracks.likeliest(white, path, absent, nobody, keep)
-        return tracks.log_density(white, path, absent), nobody
+                y, mass = share(white.weighed, tracks.log_density(white, path, absent), background)  # (B, T, N, S, ...)
+                path = tracks.smooth(_shrink(path, y.movedim(1, 3), mass.movedim(1, 3)))
+            path = tracks.likeliest(white, path, absent, background, keep)
+        return tracks.log_density(white, path, absent), background
 
 
 class Tracks(NamedTuple):
-    """p(a_{1:T}) of one object as one Gaussian that is measured with noise, and a blob around each position."""
+    """A Gaussian approximation of p(a_{1:T}) with measurement noise, and a blob of pixels around each position."""
 
     mean: Tensor  # (T, 2)
-    cov: Tensor  # (2T, 2T), float64, of the measurements
+    cov: Tensor  # (2T, 2T), float64, covariance of the measurements
     W: Tensor  # (2T, 2T), E[a | y] = mean + (y - mean) W
     blob: Tensor  # (2, 2), rho^2 I
     blob_precision: Tensor  # (2, 2), (rho^2 I + Sigma_A)^-1
-    clutter: float  # white pixels of nobody in a unit of area, for each pixel of an object
+    clutter: float  # white background pixels per unit of area, relative to the pixels of one object
 
     @classmethod
     def of(cls, dynamics: Dynamics, blob: Tensor, T: int, dtype: torch.dtype, clutter: float = 0.0) -> "Tracks":
+        """Makes the approximation for T frames, in ``dtype``."""
         lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
         mean, C = exact.marginal_moments(lgssm, T)
         S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
@@ -137,38 +147,42 @@ class Tracks(NamedTuple):
         return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype), clutter)
 
     def smooth(self, y: Tensor) -> Tensor:
-        """E[a | y] (..., T, 2)."""
+        """Returns the smoothed path E[a | y] (..., T, 2)."""
         return self.mean + ((y - self.mean).flatten(-2) @ self.W).unflatten(-1, self.mean.shape)
 
     def log_density(self, white: WhitePixels, path: Tensor, absent: Tensor) -> Tensor:
-        """`log_density` (B, T, N, S, k) of white pixels around paths (B, N, S, T, 2)."""
+        """Returns log r (B, T, N, S, k), the `log_density` of the white pixels around paths (B, N, S, T, 2)."""
         return log_density(white.homogeneous, path.movedim(3, 1), self.blob_precision, absent.unsqueeze(1))
 
     def log_clutter(self, place: Tensor, precision: Tensor) -> Tensor | None:
-        """l (..., k) of nobody beside those that `log_density` gives; None where there is no clutter."""
+        """Returns log r (..., k) of the background, on the scale of `log_density`; None without clutter."""
         if not self.clutter:
             return None
         normaliser = 0.5 * torch.linalg.slogdet(precision).logabsdet - math.log(2 * math.pi)
         left_out = 0.5 * ((place @ precision) * place).sum(-1)
         return math.log(self.clutter) + left_out - normaliser.unsqueeze(-1)
 
-    def likeliest(self, white: WhitePixels, path: Tensor, absent: Tensor, nobody: Tensor | None, keep: int) -> Tensor:
-        """Those ``keep`` of the S paths (B, N, S, T, 2) of a sequence under which its white pixels are likeliest."""
-        l = _with(nobody, self.log_density(white, path, absent))
-        likelihood = torch.einsum("btk,btsk->bs", white.v, l.logsumexp(2))
+    def likeliest(
+        self, white: WhitePixels, path: Tensor, absent: Tensor, background: Tensor | None, keep: int
+    ) -> Tensor:
+        """Returns the ``keep`` of the S paths (B, N, S, T, 2) with the highest likelihood of the white pixels."""
+        log_r = _append_background(self.log_density(white, path, absent), background)
+        likelihood = torch.einsum("btk,btsk->bs", white.v, log_r.logsumexp(2))
         best = likelihood.topk(keep, 1).indices
         return path.take_along_dim(best[:, None, :, None, None], 2)
 
 
 def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor) -> Tensor:
-    """Centroids (B, N, S, T, 2) of shares by forecasts, along S orders of the frames.
+    """Follows the objects along S orders of the frames and returns the measurements (B, N, S, T, 2).
 
     With L the Cholesky factor of the covariance of all measurements in their order, the forecast of the i-th is
-    mean_i + sum_{j<i} L_ij e_j, where e_j = L_jj^-1 (y_j - its forecast) are the innovations: Kalman's filter for any
-    order. What is hardly seen is taken to be near its forecast.
+    mean_i + sum_{j<i} L_ij e_j, where e_j = L_jj^-1 (y_j - its forecast) are the innovations: a Kalman filter for any
+    order of the frames. An object with few pixels in a frame is taken to be near its forecast.
 
     Args:
-        claim: (B, S, N, 1, k), of the pixels in the first frame of each order.
+        tracks: the prior over paths.
+        white: the white pixels.
+        claim: (B, S, N, 1, k), the network's claims on the pixels in the first frame of each order.
         absent: (B, N) bool.
         orders: (S, T), each a permutation of the frames.
     """
@@ -184,61 +198,65 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
         x[:, orders.mT].permute(1, 2, 0, 3, 4).contiguous() for x in (white.weighed, white.homogeneous)
     )
 
-    l, nobody = claim.transpose(0, 1), None  # from here on the orders come first
+    log_r, background = claim.transpose(0, 1), None  # from here on S is the first dimension
     for narrow in torch.linspace(0, 1, DETECTION_ROUNDS).tolist():
-        y, _ = share(pixels[0], l, nobody)  # (S, B, N, 1, 2)
+        y, _ = share(pixels[0], log_r, background)  # (S, B, N, 1, 2)
         blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
-        l = log_density(homogeneous[0], y, blob_precision, absent)
-        nobody = tracks.log_clutter(homogeneous[0, ..., :2], blob_precision)
+        log_r = log_density(homogeneous[0], y, blob_precision, absent)
+        background = tracks.log_clutter(homogeneous[0, ..., :2], blob_precision)
     e = claim.new_zeros(S, B * N, 2 * T)
     ys = []
     for i in range(T):
         now = slice(2 * i, 2 * i + 2)
         forecast = (mean[i] + e[..., : 2 * i] @ L_T[:, : 2 * i, now]).view(S, B, N, 1, 2)
         if i > 0:
-            l = log_density(homogeneous[i], forecast, precision[i, :, None, None, None], absent)
-            nobody = tracks.log_clutter(homogeneous[i, ..., :2], precision[i, :, None])
-        y = _towards(forecast, *share(pixels[i], l, nobody))
+            log_r = log_density(homogeneous[i], forecast, precision[i, :, None, None, None], absent)
+            background = tracks.log_clutter(homogeneous[i, ..., :2], precision[i, :, None])
+        y = _shrink(forecast, *share(pixels[i], log_r, background))
         e[..., now] = (y - forecast).view(S, B * N, 2) @ whiten[i]
         ys.append(y)
     in_time = orders.argsort(1)[:, None, None, :, None]
     return torch.cat(ys, 3).take_along_dim(in_time, 3).permute(1, 2, 0, 3, 4)
 
 
-def share(weighed: Tensor, l: Tensor, nobody: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """White pixels shared among the objects in proportion to exp(l): the centroid and the mass of each share.
+def share(weighed: Tensor, log_r: Tensor, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Assigns white pixels to objects with responsibilities proportional to exp(log_r).
 
     Args:
         weighed: (..., k, 3), `WhitePixels.weighed`.
-        l: (..., N, S, k), of S tracks of every object, between which nothing is shared.
-        nobody: (..., k), l of the background, if it has white pixels of its own.
+        log_r: (..., N, S, k), log-responsibilities for each of S independent hypotheses about all objects.
+        background: (..., k), the log-responsibilities of the background, if it has white pixels of its own.
 
     Returns:
-        (..., N, S, 2) and (..., N, S, 1); the mass is in pixels, and at least 1e-4.
+        The centroids (..., N, S, 2) and the masses (..., N, S, 1) of the pixels assigned to each object; masses are in
+        pixels and at least 1e-4.
     """
-    N, S = l.shape[-3:-1]
-    r = _with(nobody, l).softmax(-3)[..., :N, :, :]
+    N, S = log_r.shape[-3:-1]
+    r = _append_background(log_r, background).softmax(-3)[..., :N, :, :]
     moment = (r.flatten(-3, -2) @ weighed).unflatten(-2, (N, S))  # of x, y, 1
     mass = moment[..., 2:].clamp(min=1e-4)
     return moment[..., :2] / mass, mass
 
 
 def log_density(homogeneous: Tensor, centre: Tensor, precision: Tensor, absent: Tensor) -> Tensor:
-    """log N(x; centre, precision^-1) (..., N, S, k) but for what depends on x alone, which no share depends on.
+    """Returns log N(x; centre, precision^-1) (..., N, S, k) up to terms that depend on the pixel x alone.
+
+    Those terms cancel in the responsibilities.
 
     Args:
         homogeneous: (..., k, 3), the pixels' (x, y, 1).
-        centre: (..., N, S, 2), of S tracks of every object; precision: (2, 2), or (..., N, S, 2, 2) with ones.
-        absent: (..., N) bool, objects that are to get nothing.
+        centre: (..., N, S, 2), for S tracks of every object.
+        precision: (2, 2), or any shape that broadcasts against (..., N, S, 2, 2).
+        absent: (..., N) bool, objects to which no pixel is assigned.
     """
     slope = centre[..., :1] * precision[..., 0, :] + centre[..., 1:] * precision[..., 1, :]
-    constant = -0.5 * (slope * centre).sum(-1, keepdim=True) + _nothing(absent)[..., None, None]
+    constant = -0.5 * (slope * centre).sum(-1, keepdim=True) + _absent_penalty(absent)[..., None, None]
     plane = torch.cat([slope, constant], -1)
     return (plane.flatten(-3, -2) @ homogeneous.mT).unflatten(-2, centre.shape[-3:-1])
 
 
 def frame_orders(white: WhitePixels, n_starts: int) -> Tensor:
-    """(S, T) orders of the frames: from S / 2 frames forward and then back, and the same in reversed time.
+    """Returns (S, T) orders of the frames: from S / 2 starts forward and then back, and the same in reversed time.
 
     Frames that are black in every sequence come last, so that no track starts there.
     """
@@ -251,19 +269,19 @@ def frame_orders(white: WhitePixels, n_starts: int) -> Tensor:
     return orders.gather(1, black[orders].int().argsort(dim=1, stable=True))
 
 
-def _nothing(absent: Tensor) -> Tensor:
-    """What, added to l, leaves an absent object without a share."""
+def _absent_penalty(absent: Tensor) -> Tensor:
+    """Returns a penalty that, added to log r, removes absent objects from the assignment."""
     return -1e30 * absent.float()
 
 
-def _with(nobody: Tensor | None, l: Tensor) -> Tensor:
-    """l (..., N + 1, S, k) with the background as a last object, if there is one."""
-    if nobody is None:
-        return l
-    background = nobody[..., None, None, :].expand(*l.shape[:-3], 1, *l.shape[-2:])
-    return torch.cat([l, background], -3)
+def _append_background(log_r: Tensor, background: Tensor | None) -> Tensor:
+    """Appends the background, if there is one, to log r (..., N, S, k) as a last object."""
+    if background is None:
+        return log_r
+    background = background[..., None, None, :].expand(*log_r.shape[:-3], 1, *log_r.shape[-2:])
+    return torch.cat([log_r, background], -3)
 
 
-def _towards(expected: Tensor, y: Tensor, mass: Tensor) -> Tensor:
-    """y where it was seen, what was expected where it was not, between them in the ratio mass : 1."""
-    return torch.lerp(expected, y, mass / (1 + mass))
+def _shrink(forecast: Tensor, y: Tensor, mass: Tensor) -> Tensor:
+    """Shrinks measurements towards their forecasts: a mean with weights ``mass`` and 1."""
+    return torch.lerp(forecast, y, mass / (1 + mass))

@@ -1,4 +1,4 @@
-"""Figures of the paper, and of the answers to questions."""
+"""The paper's figures, and figures for the answers to queries."""
 
 from pyro_pixels.plots.answers import (
     plot_counts,

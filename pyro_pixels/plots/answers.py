@@ -1,7 +1,7 @@
-"""Pictures of answers with uncertainty: regions around tracks, bands over time, counts, evidence, reliability.
+"""Figures of answers with uncertainty: regions around tracks, bands over time, counts, evidence, reliability.
 
-Arguments are tensors or arrays as in `plotting`, whose looks these figures have; NaN draws nothing. Regions hold 95 %
-of a Gaussian, bands reach two standard deviations.
+Arguments are tensors or arrays as in `pyro_pixels.plots.paper`, and the style is the same; NaN draws nothing. Regions
+contain 95 % of a Gaussian's mass, and bands show two standard deviations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from pyro_pixels.plots.style import (
     style_axes,
 )
 
-RADIUS_95 = 5.991464547**0.5  # of the region of a two-dimensional Gaussian that holds 95 %, in standard deviations
+RADIUS_95 = 5.991464547**0.5  # radius of the 95 % region of a two-dimensional Gaussian, in standard deviations
 
 
 def plot_regions(
@@ -47,14 +47,17 @@ def plot_regions(
     titles: Sequence[str] = (),
     columns: int = 3,
 ) -> Figure:
-    """Tracks with the region of every position, a colour an object.
+    """Draws tracks with the 95 % region of every position, one colour per object.
 
     Args:
-        mean: (B, N, T, 2); cov: (B, N, T, 2, 2).
-        known: (B, N, T) bool, frames with dots; the regions of the others are outlined.
-        truth: (B, N, T, 2), a thin black line.
-        size: (H, W) of the images, whose edges then bound the plots.
-        titles: one a sequence.
+        mean: (B, N, T, 2).
+        cov: (B, N, T, 2, 2).
+        known: (B, N, T) bool, observed frames, marked by dots; the regions of other frames are outlined.
+        truth: (B, N, T, 2), drawn as a thin black line.
+        n_objects: (B,); slots beyond are left out.
+        size: (H, W) of the images, which then sets the limits of the axes.
+        titles: one per sequence.
+        columns: the number of plots in a row.
     """
     tracks = read_tracks({"mean": mean} | ({} if truth is None else {"truth": truth}), n_objects)
     B, N, T, _ = tracks["mean"].shape
@@ -65,8 +68,8 @@ def plot_regions(
         for n in range(N):
             colour, a = colour_of("", n), tracks["mean"][b, n]
             for frames, edge, alpha in ((seen[b, n], "none", 0.15), (~seen[b, n], colour, 0.1)):
-                there = frames & np.isfinite(a).all(-1)
-                outlines = list(_ellipses(a[there], covs[b, n, there]))
+                drawn = frames & np.isfinite(a).all(-1)
+                outlines = list(_ellipses(a[drawn], covs[b, n, drawn]))
                 ax.add_collection(PolyCollection(outlines, facecolor=colour, edgecolor=edge, alpha=alpha))
             draw_tracks(ax, a[None], colour, linewidth=1.1)
             ax.scatter(*a[seen[b, n]].T, s=5, color=colour, zorder=3)
@@ -94,14 +97,18 @@ def plot_moves(
     stretch: float = 4.0,
     columns: int = 3,
 ) -> Figure:
-    """Velocities as arrows along tracks, a colour an object.
+    """Draws velocities as arrows along tracks, one colour per object.
 
     Args:
-        tracks: (B, N, T, 2); moves: (B, N, T, 2), of one frame.
-        truth: tracks and moves likewise, thin and black.
-        size: (H, W) of the images, whose edges then bound the plots.
-        titles: one a sequence.
-        every: frames between arrows; stretch: an arrow is as long as the move in so many frames.
+        tracks: (B, N, T, 2).
+        moves: (B, N, T, 2), the displacement within one frame.
+        truth: the true tracks and moves, drawn thin and black.
+        n_objects: (B,); slots beyond are left out.
+        size: (H, W) of the images, which then sets the limits of the axes.
+        titles: one per sequence.
+        every: the number of frames between arrows.
+        stretch: the length of an arrow, in multiples of the displacement within one frame.
+        columns: the number of plots in a row.
     """
     given = {"tracks": tracks, "moves": moves} | dict(zip(("true tracks", "true moves"), truth or ()))
     paths = read_tracks(given, n_objects)
@@ -133,13 +140,15 @@ def plot_starts(
     sides: Data | None = None,
     size: tuple[int, int] | None = None,
 ) -> Figure:
-    """The components of Eq (4) as regions, and objects' starts in the colour of the likeliest: places and velocities.
+    """Draws the components of Eq (4) as regions, and the starts of objects in the colour of their component.
 
     Args:
-        mean: (K, 4); cov: (K, 4, 4): position and velocity.
-        found: (M, 4) starts of objects; component: (M,), z.
-        sides: (M,), 0 for objects that were launched on the left and 1 for the others, told apart by their marks.
-        size: (H, W) of the images, whose edges then bound the places.
+        mean: (K, 4), position and velocity.
+        cov: (K, 4, 4).
+        found: (M, 4), the starts of objects.
+        component: (M,), the likeliest z of each object.
+        sides: (M,), 0 for objects that were launched on the left and 1 on the right, shown by different markers.
+        size: (H, W) of the images, which then sets the limits of the position plot.
     """
     K, M = np.shape(mean)[0], np.shape(found)[0]
     centre, spread = (read(form, {"starts": x})["starts"] for form, x in ((f"{K} 4", mean), (f"{K} 4 4", cov)))
@@ -152,9 +161,9 @@ def plot_starts(
             ax.fill(*outline.T, facecolor=colour_of("", k), alpha=0.15)
             ax.plot(*outline.T, color=colour_of("", k), linewidth=1.0)
         for s, mark in enumerate("o^"):
-            those = side == s
-            colours = [colour_of("", int(k)) for k in z[those]]
-            ax.scatter(*starts[those, i : i + 2].T, s=12, marker=mark, c=colours, linewidths=0, alpha=0.8)
+            chosen = side == s
+            colours = [colour_of("", int(k)) for k in z[chosen]]
+            ax.scatter(*starts[chosen, i : i + 2].T, s=12, marker=mark, c=colours, linewidths=0, alpha=0.8)
         plane(ax, size if ax is left else None)
     left.set_title("position in the first frame", **TEXT)
     right.set_title("velocity in the first frame, per frame", **TEXT)
@@ -174,13 +183,16 @@ def plot_fan(
     titles: Sequence[str] = (),
     columns: int = 3,
 ) -> Figure:
-    """Sampled tracks of each object in a colour, over the frames: those that were seen dark, later ones light.
+    """Draws sampled tracks, one colour per object, over the images: observed frames are dark, later ones light.
 
     Args:
-        samples: (S, B, N, T, 2), in pixels where there are ``images``.
-        n_seen: the first so many frames were seen.
-        images: (B, T, H, W); truth: (B, N, T, 2), black.
-        titles: one a sequence.
+        samples: (S, B, N, T, 2), in pixels if there are ``images``.
+        n_seen: the number of frames observed at the start.
+        images: (B, T, H, W).
+        truth: (B, N, T, 2), drawn in black.
+        n_objects: (B,); slots beyond are left out.
+        titles: one per sequence.
+        columns: the number of plots in a row.
     """
     S, B, N = np.shape(samples)[:3]
     drawn = read("S B N T 2", {"samples": samples})["samples"]
@@ -211,11 +223,16 @@ def plot_over_time(
     means: Mapping[str, Data], stds: Mapping[str, Data], *, truth: Data | None = None, titles: Sequence[str] = (),
     label: str = "", seen: Data | None = None, columns: int = 3,
 ) -> Figure:  # fmt: skip
-    """Quantities (R, T) against the frame, a panel each, with bands of two standard deviations.
+    """Draws quantities (R, T) against the frame, one panel for each of the R, with bands of two standard deviations.
 
     Args:
-        means, stds: name -> (R, T); truth: (R, T), black.
-        titles: one a panel; label: of the vertical axis; seen: (R, T) bool, frames that are shaded.
+        means: name -> (R, T).
+        stds: name -> (R, T), of the same names.
+        truth: (R, T), drawn in black.
+        titles: one per panel.
+        label: the label of the vertical axis.
+        seen: (R, T) bool, the frames to shade.
+        columns: the number of panels in a row.
     """
     lines = read("R T", means)
     bands = read("R T", stds, like=lines)
@@ -245,17 +262,17 @@ def plot_over_time(
 
 
 def plot_reliability(curves: Mapping[str, tuple[Data, Data]]) -> Figure:
-    """Share of true positions in the predicted regions against their level; on the diagonal what is stated is true.
+    """Draws a reliability diagram: the coverage of predicted regions against their level; calibrated is the diagonal.
 
     Args:
-        curves: name -> levels (L,), shares (L,).
+        curves: name -> levels (L,) and coverages (L,); names with "corrected" are dashed.
     """
     figure, [(ax,)] = grid(1, 1, 3.6, [3.2])
     ax.plot((0, 1), (0, 1), color=QUIET, linewidth=0.8)
     for i, (name, (levels, shares)) in enumerate(curves.items()):
         points = read("L", {"levels": levels, "shares": shares})
         style = "--" if "corrected" in name else "-"
-        colour = colour_of("", i % max(1, _kinds(curves)))
+        colour = colour_of("", i % max(1, _n_uncorrected(curves)))
         ax.plot(*points.values(), color=colour, linestyle=style, linewidth=1.4, label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     style_axes(ax, "level of the region", "share of true positions within")
@@ -264,16 +281,18 @@ def plot_reliability(curves: Mapping[str, tuple[Data, Data]]) -> Figure:
 
 
 def plot_counts(n_objects: Data, counted: Data, log_evidence: Data) -> Figure:
-    """How often N objects were counted as how many, and by how many nats the true N won over the best other one.
+    """Draws the confusion matrix of counted objects, and the margin of the true N over the best other N in nats.
 
     Args:
-        n_objects, counted: (B,); log_evidence: (B, max_objects + 1).
+        n_objects: (B,), the true numbers.
+        counted: (B,), the inferred numbers.
+        log_evidence: (B, max_objects + 1), for every N from 0 on.
     """
-    true, told = (np.asarray(x, int) for x in (n_objects, counted))
+    true, inferred = (np.asarray(x, int) for x in (n_objects, counted))
     evidence = read(f"{len(true)} M", {"log_evidence": log_evidence})["log_evidence"]
     M = evidence.shape[1]
     table = np.zeros((M, M), int)
-    np.add.at(table, (true, told), 1)
+    np.add.at(table, (true, inferred), 1)
     figure, [(left,), (right,)] = grid(2, 2, 3.4, [2.8])
     shares = table / np.maximum(1, table.sum(1, keepdims=True))
     left.imshow(shares, cmap="Blues", vmin=0, vmax=1.2)
@@ -286,9 +305,9 @@ def plot_counts(n_objects: Data, counted: Data, log_evidence: Data) -> Figure:
     own = evidence[rows, true]
     others = evidence.copy()
     others[rows, true] = -np.inf
-    lead = own - others.max(1)
+    margin = own - others.max(1)
     for n in np.unique(true):
-        x = np.sort(lead[true == n])
+        x = np.sort(margin[true == n])
         shares = (np.arange(len(x)) + 0.5) / len(x)
         right.plot(x, shares, marker=".", markersize=3, color=colour_of("", n - 1), label=f"N = {n}")
     right.axvline(0, color=QUIET, linewidth=0.8)
@@ -299,11 +318,14 @@ def plot_counts(n_objects: Data, counted: Data, log_evidence: Data) -> Figure:
 
 
 def plot_evidence(bound: Data, log_evidence: Data, effective_samples: Data, n_objects: Data, n_frames: int) -> Figure:
-    """Each sequence's bound of Eq (7) (grey) and importance-weighted bound (coloured by N), and how far to trust it.
+    """Draws each sequence's ELBO (grey), importance-weighted bound (coloured by N) and effective sample size.
 
     Args:
-        bound, log_evidence, effective_samples, n_objects: (B,), nats and numbers.
-        n_frames: T; shown is nats per frame.
+        bound: (B,), the ELBO of Eq (7) in nats.
+        log_evidence: (B,), the importance-weighted bound in nats.
+        effective_samples: (B,).
+        n_objects: (B,).
+        n_frames: T; the bounds are shown in nats per frame.
     """
     given = read("B", {"bound": bound, "log_evidence": log_evidence, "effective": effective_samples, "n": n_objects})
     n = given["n"].astype(int)
@@ -327,11 +349,12 @@ def plot_evidence(bound: Data, log_evidence: Data, effective_samples: Data, n_ob
 
 
 def _ellipses(mean: Floats, cov: Floats) -> NDArray[np.float64]:
-    """Outlines (F, 40, 2) of the 95 % regions of F Gaussians."""
+    """Returns the outlines (F, 40, 2) of the 95 % regions of F Gaussians."""
     values, vectors = np.linalg.eigh(cov)
     root = vectors * np.sqrt(np.maximum(values, 0))[:, None, :]
     return mean[:, None] + RADIUS_95 * CIRCLE @ root.swapaxes(-1, -2)
 
 
-def _kinds(curves: Mapping[str, object]) -> int:
+def _n_uncorrected(curves: Mapping[str, object]) -> int:
+    """Returns the number of curves that are not those of a corrected model."""
     return len([name for name in curves if "corrected" not in name])

@@ -1,11 +1,11 @@
-"""Figures and GIFs (Figs 1, 3, 4, 5, 6, 8, 9 and 10-13) of plain tensors or numpy arrays.
+"""The paper's figures (Figs 1, 3, 4, 5, 6, 8, 9 and 10-13) and GIFs, from plain tensors or numpy arrays.
 
 B sequences, N objects, T frames. Images (B, T, H, W) have values in [0, 1]; positions (B, N, T, 2) are (column, row)
-in pixels or latent units; NaN draws nothing, nor do slots beyond ``n_objects`` (B,). Every figure is a `Figure` of its
-own: pyplot, its settings and its backend are left alone. ValueErrors say which shape or value was wanted.
+in pixels or latent units; NaN and slots beyond ``n_objects`` (B,) are not drawn. Every function returns a new `Figure`
+and leaves pyplot, its settings and its backend alone. A ValueError names the shape or value that was wanted.
 
-Departures from the paper: the truth that Fig 3 repeats in red behind the inferred positions is grey, as red means
-generated throughout; Fig 9 has the true images once, between the generated and the interpolated ones.
+Departures from the paper: the truth that Fig 3 repeats in red behind the inferred positions is grey, because red stands
+for generated positions everywhere; Fig 9 shows the true images once, between the generated and interpolated ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,21 +40,21 @@ from pyro_pixels.plots.style import (
     style_axes,
 )
 
-DARKEST = 0.28  # the shade of an overlay's first frame, where the last is 1
+DARKEST = 0.28  # the shade of the first frame of an overlay; the last has 1
 
 
 def overlay(images: Data) -> Floats:
-    """A sequence (T, H, W) as one image (H, W), overlaid in time: lighter shades are more recent, on top (Fig 1)."""
+    """Overlays the frames of a sequence (T, H, W) in one image (H, W); later frames are lighter and on top (Fig 1)."""
     images = read("T H W", {"images": images})["images"]
     shades = np.linspace(1.0, DARKEST, len(images))[::-1]
     return (shades[:, None, None] * images).max(0)
 
 
 def plot_sequences(images: Data, *, columns: int = 4, titles: Sequence[str] | None = None) -> Figure:
-    """Sequences (B, T, H, W), each overlaid in time (Fig 1)."""
+    """Draws sequences (B, T, H, W), each overlaid in time (Fig 1)."""
     images = read("B T H W", {"images": images})["images"]
     if titles is not None and len(titles) != len(images):
-        raise ValueError(f"there are {len(titles)} titles for {len(images)} sequences; wanted one each")
+        raise ValueError(f"there are {len(titles)} titles for {len(images)} sequences; wanted one per sequence")
     figure, cells = grid(len(images), columns, 1.6, [1.6 * images.shape[2] / images.shape[3]])
     for b, (ax,) in enumerate(cells):
         _show(ax, [images[b]], titles[b : b + 1] if titles else ())
@@ -62,7 +62,7 @@ def plot_sequences(images: Data, *, columns: int = 4, titles: Sequence[str] | No
 
 
 def plot_frames(sequences: Named) -> Figure:
-    """The frames of each named sequence (T, H, W) side by side, a row each: what was seen above what was drawn."""
+    """Draws the frames of each named sequence (T, H, W) side by side, one row per sequence."""
     rows = read("T H W", sequences)
     T, H, W = next(iter(rows.values())).shape
     figure, cells = grid(len(rows), 1, 1.2 * T, [1.2 * H / W])
@@ -75,10 +75,10 @@ def plot_frames(sequences: Named) -> Figure:
 def plot_positions(
     truth: Data, inferred: Data, *, n_objects: Data | None = None, size: tuple[int, int] | None = None, columns: int = 3
 ) -> Figure:
-    """True (left) and inferred (right) positions (B, N, T, 2), in ``columns`` pairs, circles where they start (Fig 3).
+    """Draws true (left) and inferred (right) positions (B, N, T, 2), with circles at their starts (Fig 3).
 
-    The truth is in pixels. Inferred positions are in latent units, each plot at its own scale, or in pixels where
-    ``size`` (H, W) is given; then the truth is behind them in grey.
+    The truth is in pixels. Without ``size`` inferred positions are in latent units, each plot on its own scale; with
+    ``size`` (H, W) they are in pixels, and the truth is shown behind them in grey. A row has ``columns`` pairs.
     """
     tracks = read_tracks({"truth": truth, "inferred": inferred}, n_objects)
     figure, cells = grid(2 * len(tracks["truth"]), 2 * columns, 1.6, [1.6])
@@ -92,7 +92,7 @@ def plot_positions(
 
 
 def plot_start(h: Data, a: Data) -> Figure:
-    """A draw of h (dots) and a (crosses), (N, T, 2) in latent units, before learning; a colour an object (Fig 4)."""
+    """Draws h (dots) and a (crosses), (N, T, 2) in latent units, sampled before training (Fig 4)."""
     draws = read("N T 2", {"h": h, "a": a})
     figure, [(ax,)] = grid(1, 1, 3.4, [3.2])
     for n, (dots, crosses) in enumerate(zip(*draws.values())):
@@ -104,7 +104,7 @@ def plot_start(h: Data, a: Data) -> Figure:
 
 
 def plot_inference_means(snapshots: Named) -> Figure:
-    """Inferred means (B, N, T, 2) of a batch, in latent units, at each named stage of training (Fig 5(a))."""
+    """Draws the inferred means (B, N, T, 2) of a batch, in latent units, at named stages of training (Fig 5(a))."""
     stages = read("B N T 2", snapshots)
     objects = [f"object {n + 1}" for n in range(next(iter(stages.values())).shape[1])]
     figure, cells = grid(len(stages), len(stages), 2.2, [2.3])
@@ -117,9 +117,9 @@ def plot_inference_means(snapshots: Named) -> Figure:
 
 
 def plot_generated_images(generated: Data | Named, truth: Data, *, rows: int = 1) -> Figure:
-    """Generated (left) and true (right) images (B, T, H, W), overlaid in time (Fig 6; Figs 10, 11 with one frame, too).
+    """Draws generated (left) and true (right) images (B, T, H, W), overlaid in time (Figs 6, 10 and 11).
 
-    ``generated`` may map the names of models to their images; each has ``rows`` rows of pairs.
+    ``generated`` may also map the names of several models to their images; each model has ``rows`` rows of pairs.
     """
     truth = read("B T H W", {"truth": truth})["truth"]
     models = generated if isinstance(generated, Mapping) else {"generated": generated}
@@ -141,13 +141,18 @@ def plot_trajectories(
     *, n_objects: Data | None = None, size: tuple[int, int] | None = None, bands: Named | None = None,
     images: Named | None = None, columns: int = 4,
 ) -> Figure:  # fmt: skip
-    """Trajectories (B, N, T, 2) of each sequence, in pixels (Fig 8), and images below them (Figs 9, 12 and 13).
+    """Draws the trajectories (B, N, T, 2) of each sequence in pixels (Fig 8), and images below (Figs 9, 12 and 13).
 
     Args:
-        truth, inferred, generated, interpolated: black, blue, red and cyan; NaN frames are left out.
-        size: (H, W) of the images, whose edges then bound the plots.
-        bands: some of the four names -> standard deviations (B, N, T, 2); the ellipses reach two of them far.
+        truth: drawn in black; frames with NaN are left out, here and below.
+        inferred: drawn in blue.
+        generated: drawn in red.
+        interpolated: drawn in cyan.
+        n_objects: (B,); slots beyond are left out.
+        size: (H, W) of the images, which then sets the limits of the axes.
+        bands: some of the four names -> standard deviations (B, N, T, 2), shown as ellipses of twice their size.
         images: name -> (B, T, H, W), shown side by side, overlaid in time.
+        columns: the number of sequences in a row.
     """
     given = {"truth": truth, "inferred": inferred, "generated": generated, "interpolated": interpolated}
     tracks = read_tracks({name: x for name, x in given.items() if x is not None}, n_objects)
@@ -168,7 +173,13 @@ def plot_trajectories(
 
 
 def plot_error_over_time(errors: Named, *, floors: Named | None = None, seen: Data | slice | None = None) -> Figure:
-    """Mean errors (T,) in pixels, ``floors`` dashed, frames ``seen`` (first so many, slice, indices, mask) shaded."""
+    """Draws mean errors (T,) in pixels against the frame.
+
+    Args:
+        errors: name -> (T,).
+        floors: some of the names -> (T,), drawn dashed.
+        seen: the observed frames, which are shaded: their number from the start, a slice, indices or a mask.
+    """
     solid = read("T", errors)
     dashed = read("T", floors or {}, like=solid)
     figure, [(ax,)] = grid(1, 1, 4.8, [2.6])
@@ -186,7 +197,7 @@ def plot_error_over_time(errors: Named, *, floors: Named | None = None, seen: Da
 
 
 def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
-    """The bound of Eq (7), of which early lows may be cut off, the KL and its weight, from metrics.jsonl's lines."""
+    """Draws the ELBO of Eq (7), the KL and the KL weight from the lines of metrics.jsonl; early lows are cut off."""
     names = {"bound_per_frame": "bound", "validation_bound_per_frame": "validation bound",
              "log_likelihood_per_frame": "log p(v|a)", "kl_per_frame": "KL", "kl_weight": "KL weight"}  # fmt: skip
     needed = {"step", *names} - {"validation_bound_per_frame"}
@@ -210,11 +221,11 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
 def plot_learning_curves(
     curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], marks: Named | None = None
 ) -> Figure:
-    """Errors in pixels against seconds of training, both logarithmic, a line a seed; ``marks`` are points to compare.
+    """Draws errors in pixels against seconds of training on logarithmic axes, one line per seed.
 
     Args:
-        curves: name -> for each seed the (seconds, error) of its evaluations.
-        marks: name -> (seconds, error); in the colour of the curve whose name it begins with, if there is one.
+        curves: name -> for each seed, the (seconds, error) pairs of its evaluations.
+        marks: name -> (seconds, error), points for comparison, in the colour of the curve whose name begins theirs.
     """
     if not any(len(seed) for seeds in curves.values() for seed in seeds):
         raise ValueError("there are no evaluations to draw; wanted at least one (seconds, error)")
@@ -239,12 +250,14 @@ def plot_learning_curves(
 def gif(
     path: str | Path, panels: Named, *, scale: int = 6, frames_per_second: float = 12, mark: Named | None = None
 ) -> None:
-    """Writes an endless GIF with the panels side by side, their names above, and a line that tells the time below.
+    """Writes a looping GIF with the panels side by side, their names above and a progress bar below.
 
     Args:
+        path: the file to write.
         panels: name -> (T, H, W), or (R, T, H, W) for R sequences below each other; all of one shape.
-        scale, frames_per_second: of the file. GIFs count in hundredths of a second; the last frame stays for a whole.
-        mark: some of the names -> the frames seen, as in `plot_error_over_time`; the panel then says so, with a border.
+        scale: the side of a pixel in the file.
+        frames_per_second: the speed, rounded to hundredths of a second per frame; the last frame stays for a second.
+        mark: some of the names -> observed frames, as in `plot_error_over_time`, marked by a border and "seen".
     """
     form = "T H W" if all(np.ndim(x) == 3 for x in panels.values()) else "R T H W"
     images = {name: x.reshape(-1, *x.shape[-3:]) for name, x in read(form, panels).items()}
@@ -277,13 +290,13 @@ def gif(
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure in the format that the path ends in, PNG if none; an older file stays until it is whole."""
+    """Writes a figure in the format of the path's suffix, PNG without one, replacing an older file atomically."""
     with atomic_write(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=130, bbox_inches="tight")
 
 
 def _show(ax: Axes, sequences: Sequence[Floats], labels: Sequence[str] = ()) -> None:
-    """Sequences (T, H, W) side by side, each overlaid in time and below its label."""
+    """Draws sequences (T, H, W) side by side, each overlaid in time and below its label."""
     picture = np.hstack([np.pad(overlay(x), 1, constant_values=np.nan) for x in sequences])
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
@@ -292,5 +305,5 @@ def _show(ax: Axes, sequences: Sequence[Floats], labels: Sequence[str] = ()) -> 
 
 
 def _name(ax: Axes, name: str) -> None:
-    """Beside a row."""
+    """Writes a name to the left of a row."""
     ax.text(-0.03, 0.5, name, transform=ax.transAxes, rotation=90, ha="right", va="center", **TEXT)

@@ -1,6 +1,6 @@
-"""What all figures share: colours, the reading of arrays, grids of axes, tracks, legends.
+"""The common style of all figures: colours, input checks, grids of axes, tracks and legends.
 
-`plotting` and `query_plots` draw on it; figures of one's own can, too.
+`pyro_pixels.plots.paper` and `pyro_pixels.plots.answers` are built on it, and your own figures can be, too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,8 +20,8 @@ Named = Mapping[str, Data]
 Floats = NDArray[np.float64]
 
 TRUTH, INFERRED, GENERATED, INTERPOLATED = "#1a1a1a", "#2b5fc4", "#d8323c", "#12b5cf"
-OBJECTS = ("#2b5fc4", "#e07b1f", "#2a9d6a", "#b04fa8", "#8a6d3b", "#6b7a8f")  # one colour an object, then round again
-SEEN, QUIET = "#f2a93b", "#a6a6a6"  # frames that a model was shown; what is to be looked past
+OBJECTS = ("#2b5fc4", "#e07b1f", "#2a9d6a", "#b04fa8", "#8a6d3b", "#6b7a8f")  # one colour per object, reused in turn
+SEEN, QUIET = "#f2a93b", "#a6a6a6"  # observed frames; background elements
 FONT = 8.0  # points
 _ROLES = {"truth": TRUTH, "infer": INFERRED, "generat": GENERATED, "interpolat": INTERPOLATED}
 TEXT: dict[str, Any] = {"fontsize": FONT, "color": TRUTH}
@@ -29,7 +29,16 @@ CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 40)) for f in (np.cos, np.sin)], 
 
 
 def read(form: str, named: Named, like: Mapping[str, Floats] | None = None) -> dict[str, Floats]:
-    """Arrays as float64, all of one shape, such as "B N T 2"; ``like`` has the names allowed, and that shape."""
+    """Converts named arrays to float64 and checks that they share one shape.
+
+    Args:
+        form: the dimensions, such as "B N T 2"; images, "... H W", must also lie in [0, 1].
+        named: name -> array.
+        like: if given, arrays whose names and shape ``named`` must match.
+
+    Raises:
+        ValueError: if there are no arrays, or names, shapes or values differ from what is wanted.
+    """
     if not (named or like) or (like is not None and named.keys() - like.keys()):
         raise ValueError(f"there are {sorted(named)}; wanted {f'some of {sorted(like)}' if like else 'at least one'}")
     arrays = {k: np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, np.float64) for k, x in named.items()}
@@ -45,7 +54,7 @@ def read(form: str, named: Named, like: Mapping[str, Floats] | None = None) -> d
 
 
 def read_tracks(named: Named, n_objects: Data | None) -> dict[str, Floats]:
-    """Tracks (B, N, T, 2) of one shape, NaN beyond ``n_objects`` (B,)."""
+    """Checks named tracks (B, N, T, 2) as `read` does and sets slots beyond ``n_objects`` (B,) to NaN."""
     tracks = read("B N T 2", named)
     B, N = next(iter(tracks.values())).shape[:2]
     n = np.full(B, N) if n_objects is None else read(f"{B}", {"n_objects": n_objects})["n_objects"]
@@ -53,7 +62,7 @@ def read_tracks(named: Named, n_objects: Data | None) -> dict[str, Floats]:
 
 
 def seen_frames(seen: Any, n_frames: int) -> NDArray[np.bool_]:
-    """A mask (T,) of the frames seen: the first so many, a slice, indices or a mask."""
+    """Returns a mask (T,) of the observed frames, given as their number from the start, a slice, indices or a mask."""
     frames = np.arange(n_frames)
     try:
         return np.isin(frames, frames[slice(seen) if isinstance(seen, int | np.integer) else seen])
@@ -62,7 +71,7 @@ def seen_frames(seen: Any, n_frames: int) -> NDArray[np.bool_]:
 
 
 def grid(n: int, columns: int, width: float, heights: list[float], **options: Any) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of n cells, each of axes below each other, so many inches wide and high."""
+    """Makes a figure of ``n`` cells, each a column of axes; ``width`` and ``heights`` of the axes are in inches."""
     columns, k = min(columns, n), len(heights)
     rows = -(-n // columns)
     figure = Figure((columns * width, rows * sum(heights) + 0.2), layout="constrained", facecolor="white")
@@ -76,21 +85,30 @@ def grid(n: int, columns: int, width: float, heights: list[float], **options: An
 def draw_tracks(
     ax: Axes, tracks: Floats, colour: str, start: bool = False, sd: Floats | None = None, **style: Any
 ) -> None:
-    """Tracks (N, T, 2), with ellipses of two ``sd`` in a tint that hides what is below, so that they make a ribbon."""
+    """Draws tracks (N, T, 2); with ``sd``, ellipses of two standard deviations form a ribbon around each track.
+
+    The ellipses are opaque, in a light tint of the track's colour, so that they merge into one band.
+    """
     for n, track in enumerate(tracks):
-        there = np.isfinite(track).all(-1)
-        if not there.any():
+        valid = np.isfinite(track).all(-1)
+        if not valid.any():
             continue
         if sd is not None:
-            ellipses = track[there][:, None] + 2 * sd[n][there][:, None] * CIRCLE
+            ellipses = track[valid][:, None] + 2 * sd[n][valid][:, None] * CIRCLE
             ax.add_collection(PolyCollection(ellipses, facecolor=0.83 + 0.17 * np.array(to_rgb(colour)), zorder=1))
         ax.plot(*track.T, color=colour, solid_joinstyle="round", **{"linewidth": 1.3, **style})
         if start:
-            ax.scatter(*track[there][0], s=22, facecolor="white", edgecolor=colour, linewidths=0.9, zorder=3)
+            ax.scatter(*track[valid][0], s=22, facecolor="white", edgecolor=colour, linewidths=0.9, zorder=3)
 
 
 def plane(ax: Axes, size: tuple[int, int] | None = None, *, latent: bool = False) -> None:
-    """Axes for positions: rows downwards within ``size`` (H, W) or where they lie, or latent units."""
+    """Sets up axes for positions: in pixels with rows counted downwards, or in latent units with y upwards.
+
+    Args:
+        ax: the axes.
+        size: (H, W) of the images, which then sets the limits; None fits the limits to the data.
+        latent: True for latent units.
+    """
     ax.set_aspect("equal", adjustable="box" if size else "datalim")
     if size:
         ax.set(xlim=(0, size[1] - 1), ylim=(size[0] - 1, 0), xticks=[0, size[1] - 1], yticks=[0, size[0] - 1])
@@ -101,7 +119,7 @@ def plane(ax: Axes, size: tuple[int, int] | None = None, *, latent: bool = False
 
 
 def style_axes(ax: Axes, x: str = "", y: str = "") -> None:
-    """Quiet axes with labels; without a label for y, a frame."""
+    """Applies the common style to axes and labels them; axes without a label for y keep all four spines."""
     ax.tick_params(which="both", labelsize=FONT - 1.5, colors="#777777", length=2, pad=2)
     ax.spines[:].set(color=QUIET, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(not y)
@@ -110,12 +128,12 @@ def style_axes(ax: Axes, x: str = "", y: str = "") -> None:
 
 
 def colour_of(name: str, i: int = 0) -> str:
-    """The colour of a role that the name begins with, such as "generated"; else that of the i-th object."""
+    """Returns the colour of the role that ``name`` begins with, such as "generated", else that of object ``i``."""
     return next((c for stem, c in _ROLES.items() if name.lower().startswith(stem)), OBJECTS[i % len(OBJECTS)])
 
 
 def add_legend(figure: Figure, names: Iterable[str], extra: Iterable[Any] = ()) -> Figure:
-    """Puts a legend below: a line a name, and handles of one's own."""
+    """Adds a legend below the figure with one line per name, followed by ``extra`` handles."""
     handles = [*(Line2D([], [], color=colour_of(name, i), label=name) for i, name in enumerate(names)), *extra]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=FONT, handlelength=1.4)
     return figure

@@ -1,7 +1,7 @@
-"""Simulated image sequences: what every world has in common.
+"""The base class of simulated worlds, and `simulate`, which draws image sequences from them (Sec 3.1).
 
-A world is a frozen dataclass, a `WorldConfig`, that says how its objects move and what they look like; `simulate` draws
-sequences of it. Sec 3.1's is `pyro_pixels.cannonballs.CannonballConfig`; `pyro_pixels.worlds` has others.
+A world is a frozen dataclass, a `WorldConfig`, that defines how its objects move and what they look like. The world of
+Sec 3.1 is `pyro_pixels.worlds.cannonballs.CannonballConfig`; `pyro_pixels.worlds.others` has more.
 """
 
 from abc import ABC, abstractmethod
@@ -15,23 +15,23 @@ from numpy.typing import NDArray
 from pyro_pixels.data import ImageSequences, TrueDynamics
 from pyro_pixels.worlds.drawing import Look, draw
 
-NOISE_MARGIN = 4.0  # standard deviations of noise for which the image has room around the noise-free paths
+NOISE_MARGIN = 4.0  # the margin of the image around the noise-free paths, in standard deviations of the noise
 
 
 class Motion(NamedTuple):
-    """How objects moved, in pixels (column, row)."""
+    """The motion of objects, in pixels (column, row)."""
 
-    positions: NDArray[np.float64]  # (n, N, T, 2), with noise: where they are drawn
-    paths: NDArray[np.float64]  # (n, N, T, 2), without
-    sides: NDArray[np.int64] | None  # (n, N), 0 launched from the left, 1 from the right
+    positions: NDArray[np.float64]  # (n, N, T, 2), the noisy positions at which objects are drawn
+    paths: NDArray[np.float64]  # (n, N, T, 2), the positions without noise
+    sides: NDArray[np.int64] | None  # (n, N), 0 for a launch from the left, 1 from the right
 
 
 @dataclass(frozen=True)
 class WorldConfig(ABC):
-    """The size of a data set's images, and its objects; what moves them is a subclass's."""
+    """The image size and the objects of a data set; subclasses define the motion."""
 
     world: str = field(default="", init=False)
-    """The name in `pyro_pixels.worlds.WORLDS`; a subclass sets it."""
+    """The world's name in `pyro_pixels.worlds.WORLDS`; each subclass sets its own."""
     n_frames: int = 30
     """T, at least 2."""
     height: int = 48
@@ -39,11 +39,11 @@ class WorldConfig(ABC):
     width: int = 48
     """W in pixels."""
     radius: float = 2.0
-    """R in pixels, of the largest objects: a pixel is white when its centre lies within R of a ball's position."""
+    """R in pixels, the radius of the largest objects: a pixel is white if its centre is within R of a ball's centre."""
     n_objects: tuple[int, ...] = (1, 2, 3)
-    """The values of N, in equal numbers."""
+    """The values that N takes, each in the same number of sequences."""
     look: Look = field(default_factory=Look)
-    """What objects look like, and the noise of the images."""
+    """The appearance of the objects, and the noise of the images."""
 
     def __post_init__(self) -> None:
         if not is_whole(self.n_frames) or self.n_frames < 2:
@@ -60,15 +60,20 @@ class WorldConfig(ABC):
 
     @abstractmethod
     def move(self, rng: np.random.Generator, shape: tuple[int, int]) -> Motion:
-        """Draws the motion of (n, N) objects, each by itself."""
+        """Draws the motion of (n, N) objects independently of each other."""
 
     def true_dynamics(self) -> TrueDynamics | None:
-        """The parameters of the motion in pixels, where it is linear and Gaussian; else None."""
+        """Returns the parameters of the motion in pixels if it is linear and Gaussian, else None."""
         return None
 
 
 def simulate(config: WorldConfig, n_sequences: int, *, seed: int) -> ImageSequences:
-    """Draws image sequences of a world. The same configuration, number and seed give the same bytes.
+    """Draws image sequences from a world; the same configuration, number and seed give the same bytes.
+
+    Args:
+        config: the world.
+        n_sequences: the number of sequences, at least 1.
+        seed: seeds the random numbers.
 
     Raises:
         ValueError: if ``n_sequences`` is below 1.
@@ -95,4 +100,5 @@ def simulate(config: WorldConfig, n_sequences: int, *, seed: int) -> ImageSequen
 
 
 def is_whole(n: object) -> bool:
+    """Tells whether ``n`` is an integer and not a bool."""
     return isinstance(n, int | np.integer) and not isinstance(n, bool)

@@ -1,9 +1,9 @@
-"""Cannonballs: the world of Sec 3.1.
+"""The cannonballs of Sec 3.1.
 
-Readings of Sec 3.1 (docs/decisions.md): Sigma_A = 0.001 I is a covariance (`CannonballConfig.position_noise`; 1e-6
-gives the other reading); max_x is the largest displacement between the first and the last frame; the re-scaling into
-the image is one affine map for the whole configuration, a separate scale for x and y, so that the motion stays linear
-in pixels and any two data sets of one configuration share it.
+How Sec 3.1 was read where it is ambiguous (docs/decisions.md): Sigma_A = 0.001 I is taken as a covariance; setting
+`CannonballConfig.position_noise` to 1e-6 takes it as a standard deviation. max_x is the largest displacement between
+the first and the last frame. Positions are mapped into the image by one affine map for the whole configuration, with
+separate scales for x and y, so that the motion stays linear in pixels and all data sets of a configuration share it.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pyro_pixels.worlds.base import NOISE_MARGIN, Motion, WorldConfig, is_whole
 
 @dataclass(frozen=True)
 class CannonballConfig(WorldConfig):
-    """Sec 3.1's data set; lengths in its unit, times in its seconds, angles in degrees.
+    """The data set of Sec 3.1, in the units of the paper (lengths, seconds) with angles in degrees.
 
     The paper also used 50 frames, and images of 32 x 32 pixels.
     """
@@ -29,17 +29,17 @@ class CannonballConfig(WorldConfig):
     """Sampling period."""
     gravity: float = 9.81
     position_noise: float = 1e-3
-    """Sigma_A = position_noise I, a variance; 1e-6 reads the paper's 0.001 as a standard deviation."""
+    """The variance in Sigma_A = position_noise I; 1e-6 takes the paper's 0.001 as a standard deviation."""
     state_noise: float = 0.0
-    """Sigma_H = state_noise I, a variance."""
+    """The variance in Sigma_H = state_noise I."""
     angle: tuple[float, float] = (40.0, 60.0)
-    """Shooting angles above the horizontal."""
+    """The range of launch angles above the horizontal."""
     speed: tuple[float, float] = (2.0, 3.0)
     start_x: tuple[float, float] = (-0.5, -0.1)
-    """Where balls start on the left; those on the right start 0.9 max_x further."""
+    """The range of starting positions on the left; balls on the right start 0.9 max_x further right."""
     start_y: tuple[float, float] = (-0.5, 0.5)
     n_frames_in_view: int | None = None
-    """Frames for which the image has room, if not all; the world is that of so many frames, and balls may leave it."""
+    """The number of frames in which balls are sure to be inside the image, by default all; later they may leave it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +85,7 @@ class CannonballConfig(WorldConfig):
 
 
 def true_dynamics(config: CannonballConfig) -> TrueDynamics:
-    """Eq (3)'s parameters of a configuration, in pixels, and its two starts by exact moment matching."""
+    """Returns the parameters of Eq (3) in pixels; the two initial Gaussians match the launches' exact moments."""
     A, u = _motion(config)
     scale, offset = _to_pixels(config)
     S = np.concatenate([scale, scale])
@@ -121,20 +121,23 @@ def true_dynamics(config: CannonballConfig) -> TrueDynamics:
 
 
 def _max_x(config: CannonballConfig) -> float:
-    """The largest displacement in x between the first and the last frame in view."""
+    """Returns the largest displacement in x between the first and the last frame in view."""
     n_frames = config.n_frames_in_view or config.n_frames
     return config.speed[1] * float(np.cos(np.radians(config.angle[0]))) * config.delta * (n_frames - 1)
 
 
 def _motion(config: CannonballConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A and u of Eq (3), as Sec 3.1 gives them."""
+    """Returns A and u of Eq (3) with the values of Sec 3.1."""
     delta, g = config.delta, config.gravity
     A = np.eye(4) + delta * np.eye(4, k=2)
     return A, -g * np.array([0.0, 0.5 * delta**2, 0.0, delta])
 
 
 def _to_pixels(config: CannonballConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scale (2,), offset (2,): pixels (column, row) = scale * (x, y) + offset, all paths inside [R, size - 1 - R]."""
+    """Returns the scale (2,) and offset (2,) of the map into the image, pixels (column, row) = scale * (x, y) + offset.
+
+    All paths in view lie within [R, size - 1 - R].
+    """
     n_frames = config.n_frames_in_view or config.n_frames
     t = config.delta * np.arange(n_frames)
     x = np.asarray(config.start_x)

@@ -1,7 +1,7 @@
-"""Drawing objects at their positions, and the noise of the images.
+"""The appearance of objects, the noise of images, and the functions that draw both.
 
-Sec 3.1 draws white disks on black, the default `Look`. Others have objects of several shapes, sizes and grey values,
-and pixels that lie. An object keeps its shape, size and grey value for the whole sequence.
+The default `Look` is that of Sec 3.1: white disks on black. Other looks have objects of several shapes, sizes and grey
+values, and noisy pixels. An object keeps its shape, size and grey value for the whole sequence.
 """
 
 import math
@@ -16,27 +16,27 @@ Shape = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 
 SHAPES: dict[str, Shape] = {
     "disk": lambda x, y, r: y**2 + x**2 <= r**2,
-    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= math.sqrt(math.pi) / 2 * r,  # of the disk's area
+    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) <= math.sqrt(math.pi) / 2 * r,  # with the area of the disk
     "cross": lambda x, y, r: (np.minimum(abs(x), abs(y)) <= r / 3) & (np.maximum(abs(x), abs(y)) <= r),
     "ring": lambda x, y, r: (x**2 + y**2 <= r**2) & (x**2 + y**2 > r**2 / 4),
 }
-"""Which places (x, y) relative to its position an object of radius r covers; each within [-r, r] in x and in y."""
+"""Name -> predicate (x, y, r) for the offsets from its centre that an object of radius r covers, all in [-r, r]^2."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What objects and background look like; the default is Sec 3.1's."""
+    """The appearance of objects and background; the default is that of Sec 3.1."""
 
     shapes: tuple[str, ...] = ("disk",)
-    """Names in `SHAPES`; each object has one of them, with equal probability."""
+    """Names in `SHAPES`; the shape of each object is drawn uniformly from them."""
     least_size: float = 1.0
-    """Radii are uniform between this share of the configuration's radius and all of it."""
+    """Radii are uniform between this fraction of the configuration's radius and the whole of it."""
     brightness: tuple[float, float] = (1.0, 1.0)
-    """Grey values of objects, uniform between these; the background is 0, and the brightest object is in front."""
+    """The range of the objects' uniform grey values; the background is 0, and brighter objects are in front."""
     salt_and_pepper: float = 0.0
-    """Probability that a pixel is replaced by black or white, evenly."""
+    """The probability that a pixel is replaced by black or white, with equal probability."""
     grey_noise: float = 0.0
-    """Standard deviation of Gaussian noise that is added to every pixel, before values are cut to [0, 1]."""
+    """The standard deviation of Gaussian noise that is added to every pixel before clipping to [0, 1]."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.shapes) - SHAPES.keys())
@@ -53,18 +53,21 @@ class Look:
 
     @property
     def is_grey(self) -> bool:
-        """Whether images are float32 in [0, 1], and not uint8 with 0 and 1."""
+        """Whether images are float32 in [0, 1] rather than uint8 with values 0 and 1."""
         return self.brightness != (1.0, 1.0) or self.grey_noise > 0
 
 
 def draw(
     look: Look, positions: NDArray[np.float64], size: tuple[int, int], radius: float, rng: np.random.Generator
 ) -> NDArray[Any]:
-    """Images (n, T, H, W) of objects with a look, (H, W) being ``size``; uint8, or float32 if it is grey.
+    """Draws images (n, T, H, W) of objects, in uint8, or in float32 if the look is grey.
 
     Args:
+        look: the appearance of the objects and the noise.
         positions: (n, N, T, 2) in pixels, (column, row); NaN draws nothing.
-        radius: of the largest objects.
+        size: (H, W) of the images.
+        radius: radius of the largest objects, in pixels.
+        rng: the source of random numbers.
     """
     shape = positions.shape[:2]
     kinds = rng.integers(len(look.shapes), size=shape)
@@ -81,7 +84,7 @@ def draw(
 
 
 def render_disks(positions: NDArray[np.float64], height: int, width: int, radius: float) -> NDArray[np.uint8]:
-    """Images (n, T, H, W): a pixel is 1 when its centre lies within ``radius`` of a position; NaN draws nothing.
+    """Draws images (n, T, H, W) whose pixels are 1 within ``radius`` of a position; NaN draws nothing.
 
     Args:
         positions: (n, N, T, 2) in pixels, (column, row).
@@ -99,10 +102,15 @@ def paint(
     radii: NDArray[np.float64],
     values: NDArray[Any],
 ) -> NDArray[Any]:
-    """Images (n, T, H, W), uint8 as ``values`` or else float32; the largest value wherever objects overlap.
+    """Draws images (n, T, H, W), in uint8 if ``values`` is and else in float32; the largest value wins in overlaps.
 
     Args:
-        positions: (n, N, T, 2); kinds: (n, N), index into ``shapes``; radii, values: (n, N).
+        positions: (n, N, T, 2) in pixels, (column, row).
+        size: (H, W) of the images.
+        shapes: predicates as in `SHAPES`.
+        kinds: (n, N), indices into ``shapes``.
+        radii: (n, N), in pixels.
+        values: (n, N), grey values.
     """
     (n, N, T, _), (height, width) = positions.shape, size
     images = np.zeros((n, T, height, width), np.uint8 if values.dtype == np.uint8 else np.float32)
@@ -110,7 +118,7 @@ def paint(
     reach = np.arange(-most, most + 2)
     d_row, d_column = (d.ravel() for d in np.meshgrid(reach, reach, indexing="ij"))
     frame = np.arange(T)[:, None]
-    for i in range(n):  # one sequence at a time: the work of a frame does not depend on its size
+    for i in range(n):  # only the pixels around an object are visited, whatever the size of the image
         p = np.where(np.isnan(positions[i]), -1e6, positions[i])
         corner = np.floor(p).astype(np.int64)
         row, column = corner[..., 1, None] + d_row, corner[..., 0, None] + d_column  # (N, T, k)

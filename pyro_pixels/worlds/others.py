@@ -1,8 +1,8 @@
-"""Worlds besides Sec 3.1's: one with other physics that the linear model can hold, and one that it can not.
+"""Two worlds beyond Sec 3.1: one that the linear-Gaussian model can represent, and one that it cannot.
 
-Neither is in the paper. `DriftConfig`: no gravity, objects cross the image with constant velocity, so that the drift u
-that is learned should be 0. `BouncingConfig`: walls throw objects back, which no constant A and u can do. Objects
-of both do not touch each other, and stay in view.
+Neither is in the paper. In `DriftConfig` there is no gravity and objects cross the image with constant velocity, so the
+learned u should be 0. In `BouncingConfig` walls reflect objects, which no constant A and u can express. In both worlds
+objects do not interact and always stay in view.
 """
 
 from dataclasses import dataclass, field
@@ -19,10 +19,10 @@ from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 @dataclass(frozen=True)
 class _InView(WorldConfig):
-    """A world in pixels and frames whose objects all stay in view."""
+    """A world, measured in pixels and frames, whose objects always stay in view."""
 
     position_noise: float = 0.04
-    """Variance of the positions around their paths, in square pixels, in each direction."""
+    """The variance of positions around their paths, in square pixels, along each axis."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,31 +31,31 @@ class _InView(WorldConfig):
         if not (self.room()[1] > 0).all():
             raise ValueError(
                 f"{self.height} x {self.width} pixels have no room for objects of radius {self.radius} and noise of "
-                f"variance {self.position_noise}; wanted a larger image, or less of either"
+                f"variance {self.position_noise}; wanted a larger image, a smaller radius or less noise"
             )
 
     def room(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The corner (2,) of the rectangle that paths stay in, and its size (2,), (column, row)."""
+        """Returns the corner (2,) and the size (2,) of the rectangle that contains all paths, as (column, row)."""
         margin = self.radius + NOISE_MARGIN * np.sqrt(self.position_noise)
         return np.full(2, margin), np.array([self.width, self.height]) - 1 - 2 * margin
 
     def noisy(self, rng: np.random.Generator, paths: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Positions around paths."""
+        """Adds the position noise to paths."""
         return paths + np.sqrt(self.position_noise) * rng.standard_normal(paths.shape)
 
 
 @dataclass(frozen=True)
 class DriftConfig(_InView):
-    """Free drift: an object enters from the left or the right, and keeps its velocity.
+    """Free drift: objects enter from the left or the right and keep their velocity.
 
-    Where it is in the first and in the last frame is drawn, each evenly in a strip of the image.
+    The positions in the first and in the last frame are drawn uniformly, each from a strip of the image.
     """
 
     world: str = field(default="drift", init=False)
     entry: tuple[float, float] = (0.0, 0.25)
-    """Where objects are in the first frame: shares of the way across, from the side they enter from."""
+    """The range of positions in the first frame, as fractions of the way across from the side of entry."""
     exit: tuple[float, float] = (0.6, 1.0)
-    """Where they are in the last frame."""
+    """The range of positions in the last frame, likewise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +76,7 @@ class DriftConfig(_InView):
         return Motion(self.noisy(rng, paths), paths, side)
 
     def true_dynamics(self) -> TrueDynamics:
-        """Exact but for the shape of the starts: their first two moments are those of the uniform draws."""
+        """Returns the exact parameters, except that the uniform starts are replaced by Gaussians of equal moments."""
         corner, room = self.room()
         last = self.n_frames - 1
         I, O = np.eye(2), np.zeros((2, 2))
@@ -102,11 +102,11 @@ class DriftConfig(_InView):
 
 @dataclass(frozen=True)
 class BouncingConfig(_InView):
-    """Objects start anywhere, in any direction, and walls throw them back without loss."""
+    """Bouncing: objects start anywhere, move in any direction, and are reflected by walls without loss of speed."""
 
     world: str = field(default="bouncing", init=False)
     speed: tuple[float, float] = (1.0, 2.0)
-    """Pixels a frame."""
+    """The range of speeds, in pixels per frame."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,4 +129,4 @@ WORLDS: dict[str, type[WorldConfig]] = {
     "drift": DriftConfig,
     "bouncing": BouncingConfig,
 }
-"""Worlds that a configuration can name; add your own to train on it and load it by name."""
+"""Name -> class of the worlds that a configuration can refer to; add your own to train on it and load it by name."""
