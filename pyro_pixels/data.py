@@ -1,6 +1,6 @@
 """Image sequences: what is learned from, and the files that hold them.
 
-`load_sequences` reads and checks an .npz, `pyro_pixels.simulation.simulate` draws new ones; both give `ImageSequences`.
+`load_sequences` reads and checks an .npz, `pyro_pixels.simulate` draws new ones; both give `ImageSequences`.
 Positions are in pixels, (column, row), with pixel centres at whole numbers and rows counted downwards.
 """
 

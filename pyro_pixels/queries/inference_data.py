@@ -104,8 +104,8 @@ def to_inference_data(
         seed: of all draws; the caller's random state is left as it was.
 
     Returns:
-        An ``arviz.InferenceData``, or from arviz 1 on an ``xarray.DataTree``. Both have ``to_netcdf``, and
-        ``arviz.from_netcdf`` reads either.
+        An ``arviz.InferenceData``, which ``arviz.from_netcdf`` reads again, or from arviz 1 on an ``xarray.DataTree``,
+        which ``xarray.open_datatree`` reads again. Both have ``to_netcdf``.
 
     Raises:
         ValueError: if the images do not fit the model or the guide, or a number is out of range.
