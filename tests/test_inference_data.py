@@ -244,7 +244,7 @@ def test_arviz_compares_models(everything, world):
 
 
 def test_arviz_is_imported_when_it_is_needed():
-    code = "import sys, pyro_pixels.inference_data; sys.exit('arviz' in sys.modules or 'xarray' in sys.modules)"
+    code = "import sys, pyro_pixels.queries.inference_data; sys.exit('arviz' in sys.modules or 'xarray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
