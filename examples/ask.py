@@ -26,7 +26,7 @@ from common import (
     write_json,
 )
 from pyro_pixels.evaluation import metrics
-from pyro_pixels.evaluation.calibration import LEVELS, corrected, coverage, distances, fit_correction
+from pyro_pixels.evaluation.calibration import LEVELS, corrected, coverage, fit_correction, mahalanobis_distances
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.plots import answers as query_plots
 from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
@@ -201,13 +201,13 @@ def ask_stream(scene: Scene) -> Figure:
 
 def ask_calibration(scene: Scene) -> Figure:
     n_samples = 0 if scene.run.config.guide == "structured" else scene.args.n_samples
-    raw = distances(scene.model, scene.guide, scene.data, n_samples=n_samples)
+    raw = mahalanobis_distances(scene.model, scene.guide, scene.data, n_samples=n_samples)
     validation = sequences_for(scene.run, None, scene.args.n_validation, scene.args.seed + 1)
     factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples)
     print(f"factors: {factors.position_noise:.2f} on Sigma_A, {factors.measurement_noise:.2f} on R")
     scene.numbers |= {"factors": factors._asdict(), "levels": LEVELS, "coverage": {}}
     grid, curves, rows = torch.linspace(0.05, 0.99, 48).tolist(), {}, []
-    mended = distances(*corrected(scene.model, scene.guide, factors), scene.data, n_samples=n_samples)
+    mended = mahalanobis_distances(*corrected(scene.model, scene.guide, factors), scene.data, n_samples=n_samples)
     for state, each in {"": raw, ", corrected": mended}.items():
         for kind, found in each.items():
             curves[kind + state] = tuple(coverage(found, grid)[:2])

@@ -18,7 +18,7 @@ from torch import Tensor
 import ask
 from ask import Scene
 from common import draw_forecast, new_folder, save, start
-from pyro_pixels.evaluation.calibration import coverage, distances
+from pyro_pixels.evaluation.calibration import coverage, mahalanobis_distances
 from pyro_pixels.evaluation.metrics import Affine, assign, reorder
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.plots import answers as query_plots
@@ -120,7 +120,7 @@ def missing(scene: Scene) -> Figure:
 def calibration(scene: Scene) -> Figure:
     """Without the correction that ask.py fits, which takes minutes."""
     levels = torch.linspace(0.05, 0.99, 48).tolist()
-    found = distances(scene.model, scene.guide, scene.data)
+    found = mahalanobis_distances(scene.model, scene.guide, scene.data)
     for kind, x in found.items():
         print(f"{kind}: the 50 % regions hold {100 * float(coverage(x, (0.5,)).shares):.0f} %")
     return query_plots.plot_reliability({kind: tuple(coverage(x, levels)[:2]) for kind, x in found.items()})

@@ -7,7 +7,14 @@ from conftest import SMALL, make_guide, make_model
 from test_queries import Oracle
 from torch import nn
 
-from pyro_pixels.evaluation.calibration import Correction, Distances, corrected, coverage, distances, fit_correction
+from pyro_pixels.evaluation.calibration import (
+    Correction,
+    Distances,
+    corrected,
+    coverage,
+    fit_correction,
+    mahalanobis_distances,
+)
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
@@ -69,7 +76,7 @@ def world(stated=0.3, position_noise=1.0, n=40):
 def test_a_true_model_is_calibrated():
     """Right dynamics and right noise: the regions hold what they say, 6 standard errors of 40 independent sequences."""
     data, model, guide = world()
-    for kind, d in distances(model, guide, data, n_seen=3).items():
+    for kind, d in mahalanobis_distances(model, guide, data, n_seen=3).items():
         found = coverage(d)
         assert found.n_positions == {"smoothing": 440, "forecasting": 320, "interpolation": 200}[kind]
         assert ((found.shares - found.levels).abs() < 6 * (found.levels * (1 - found.levels) / 40).sqrt()).all(), kind
@@ -87,7 +94,9 @@ def test_a_correction_finds_what_was_spoilt():
     found = fit_correction(model, guide, data, n_seen=3)
     assert 1 / 1.6 < found.measurement_noise * 4 < 1.6
     assert 1 / 1.6 < found.position_noise / 3 < 1.6
-    before, after = (distances(*pair, data, n_seen=3) for pair in ((model, guide), corrected(model, guide, found)))
+    before, after = (
+        mahalanobis_distances(*pair, data, n_seen=3) for pair in ((model, guide), corrected(model, guide, found))
+    )
     for kind in before:
         off = [(coverage(x[kind]).shares - coverage(x[kind]).levels).abs().max() for x in (before, after)]
         assert off[1] < 0.12
@@ -118,7 +127,7 @@ def test_averaged_predictions_are_less_sure(small_data):
     model, data = make_model(n_components=1, position_noise=1e-3, delta=0.3), small_data[:6]
     guide = Oracle(data.positions / 12, std=0.3)
     torch.manual_seed(0)
-    plain, wide = (distances(model, guide, data, n_seen=3, n_samples=n)["forecasting"] for n in (0, 20))
+    plain, wide = (mahalanobis_distances(model, guide, data, n_seen=3, n_samples=n)["forecasting"] for n in (0, 20))
     log_area = [-(x.log_density + x.squared / 2)[~x.squared.isnan()] for x in (plain, wide)]
     assert (log_area[1] > log_area[0] + 0.5).all()
 
@@ -126,9 +135,9 @@ def test_averaged_predictions_are_less_sure(small_data):
 def test_what_cannot_be_measured_is_refused(small_data):
     model, guide = make_model(), make_guide()
     with pytest.raises(ValueError, match="positions"):
-        distances(model, guide, small_data.__class__(small_data.images, small_data.n_objects))
+        mahalanobis_distances(model, guide, small_data.__class__(small_data.images, small_data.n_objects))
     with pytest.raises(ValueError, match="frames"):
-        distances(model, guide, small_data, n_seen=6)
+        mahalanobis_distances(model, guide, small_data, n_seen=6)
     with pytest.raises(ValueError, match="levels"):
         coverage(Distances(*3 * [torch.zeros(1, 1, 1)]), (0.5, 1.0))
     with pytest.raises(ValueError, match="head"):
@@ -147,5 +156,7 @@ def test_objects_are_matched(small_data):
         def encode(self, images, n_objects):
             return dist.Normal(self.positions[:, :, : images.shape[1]], self.std).to_event(2)
 
-    one, two = (distances(model, Known(x, std=0.3), small_data, n_seen=3)["forecasting"] for x in (a, reordered))
+    one, two = (
+        mahalanobis_distances(model, Known(x, std=0.3), small_data, n_seen=3)["forecasting"] for x in (a, reordered)
+    )
     torch.testing.assert_close(one.squared, two.squared, equal_nan=True, rtol=1e-6, atol=1e-6)

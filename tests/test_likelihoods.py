@@ -41,7 +41,7 @@ def with_likelihood(likelihood):
     return PixelModel(make_model().dynamics, make_model().renderer, likelihood)
 
 
-def test_the_default_is_equation_2_to_the_bit(small_data):
+def test_the_default_is_equation_2(small_data):
     model, images, n_objects = make_model(), small_data.images, small_data.n_objects
     assert isinstance(model.likelihood, BernoulliPixels)
     assert not [name for name in model.state_dict() if "likelihood" in name]
@@ -50,7 +50,8 @@ def test_the_default_is_equation_2_to_the_bit(small_data):
     trace.compute_log_prob()
     logits = model.renderer(trace.nodes["a"]["value"], torch.arange(3) < n_objects[:, None])
     v = dist.Bernoulli(logits=logits, validate_args=False).to_event(3).log_prob(images.to(logits.dtype))
-    assert torch.equal(trace.nodes["v"]["log_prob"], v)
+    # torch writes the same log density with other operations: which last bit they round to depends on the processor
+    torch.testing.assert_close(trace.nodes["v"]["log_prob"], v, rtol=1e-6, atol=0.0)
     a = trace.nodes["a"]["value"]
     assert torch.equal(render(model, a, n_objects), logits.sigmoid())
 

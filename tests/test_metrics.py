@@ -54,7 +54,7 @@ def test_assignment_is_the_best_of_all(world):
     torch.manual_seed(0)
     noisy = truth.nan_to_num() + 8 * torch.randn_like(truth)
     order = metrics.assign(noisy, truth, data.n_objects)
-    cost = metrics.distances(noisy, truth)
+    cost = metrics.pairwise_distances(noisy, truth)
     for b in (data.n_objects == 3).nonzero().squeeze(1).tolist():
         best = min(sum(float(cost[b, p[j], j]) for j in range(3)) for p in itertools.permutations(range(3)))
         assert sum(float(cost[b, order[b, j], j]) for j in range(3)) == pytest.approx(best)

@@ -218,8 +218,8 @@ GOOD = make_images(2, 3)
         (GOOD, [1, 0], None, "has the value 0; every sequence needs at least 1 object"),
         (GOOD.mT, [1, 1], None, f"images are {W} x {H} pixels; this model was made for {H} x {W}"),
         (GOOD, [1, 1], 4, "n_frames is 4 but the images have 3"),
-        (None, [1, 1], None, "n_frames is None; without images say how many frames"),
-        (None, [1, 1], 0, "n_frames is 0; without images say how many frames"),
+        (None, [1, 1], None, "n_frames is None; without images give the number of frames"),
+        (None, [1, 1], 0, "n_frames is 0; without images give the number of frames"),
     ],
 )
 def test_wrong_inputs_raise(program, images, n_objects, n_frames, message):

@@ -1,4 +1,4 @@
-"""Measures of a trained model: errors against the floor, calibration, health, and what to compare with."""
+"""Evaluation of trained models: errors beside their floors, calibration, health, and baselines."""
 
 from pyro_pixels.evaluation.blob_tracker import BlobTracker, evaluate_tracker
 from pyro_pixels.evaluation.calibration import corrected, coverage, fit_correction

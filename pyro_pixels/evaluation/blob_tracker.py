@@ -1,7 +1,7 @@
-"""A classical tracker that knows the true dynamics: blobs, Kalman filters, and the Hungarian method.
+"""A classical tracker as a baseline: blob detection, Kalman filters and the Hungarian method.
 
-Not in the paper: it is given what the model has to learn, the radius of a ball and the true dynamics, and sees the same
-pixels. `evaluate_tracker` measures it as `evaluation.evaluate` measures a model, in a table of the same layout.
+It is not in the paper. It sees the same pixels as the model, but is given what the model has to learn: the radius of a
+ball and the true dynamics. `evaluate_tracker` returns a table of the same layout as `evaluate`.
 """
 
 import math
@@ -15,37 +15,38 @@ from scipy.cluster import vq
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import check_batch, object_mask
 from pyro_pixels.data import ImageSequences, TrueDynamics
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.table import N_SEEN, errors_in_pixels, means_by_n
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import Gaussians
 
-RADIUS = 2.0  # of a ball in pixels, `CannonballConfig.radius`
-HIDDEN = 0.2  # a blob must be larger by this share of a disk's area for one more disk to be looked for in it
+RADIUS = 2.0  # radius of a ball in pixels, `CannonballConfig.radius`
+HIDDEN = 0.2  # excess area of a blob, as a fraction of a disk's area, from which it is split into one more disk
 
 
 class BlobTracker:
-    """Blobs of white pixels, a Kalman filter an object, and the best assignment of the ones to the others per frame.
+    """A tracker of blobs with one Kalman filter per object and an optimal assignment in every frame.
 
     Centres are found with `find_disks`. Each object's filter is exact for the true dynamics, a mixture over the launch
-    sides. In each frame centres are assigned to forecasts so that they are likeliest; an object without a centre, as
-    where one ball hides another, is not measured in that frame.
+    sides. In each frame centres are assigned to objects by maximum likelihood under the forecasts; an object without a
+    centre, for instance because another ball hides it, has no measurement in that frame.
 
     Args:
         dynamics: the true parameters, in pixels.
-        radius: of a ball, in pixels.
+        radius: radius of a ball, in pixels.
     """
 
     def __init__(self, dynamics: TrueDynamics, radius: float = RADIUS) -> None:
         self.dynamics, self.radius = dynamics, radius
 
     def track(self, images: Tensor, n_objects: Tensor) -> Tensor:
-        """Positions (B, N, T, 2) in pixels, NaN where there is no object: the centre, or without one the forecast.
+        """Returns positions (B, N, T, 2) in pixels: measured centres or else forecasts, NaN for absent objects.
 
         Args:
-            images: (B, T, H, W), 0 or 1; n_objects: (B,).
+            images: (B, T, H, W), 0 or 1.
+            n_objects: (B,).
 
         Raises:
             ValueError: if these do not fit together.
@@ -54,10 +55,10 @@ class BlobTracker:
         return torch.where(measured.isnan(), forecast, measured)
 
     def predict(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> Tensor:
-        """Positions (B, N, T, 2) at every frame from the images of some, by exact smoothing of the centres found there.
+        """Returns positions (B, N, T, 2) at all frames by exact smoothing of the centres in the observed frames.
 
         Args:
-            images: (B, T, H, W), 0 or 1; what they hold at unobserved frames is ignored.
+            images: (B, T, H, W), 0 or 1; unobserved frames are ignored.
             n_objects: (B,).
             observed: (T,) bool, such as the first 5 for generation, or these and the last 5 for interpolation.
 
@@ -65,14 +66,14 @@ class BlobTracker:
             ValueError: if these do not fit together.
         """
         if observed.dtype != torch.bool or observed.shape != images.shape[1:2]:
-            raise ValueError(f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,), one a frame")
+            raise ValueError(f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,), one per frame")
         measured, _ = self._follow(images, n_objects, observed)
         seen = ~measured.isnan().any(-1)  # (B, N, T)
         path = metrics.floor_predictions(self.dynamics, measured, seen.unsqueeze(-2))
         return path.masked_fill(~object_mask(n_objects, path.shape[1])[:, :, None, None], torch.nan)
 
     def _follow(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
-        """Measured centres, NaN where there is none, and positions forecast from the frames before, (B, N, T, 2)."""
+        """Returns measured centres, NaN where there is none, and one-step forecasts, each (B, N, T, 2)."""
         check_batch(images, n_objects)
         centres = find_disks((images > 0.5) & observed[:, None, None], n_objects, self.radius)  # (B, N, T, 2)
         lgssm, batch = self.dynamics.lgssm, centres.shape[:2]
@@ -80,31 +81,33 @@ class BlobTracker:
         log_w = self.dynamics.pi.log().expand(*batch, -1)
         measured, forecasts = torch.full_like(centres, torch.nan), []
         for t in range(centres.shape[2]):
-            state = exact.predict(lgssm, state) if t else state
+            state = kalman.predict(lgssm, state) if t else state
             forecasts.append((log_w.exp().unsqueeze(-1) * state.mean).sum(2) @ lgssm.B.mT)
             each = Gaussians(*(x.unsqueeze(2) for x in state))  # every object with every centre: (B, N, N, K, ...)
-            density = exact.update(lgssm, each, centres[:, None, :, t, None])[1]
+            density = kalman.update(lgssm, each, centres[:, None, :, t, None])[1]
             cost = -(log_w.unsqueeze(2) + density).logsumexp(-1)
             for b, n in enumerate(n_objects.tolist()):
                 m = int((~centres[b, :, t, 0].isnan()).sum())
                 objects, chosen = linear_sum_assignment(cost[b, :n, :m].numpy())
                 measured[b, objects, t] = centres[b, chosen, t]
             a = measured[:, :, t]
-            state, log_density = exact.update(lgssm, state, a.nan_to_num().unsqueeze(2), ~a.isnan().any(-1, True))
+            state, log_density = kalman.update(lgssm, state, a.nan_to_num().unsqueeze(2), ~a.isnan().any(-1, True))
             log_w = (log_w + log_density).log_softmax(-1)
         absent = ~object_mask(n_objects, batch[1])[:, :, None, None]
         return measured, torch.stack(forecasts, 2).masked_fill(absent, torch.nan)
 
 
 def find_disks(images: Tensor, n_objects: Tensor, radius: float = RADIUS) -> Tensor:
-    """Centres (B, N, T, 2) of white disks, (column, row) in pixels, float64, NaN behind those found in a frame.
+    """Finds the centres (B, N, T, 2) of white disks, (column, row) in pixels, float64, padded with NaN.
 
-    A blob is a 4-connected set of white pixels, its centre their mean. While there are fewer than n_objects, the blob
-    that is largest for the disks in it is given one more, if it is larger by a fifth of a disk; k-means splits it.
-    Of more blobs than n_objects the largest count.
+    A blob is a 4-connected set of white pixels, and its centre is their mean. With fewer blobs than objects, the blob
+    with the largest excess area over its disks is given one more disk, if the excess is at least a fifth of a disk,
+    and k-means splits it. With more blobs than objects, the largest are used.
 
     Args:
-        images: (B, T, H, W), bool; n_objects: (B,).
+        images: (B, T, H, W), bool.
+        n_objects: (B,).
+        radius: radius of a disk, in pixels.
     """
     B, T = images.shape[:2]
     centres = np.full((B, int(n_objects.max()), T, 2), np.nan)
@@ -117,12 +120,12 @@ def find_disks(images: Tensor, n_objects: Tensor, radius: float = RADIUS) -> Ten
 
 
 def evaluate_tracker(data: ImageSequences, *, n_seen: int = N_SEEN, radius: float = RADIUS) -> dict[str, Any]:
-    """The errors in pixels and floors of `evaluate`, for a `BlobTracker`.
+    """Evaluates a `BlobTracker`: the errors in pixels and the floors of `evaluate`.
 
     Args:
         data: sequences with ``positions`` and ``dynamics``.
-        n_seen: frames seen before generation, and at either end for interpolation.
-        radius: of a ball, in pixels.
+        n_seen: observed frames before generation, and at either end for interpolation.
+        radius: radius of a ball, in pixels.
 
     Raises:
         ValueError: if the truth is missing, or the sequences are too short.
@@ -143,7 +146,7 @@ def evaluate_tracker(data: ImageSequences, *, n_seen: int = N_SEEN, radius: floa
 
 
 def _find(image: NDArray[np.bool_], n: int, area: float) -> NDArray[np.float64]:
-    """At most n centres (m, 2), (column, row), of disks of that area in an image (H, W)."""
+    """Finds at most ``n`` centres (m, 2), (column, row), of disks of the given area in an image (H, W)."""
     labels, _ = ndimage.label(image)  # type: ignore[misc]
     sizes = np.bincount(labels.ravel())[1:]
     blobs = np.argsort(-sizes, kind="stable")[:n]
@@ -160,7 +163,7 @@ def _find(image: NDArray[np.bool_], n: int, area: float) -> NDArray[np.float64]:
 
 
 def _split(pixels: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """k centres (k, 2) of pixels (p, 2) by k-means, which starts at pixels far from each other."""
+    """Splits pixels (p, 2) into k clusters with centres (k, 2) by k-means, starting from pixels far apart."""
     centres = pixels.mean(0, keepdims=True)
     if k > 1:
         chosen = pixels[[((pixels - centres) ** 2).sum(1).argmax()]]

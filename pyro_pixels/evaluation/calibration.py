@@ -1,15 +1,15 @@
-"""Are the stated uncertainties true? Coverage of predicted regions, and two factors that mend what is off.
+"""Calibration: the coverage of predicted regions, and a correction of two variances.
 
-A prediction says N(mean, cov) of a position; the region of level p holds what is within a Mahalanobis distance whose
-square is the p-quantile of chi^2 with 2 degrees of freedom. `distances` measures the squared distance of every true
-position, `coverage` the share that lies within the region of each level: p if the model is calibrated. Positions and
-covariances are taken to pixels by the affine map that is fitted on the sequences with a single object, and objects are
-matched with the true ones over the frames that were seen.
+A prediction of a position is N(mean, cov). Its region of level p contains all positions within the Mahalanobis distance
+whose square is the p-quantile of chi^2 with 2 degrees of freedom. `mahalanobis_distances` measures the squared distance
+of every true position, and `coverage` the fraction within the region of each level, which is p for a calibrated model.
+Positions and covariances are mapped to pixels by the affine map that is fitted on the sequences with a single object,
+and objects are matched with the true ones over the observed frames.
 
-Where identities are wrong no covariance helps, so those sequences are told apart by `Distances.held`.
+Where identities are wrong no covariance helps; `Distances.held` marks the sequences in which they are right.
 
-`fit_correction` finds a factor on Sigma_A and one on the variances R that the guide states, so that the true positions
-of validation sequences are likeliest. Both stay within the model, whose noises are corrected. Not part of the paper.
+`fit_correction` finds the factors on Sigma_A and on the guide's variances R that maximise the likelihood of the true
+positions of validation sequences. The corrected model stays within the same family. None of this is in the paper.
 """
 
 import copy
@@ -37,15 +37,15 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Distances(NamedTuple):
-    """Of the true positions from the predicted ones, in standard deviations, squared."""
+    """Squared Mahalanobis distances of true positions from their predictions."""
 
-    squared: Tensor  # (B, N, T), NaN where there is no object, and in frames that the prediction is not about
+    squared: Tensor  # (B, N, T), NaN for absent objects and in frames that are not predicted
     log_density: Tensor  # (B, N, T), of the true positions, per square pixel; NaN in the same places
-    held: Tensor  # (B,) bool, identities were not switched
+    held: Tensor  # (B,) bool, True where identities did not switch
 
 
 class Coverage(NamedTuple):
-    """The share of true positions in the predicted regions of each level."""
+    """The fraction of true positions within the predicted regions of each level."""
 
     levels: Tensor  # (L,)
     shares: Tensor  # (L,)
@@ -53,17 +53,19 @@ class Coverage(NamedTuple):
 
 
 class Correction(NamedTuple):
-    """Factors on variances."""
+    """Factors on the variances of a model and its guide."""
 
     position_noise: float = 1.0  # on Sigma_A
-    measurement_noise: float = 1.0  # on the R that the guide states
+    measurement_noise: float = 1.0  # on the guide's R
 
 
 def coverage(distances: Distances, levels: Sequence[float] = LEVELS, among: Tensor | None = None) -> Coverage:
-    """The coverage of each level; of a fine grid of levels, a reliability curve.
+    """Returns the coverage of each level; a fine grid of levels gives a reliability curve.
 
     Args:
-        levels: between 0 and 1; among: (B,) bool, the sequences that count, default all.
+        distances: from `mahalanobis_distances`.
+        levels: numbers between 0 and 1.
+        among: (B,) bool, the sequences to use, by default all.
 
     Raises:
         ValueError: if a level is not between 0 and 1.
@@ -78,20 +80,23 @@ def coverage(distances: Distances, levels: Sequence[float] = LEVELS, among: Tens
 
 
 @torch.no_grad()
-def distances(
+def mahalanobis_distances(
     model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, n_samples: int = 0,
     batch_size: int = 100,
 ) -> dict[str, Distances]:  # fmt: skip
-    """Distances of the true positions from what is inferred from all frames, from the first, and from both ends.
+    """Measures the distances of true positions from smoothing, forecasting and interpolation.
 
     Args:
+        model: the trained model.
+        guide: the trained guide.
         data: sequences with ``positions``, some with N = 1.
-        n_seen: frames seen before forecasting, and at either end for interpolation.
-        n_samples: if given, predictions are `averaged` over so many samples of q; for guides that do not know the
-            dynamics, whose own covariances leave out the uncertainty of q and z.
+        n_seen: observed frames before forecasting, and at either end for interpolation.
+        n_samples: if above 0, predictions are `averaged` over this number of samples of q. Use it for guides that do
+            not know the dynamics, whose covariances otherwise leave out the uncertainty of q and z.
+        batch_size: sequences per batch.
 
     Returns:
-        `KINDS` -> Distances.
+        Each of `KINDS` -> its `Distances`.
 
     Raises:
         ValueError: if the truth is missing, or the sequences are too short.
@@ -120,46 +125,51 @@ def distances(
     found = {kind: [torch.cat(x) for x in zip(*parts)] for kind, parts in moments.items()}
     to_pixels = metrics.fit_affine(found["smoothing"][0], data.positions, data.n_objects)
     return {
-        kind: _compare(data, to_pixels(mean), to_pixels.covariance(cov), masks[kind], about=_about(kind, masks[kind]))
+        kind: _compare(
+            data, to_pixels(mean), to_pixels.covariance(cov), masks[kind], _predicted_frames(kind, masks[kind])
+        )
         for kind, (mean, cov) in found.items()
     }
 
 
-def _about(kind: str, seen: Tensor) -> Tensor:
+def _predicted_frames(kind: str, seen: Tensor) -> Tensor:
+    """Returns the mask (T,) of the frames whose predictions count."""
     return seen if kind == "smoothing" else ~seen
 
 
 def _moments(prediction: Prediction, n_objects: int) -> tuple[Tensor, Tensor]:
+    """Returns mean and covariance, padded with NaN to ``n_objects`` objects."""
     missing = n_objects - prediction.mean.shape[1]
     mean, cov = prediction.mean.cpu(), prediction.cov.cpu()
     pad = mean.new_full((len(mean), missing, *mean.shape[2:]), torch.nan)
     return torch.cat([mean, pad], 1), torch.cat([cov, pad.unsqueeze(-1).expand(*pad.shape, 2)], 1)
 
 
-def _compare(data: ImageSequences, mean: Tensor, cov: Tensor, seen: Tensor, about: Tensor) -> Distances:
+def _compare(data: ImageSequences, mean: Tensor, cov: Tensor, seen: Tensor, predicted: Tensor) -> Distances:
+    """Matches objects over the frames ``seen`` (T,) and measures distances in the frames ``predicted`` (T,)."""
     truth, n_objects = data.positions, data.n_objects
     assert truth is not None
     order = metrics.assign(mean[:, :, seen].nan_to_num(), truth[:, :, seen].nan_to_num(), n_objects)
     mean, cov = metrics.reorder(mean, order), metrics.reorder(cov, order)
-    there = object_mask(n_objects, truth.shape[1]).unsqueeze(-1) & about
+    valid = object_mask(n_objects, truth.shape[1]).unsqueeze(-1) & predicted
     eye = torch.eye(2, dtype=cov.dtype)
-    L = torch.linalg.cholesky(torch.where(there[..., None, None], cov, eye))
+    L = torch.linalg.cholesky(torch.where(valid[..., None, None], cov, eye))
     e = (truth - mean).nan_to_num().unsqueeze(-1)
     squared = torch.linalg.solve_triangular(L, e, upper=False).square().sum((-2, -1))
     log_density = -0.5 * squared - L.diagonal(dim1=-2, dim2=-1).log().sum(-1) - float(np.log(2 * np.pi))
     nan = torch.full_like(squared, torch.nan)
     held = ~metrics.switches(mean[:, :, seen].nan_to_num(), truth[:, :, seen].nan_to_num(), n_objects)
-    return Distances(torch.where(there, squared, nan), torch.where(there, log_density, nan), held)
+    return Distances(torch.where(valid, squared, nan), torch.where(valid, log_density, nan), held)
 
 
 def corrected(model: PixelModel, guide: Guide, correction: Correction) -> tuple[PixelModel, Guide]:
-    """Copies of model and guide with their noises corrected; dynamics that they share stay shared.
+    """Returns copies of model and guide with corrected variances; dynamics that they share stay shared.
 
     Raises:
-        ValueError: if the guide has no ``head`` that states a standard deviation.
+        ValueError: if the guide has no ``head`` that returns a standard deviation.
     """
     if not isinstance(getattr(guide, "head", None), nn.Module):
-        raise ValueError(f"a {type(guide).__name__} has no head that states R; wanted a recurrent or structured guide")
+        raise ValueError(f"a {type(guide).__name__} has no head that returns R; wanted a recurrent or structured guide")
     model, guide = copy.deepcopy((model, guide))
     root, factor = model.dynamics.root_Sigma_A, correction.position_noise**0.5
     with torch.no_grad():
@@ -169,13 +179,14 @@ def corrected(model: PixelModel, guide: Guide, correction: Correction) -> tuple[
 
 
 class ScaledHead(nn.Module):
-    """A head whose standard deviations are multiplied by a factor."""
+    """A wrapper that multiplies the standard deviations of a head by a factor."""
 
     def __init__(self, head: nn.Module, factor: float) -> None:
         super().__init__()
         self.head, self.factor = head, factor
 
     def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the head's mean and its standard deviation times the factor."""
         mean, std = self.head(s, images, n_objects)
         return mean, self.factor * std
 
@@ -183,26 +194,29 @@ class ScaledHead(nn.Module):
 def fit_correction(
     model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, n_samples: int = 0
 ) -> Correction:
-    """The correction under which the true positions of validation sequences are likeliest.
+    """Fits the correction by maximum likelihood of the true positions of validation sequences.
 
-    Sequences in which identities are switched do not count, or wrong identities would be mistaken for noise. The three
-    kinds of predictions count alike.
+    Sequences with switched identities are left out, because wrong identities would be mistaken for noise. The three
+    kinds of predictions have equal weight.
 
     Args:
-        data: validation sequences with ``positions``, not those that the coverage is reported on; 60 are enough.
-        n_seen, n_samples: as in `distances`.
+        model: the trained model.
+        guide: the trained guide.
+        data: validation sequences with ``positions``, different from those whose coverage is reported; 60 are enough.
+        n_seen: as in `mahalanobis_distances`.
+        n_samples: as in `mahalanobis_distances`.
 
     Raises:
-        ValueError: as in `distances` and `corrected`.
+        ValueError: as in `mahalanobis_distances` and `corrected`.
     """
-    held = distances(model, guide, data, n_seen=n_seen)["smoothing"].held
+    held = mahalanobis_distances(model, guide, data, n_seen=n_seen)["smoothing"].held
     data = data[held.nonzero().squeeze(1)]
 
     def loss(log_factors: np.ndarray) -> float:
         trial = corrected(model, guide, Correction(*np.exp(log_factors).tolist()))
         with torch.random.fork_rng(devices=[]):  # the same samples for every trial
             torch.manual_seed(0)
-            each = distances(*trial, data, n_seen=n_seen, n_samples=n_samples)
+            each = mahalanobis_distances(*trial, data, n_seen=n_seen, n_samples=n_samples)
         return -sum(float(x.log_density[x.held].nanmean()) for x in each.values())
 
     simplex = np.log([(1.0, 1.0), (2.0, 1.0), (1.0, 0.3)])

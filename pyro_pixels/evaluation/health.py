@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.evaluation.metrics import distances, nll_per_frame
+from pyro_pixels.evaluation.metrics import nll_per_frame, pairwise_distances
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.model.pixel_model import PixelModel
@@ -260,7 +260,7 @@ def _coinciding(mean: Tensor, present: Tensor) -> float:
     if not bool(several.any()):
         return 0.0
     pairs = (present.unsqueeze(1) & present.unsqueeze(2)).triu(1)
-    return float((pairs & (distances(mean, mean) < COINCIDING)).flatten(1).any(1)[several].double().mean())
+    return float((pairs & (pairwise_distances(mean, mean) < COINCIDING)).flatten(1).any(1)[several].double().mean())
 
 
 def _problems(measures: dict[str, float]) -> list[str]:

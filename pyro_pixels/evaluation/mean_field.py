@@ -1,13 +1,13 @@
-"""Inference without a network: Pyro's `AutoNormal` on the site ``a`` of a few sequences, as a yardstick.
+"""Mean-field inference without a network: Pyro's `AutoNormal` on the site ``a`` of a few sequences.
 
-A guide answers for every sequence with the same weights. `fit_mean_field` instead gives each a_t^n of some sequences a
-mean and a standard deviation of its own and maximises Eq (7) over these alone, the model as it is. For guides of
-the same family, prod_{n,t} N(a_t^n; mu, sigma^2), what it gains in the bound is what amortisation costs. A
-`StructuredGuide`, whose q is correlated in time, can be ahead of it.
+An amortised guide uses the same weights for every sequence. `fit_mean_field` instead gives each a_t^n of a few
+sequences its own mean and standard deviation and maximises Eq (7) over these alone, with the model held fixed. Compared
+with a guide of the same family, prod_{n,t} N(a_t^n; mu, sigma^2), its gain in the ELBO is the amortisation gap. A
+`StructuredGuide`, whose q is correlated in time, can have a higher ELBO.
 
-`AutoNormal` on its own has two faults here, which is why it is wrapped in a `Guide`. It knows nothing of masks, so that
-an absent object counts with its entropy, which has no upper limit: give it sequences of one N only. And called under
-`pyro.infer.SVI` it keeps its parameters in Pyro's global store, where the next one finds them under the same names.
+`AutoNormal` is wrapped in a `Guide` because it has two problems here. It ignores masks, so that an absent object adds
+its entropy, which is unbounded: use sequences with one N only. And under `pyro.infer.SVI` it keeps its parameters in
+Pyro's global parameter store, where a second one would find them under the same names.
 """
 
 import pyro
@@ -25,12 +25,13 @@ from pyro_pixels.queries.predict import infer
 
 
 class MeanFieldGuide(Guide):
-    """q(a) = prod_{n,t} N(a_t^n; mu_t^n, sigma_t^n^2) of some given sequences, its parameters those of an `AutoNormal`.
+    """The mean-field guide q(a) = prod_{n,t} N(a_t^n; mu_t^n, sigma_t^n^2) of given sequences, as an `AutoNormal`.
 
     Args:
-        model: whose site ``a`` it stands for.
-        images: (B, T, H, W); n_objects: (B,). The guide knows these sequences and no others.
-        start: where the means begin; the standard deviations begin at the median of its own.
+        model: the model whose site ``a`` the guide approximates.
+        images: (B, T, H, W); the guide is defined for these sequences only.
+        n_objects: (B,).
+        start: a guide that provides the starting values of the means; standard deviations start at its median.
     """
 
     images: Tensor
@@ -43,15 +44,15 @@ class MeanFieldGuide(Guide):
         mean, sigma = found.mean.to(start.dtype), float(found.std[present].median())
         with pyro.settings.context(module_local_params=True), torch.random.fork_rng(devices=[]):
             self.auto = AutoNormal(model, init_loc_fn=init_to_value(values={"a": mean}), init_scale=sigma)
-            self.auto(images, n_objects)  # its first call makes the parameters
+            self.auto(images, n_objects)  # the first call creates the parameters
         self.register_buffer("images", images.to(start.dtype), persistent=False)
         self.register_buffer("n_objects", n_objects, persistent=False)
 
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
-        """The fitted distribution.
+        """Returns the fitted distribution.
 
         Raises:
-            ValueError: if these are not the sequences that it was made for.
+            ValueError: if these are not the sequences that the guide was made for.
         """
         if not (torch.equal(images, self.images) and torch.equal(n_objects, self.n_objects)):
             raise ValueError(
@@ -70,15 +71,16 @@ def fit_mean_field(
     learning_rate: float = 5e-3,
     seed: int = 0,
 ) -> MeanFieldGuide:
-    """The Normals that bring the bound of each of ``data`` highest, by ``steps`` of Adam on all of them at once.
+    """Maximises the ELBO of each sequence over its own means and standard deviations with Adam.
 
     Args:
-        model: stays as it is.
-        data: a few sequences; all are worked on at every step.
-        start: a guide to begin from. From elsewhere the objects would not be found: the gradient of a pixel reaches no
-            further than a blob is wide.
-        learning_rate: at first; it falls linearly to a twentieth.
-        seed: of the samples; the caller's random state is left as it was.
+        model: the model, which is not changed.
+        data: a few sequences; every step uses all of them.
+        start: a guide for the starting values. Without one the objects would not be found, because the gradient of a
+            pixel reaches no further than the width of a blob.
+        steps: the number of steps.
+        learning_rate: the first step size; it falls linearly to a twentieth.
+        seed: seeds the samples; the caller's random state is not changed.
     """
     device = next(model.parameters()).device
     images, n_objects = data.images.to(device), data.n_objects.to(device)

@@ -1,7 +1,7 @@
-"""How good is it: errors in pixels, identity switches, pixel losses, and the floors that physics sets.
+"""Metrics: errors in pixels, identity switches, pixel losses, and the floors that the physics sets.
 
-Latent positions are found up to an affine map (Sec 3.3), so one map, fitted by least squares on the sequences with a
-single object and used for all, takes them to pixels. Which latent object is which true one is settled per sequence.
+Latent positions are identified up to an affine map (Sec 3.3). One map, fitted by least squares on the sequences with a
+single object, takes all latent positions to pixels; objects are matched with the true ones sequence by sequence.
 """
 
 import itertools
@@ -13,43 +13,46 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels.data import TrueDynamics
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.lgssm.marginal import marginal_moments
 
-SWITCH_FRAMES = 4  # the assignment over so many first frames is compared with that over so many last ones
+SWITCH_FRAMES = 4  # the assignments over this number of first and last frames are compared
 
 
 class Affine(NamedTuple):
-    """pixels = latent @ matrix.T + offset, in float64."""
+    """An affine map from latent units to pixels, latent @ matrix.T + offset, in float64."""
 
     matrix: Tensor  # (2, 2)
     offset: Tensor  # (2,)
-    r2: float  # share of the variance of the pixel positions that the map explains, on what it was fitted on
+    r2: float  # fraction of the variance of the pixel positions that the map explains on the data it was fitted to
 
     def __call__(self, a: Tensor) -> Tensor:
-        """Latent positions (..., 2) in pixels."""
+        """Maps latent positions (..., 2) to pixels."""
         return a.to(self.matrix) @ self.matrix.mT + self.offset
 
     def covariance(self, cov: Tensor) -> Tensor:
-        """Latent covariances (..., 2, 2) in square pixels."""
+        """Maps latent covariances (..., 2, 2) to square pixels."""
         return self.matrix @ cov.to(self.matrix) @ self.matrix.mT
 
 
 def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
-    """The least-squares map from latent to true positions over the sequences with N = 1.
+    """Fits the map from latent to true positions by least squares on the sequences with N = 1.
 
     Args:
-        latent, positions: (B, N, T, 2); n_objects: (B,).
+        latent: (B, N, T, 2), inferred positions.
+        positions: (B, N, T, 2), true positions in pixels.
+        n_objects: (B,).
 
     Raises:
-        ValueError: if no sequence has a single object, so that which object is which would have to be guessed.
+        ValueError: if no sequence has a single object.
     """
     alone = n_objects == 1
     if not alone.any():
         raise ValueError(
-            "no sequence has N = 1, which the map from latent units to pixels is fitted on; add some to the file"
+            "no sequence has N = 1, and the map from latent units to pixels is fitted to those; add some to the file"
         )
     x = latent[alone, 0].reshape(-1, 2).double()
     y = positions[alone, 0].reshape(-1, 2).double()
@@ -59,18 +62,23 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
     return Affine(solution[:2].mT, solution[2], 1.0 - float(residual))
 
 
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """(B, N, N) mean over time of the distance between object i of ``a`` and object j of ``b``, both (B, N, T, 2)."""
+def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the mean distance over time (B, N, N) between object i of ``a`` and object j of ``b``, (B, N, T, 2)."""
     return (a.unsqueeze(2) - b.unsqueeze(1)).norm(dim=-1).mean(-1)
 
 
 def assign(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
-    """The best one-to-one assignment of each sequence, by mean distance over all the frames given.
+    """Finds the best one-to-one assignment of each sequence, by mean distance over all given frames.
+
+    Args:
+        predicted: (B, N, T, 2).
+        truth: (B, N, T, 2).
+        n_objects: (B,).
 
     Returns:
-        order (B, N) int64: ``predicted[b, order[b, n]]`` belongs to ``truth[b, n]``; absent objects keep their place.
+        The order (B, N) int64: ``predicted[b, order[b, n]]`` belongs to ``truth[b, n]``; absent objects stay in place.
     """
-    costs = distances(predicted, truth)
+    costs = pairwise_distances(predicted, truth)
     order = torch.arange(predicted.shape[1]).repeat(len(predicted), 1)
     for b, n in enumerate(n_objects.tolist()):
         rows, columns = linear_sum_assignment(costs[b, :n, :n].numpy())
@@ -79,20 +87,20 @@ def assign(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 
 
 def reorder(a: Tensor, order: Tensor) -> Tensor:
-    """Objects of ``a`` (B, N, ...) in the order (B, N) that `assign` gave."""
+    """Puts the objects of ``a`` (B, N, ...) in the order (B, N) that `assign` returned."""
     return a[torch.arange(len(a)).unsqueeze(1), order]
 
 
 def errors(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
-    """(B, N, T) distance in pixels of two sets of positions in the same order, NaN where there is no object."""
+    """Returns the distance (B, N, T) between matched positions, NaN for absent objects."""
     distance = (predicted - truth).norm(dim=-1)
     return torch.where(object_mask(n_objects, truth.shape[1]).unsqueeze(-1), distance, torch.nan)
 
 
 def switches(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
-    """(B,) bool: the best assignment over the first frames is not that over the last, identities have swapped.
+    """Returns (B,) bool, True where the best assignments over the first and over the last frames differ.
 
-    A per-frame count of permutations is no measure of swaps: noise alone, with no swap at all, makes many.
+    Counting changes of the best permutation frame by frame would not do: noise alone causes many without any switch.
     """
     k = min(SWITCH_FRAMES, truth.shape[2])
     first = assign(predicted[:, :, :k], truth[:, :, :k], n_objects)
@@ -101,18 +109,19 @@ def switches(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 
 
 def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
-    """(B,) -log p of binary images (B, T, H, W) under pixel probabilities, in nats per frame.
+    """Returns -log p (B,) of binary images (B, T, H, W) under pixel probabilities, in nats per frame.
 
-    Probabilities are kept 1e-6 away from 0 and 1.
+    Probabilities are clamped to [1e-6, 1 - 1e-6].
     """
     p = probabilities.clamp(1e-6, 1 - 1e-6)
     return F.binary_cross_entropy(p, images.to(p.dtype), reduction="none").sum((2, 3)).mean(1)
 
 
 def paper_style_loss(images: Tensor, probabilities: Tensor) -> Tensor:
-    """(B,) what the paper's 0.691 may be: probabilities taken for logits in a cross entropy averaged over pixels.
+    """Returns the loss (B,) that may be behind the paper's 0.691: a mean cross entropy with probabilities as logits.
 
-    A perfect frame then scores about 0.689 and a black one ln 2 = 0.693. Not proven; see docs/reproduction.md.
+    A perfect frame then scores about 0.689 and a black one ln 2 = 0.693. This reading is a guess; see
+    docs/reproduction.md.
     """
     return F.binary_cross_entropy_with_logits(probabilities, images.to(probabilities.dtype), reduction="none").mean(
         (1, 2, 3)
@@ -120,36 +129,39 @@ def paper_style_loss(images: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tensor) -> Tensor:
-    """The best guess (B, N, T, 2) of an observer who is given the true noisy positions at the observed frames.
+    """Predicts positions (B, N, T, 2) from the true noisy positions in the observed frames, the errors' floor.
 
-    Exact inference with the data's true parameters: the smoothed mean of B h_t, averaged over the two launch sides with
-    their posterior probabilities. A floor for all practical purposes, not a proven bound: the launch is taken as a
-    Gaussian with the true first two moments, and a mean is the best guess in squared rather than absolute distance.
+    This is exact inference with the data's true parameters: the smoothed mean of B h_t, averaged over the two launch
+    sides with their posterior probabilities. It is a floor in practice, not a proven bound, because the launch is taken
+    as a Gaussian with the true first two moments, and because a mean minimises the squared, not the absolute distance.
 
     Args:
-        positions: (B, N, T, 2) in pixels, NaN where there is no object.
+        dynamics: the true parameters, in pixels.
+        positions: (B, N, T, 2) in pixels, NaN for absent objects.
         observed: (T,) bool.
     """
     lgssm: LGSSM = dynamics.lgssm
     a = positions.nan_to_num().unsqueeze(-3)
-    z = (exact.log_likelihood(lgssm, a, observed) + dynamics.pi.log()).softmax(-1)
-    mean = exact.rts_smoother(lgssm, a, observed).mean @ lgssm.B.mT
+    z = (kalman.log_likelihood(lgssm, a, observed) + dynamics.pi.log()).softmax(-1)
+    mean = kalman.rts_smoother(lgssm, a, observed).mean @ lgssm.B.mT
     return (z[..., None, None] * mean).sum(-3)
 
 
 def likeliest_labels(dynamics: TrueDynamics, positions: Tensor, n_objects: Tensor, *, reach: float = 4.0) -> Tensor:
-    """Positions (B, N, T, 2) with the labels that an observer finds likeliest who is given them without labels.
+    """Relabels true positions (B, N, T, 2) by maximum likelihood, as an observer would who sees them unlabelled.
 
-    Exact likelihoods with the data's true parameters, Eq (10). The observer starts from the true labels and exchanges
-    two objects over an interval of frames as long as that raises the likelihood, the best exchange first. What
-    `switches` counts in the result is therefore a floor: not even exact positions tell these objects apart. Only
-    objects that come within ``reach`` pixels of each other are tried.
+    The likelihood is Eq (10) with the data's true parameters. The search starts from the true labels and exchanges two
+    objects over an interval of frames, the best exchange first, as long as that raises the likelihood. The `switches`
+    of the result are a floor: even exact positions do not tell these objects apart.
 
     Args:
-        positions: in pixels, NaN where there is no object.
+        dynamics: the true parameters, in pixels.
+        positions: in pixels, NaN for absent objects.
+        n_objects: (B,).
+        reach: only objects that come within this distance in pixels of each other are exchanged.
     """
     a, T = positions.clone(), positions.shape[2]
-    mean, C = exact.marginal_moments(dynamics.lgssm, T)
+    mean, C = marginal_moments(dynamics.lgssm, T)
     P, log_det = torch.linalg.inv(C), torch.logdet(C)
 
     def log_p(tracks: Tensor) -> Tensor:
@@ -162,7 +174,7 @@ def likeliest_labels(dynamics: TrueDynamics, positions: Tensor, n_objects: Tenso
     while bool(improved.any()):
         best, exchanged = torch.full((len(a),), 1e-9, dtype=a.dtype), a.clone()
         for j, i in itertools.combinations(range(a.shape[1]), 2):
-            near = improved & ((a[:, i] - a[:, j]).norm(dim=-1).amin(1) < reach)  # False where one of them is NaN
+            near = improved & ((a[:, i] - a[:, j]).norm(dim=-1).amin(1) < reach)  # False if either object is NaN
             x, y = a[near, i], a[near, j]
             before = log_p(x) + log_p(y)
             for t, end in intervals:
@@ -180,5 +192,5 @@ def likeliest_labels(dynamics: TrueDynamics, positions: Tensor, n_objects: Tenso
 
 
 def nan_mean(x: Tensor) -> float:
-    """Mean of what is not NaN; NaN if nothing is."""
+    """Returns the mean of the values that are not NaN, or NaN if there are none."""
     return float(np.nanmean(x.numpy())) if bool((~x.isnan()).any()) else float("nan")

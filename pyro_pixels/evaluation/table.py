@@ -1,4 +1,4 @@
-"""One table of how good a trained model is on sequences it has not seen (Secs 3.3-3.5), beside the floors."""
+"""The table of a trained model's errors and losses on held-out sequences (Secs 3.3-3.5), beside their floors."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.predict import generate, infer, interpolate
 from pyro_pixels.training.elbo import bound
 
-N_SEEN = 5  # frames seen at the start, and for interpolation also at the end (Secs 3.4, 3.5)
+N_SEEN = 5  # observed frames at the start, and for interpolation also at the end (Secs 3.4, 3.5)
 
 Table = dict[str, dict[str, float | int | None]]
 
@@ -27,12 +27,16 @@ def evaluate(
     n_futures: int = 0,
     batch_size: int = 100,
 ) -> dict[str, Any]:
-    """Errors, losses and floors, for each N and for all sequences.
+    """Evaluates a model and its guide: errors, losses and floors, for each N and for all sequences.
 
     Args:
-        data: fresh sequences. Without ``positions`` there are no errors in pixels; without ``dynamics`` no floors.
-        n_seen: frames seen before generation, and at either end for interpolation.
-        n_futures: of each sequence, sampled to average their images; 0 leaves ``averaged_nll_per_frame_nats`` out.
+        model: the trained model.
+        guide: the trained guide.
+        data: held-out sequences. Errors in pixels need ``positions``, floors also need ``dynamics``.
+        n_seen: observed frames before generation, and at either end for interpolation.
+        n_futures: sampled futures per sequence whose images are averaged for ``averaged_nll_per_frame_nats``; with 0
+            it is left out.
+        batch_size: sequences per batch.
 
     Returns:
         ``by_n_objects`` and ``all``, each with the measures that docs/reproduction.md explains (None where a measure
@@ -42,7 +46,7 @@ def evaluate(
         ValueError: if the sequences are too short or do not fit the model, or ``n_futures`` is negative.
     """
     if n_futures < 0:
-        raise ValueError(f"n_futures is {n_futures}; give a number of sampled futures, 0 for none")
+        raise ValueError(f"n_futures is {n_futures}; wanted a number of sampled futures, 0 for none")
     T = data.images.shape[1]
     if n_seen < 1 or 2 * n_seen >= T:
         raise ValueError(
@@ -59,7 +63,7 @@ def evaluate(
         result["dynamics"] = _dynamics_in_pixels(model, affine)
         values |= errors_in_pixels(data, affine(inferred), affine(generated), affine(interpolated), ends, n_seen)
         if data.sides is not None:
-            values["side_accuracy"] = _sides_told(model, inferred, affine(inferred), data)
+            values["side_accuracy"] = _side_accuracy(model, inferred, affine(inferred), data)
 
     return result | means_by_n(values, data.n_objects)
 
@@ -74,7 +78,7 @@ def _query(
     n_futures: int,
     batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Latent positions (n, N, T, 2) by inference, generation and interpolation, and losses (n,)."""
+    """Returns latent positions (n, N, T, 2) by inference, generation and interpolation, and losses (n,)."""
     device = next(model.parameters()).device
     T, N = data.images.shape[1], int(data.n_objects.max())
     positions: list[list[Tensor]] = [[], [], []]
@@ -110,10 +114,18 @@ def _query(
 def errors_in_pixels(
     data: ImageSequences, inferred: Tensor, generated: Tensor, interpolated: Tensor, ends: Tensor, n_seen: int
 ) -> dict[str, Tensor]:
-    """Mean error in pixels of each object (n, N), and whether identities switched (n,), of positions (n, N, T, 2).
+    """Returns the mean error of each object in pixels (n, N) and whether identities switched (n,).
 
-    Objects are matched to the true ones over all frames for inference, and over the frames that were seen for
-    generation and interpolation.
+    Objects are matched with the true ones over all frames for inference, and over the observed frames for generation
+    and interpolation.
+
+    Args:
+        data: sequences with ``positions``.
+        inferred: positions (n, N, T, 2) in pixels, as all the others.
+        generated: positions after ``n_seen`` observed frames.
+        interpolated: positions between observed frames at both ends.
+        ends: (T,) bool, the frames observed for interpolation.
+        n_seen: the number of frames observed for generation.
     """
     truth, n_objects = data.positions, data.n_objects
     assert truth is not None
@@ -145,10 +157,10 @@ def errors_in_pixels(
 
 
 @torch.no_grad()
-def _sides_told(model: PixelModel, inferred: Tensor, in_pixels: Tensor, data: ImageSequences) -> Tensor:
-    """(n, N) whether the most likely component tells from which side an object was launched, NaN for absent ones.
+def _side_accuracy(model: PixelModel, inferred: Tensor, in_pixels: Tensor, data: ImageSequences) -> Tensor:
+    """Returns (n, N), 1 where the likeliest component gives the launch side and else 0, NaN for absent objects.
 
-    Which component stands for which side is settled once, for all sequences.
+    Components are matched with sides once for all sequences.
     """
     assert data.positions is not None
     assert data.sides is not None
@@ -165,7 +177,7 @@ def _sides_told(model: PixelModel, inferred: Tensor, in_pixels: Tensor, data: Im
 
 
 def means_by_n(values: dict[str, Tensor], n_objects: Tensor) -> dict[str, Any]:
-    """Means of measures (n, ...), NaN where they do not apply, over the sequences of each N and over all."""
+    """Averages measures (n, ...), NaN where they do not apply, over the sequences of each N and over all."""
     groups = {str(n): n_objects == n for n in sorted(set(n_objects.tolist()))}
     return {
         "by_n_objects": {name: _means(values, group) for name, group in groups.items()},
@@ -174,7 +186,7 @@ def means_by_n(values: dict[str, Tensor], n_objects: Tensor) -> dict[str, Any]:
 
 
 def _means(values: dict[str, Tensor], group: Tensor) -> dict[str, float | int | None]:
-    """Mean of each measure over a group of sequences, None where it does not apply."""
+    """Averages each measure over a group of sequences, None where it does not apply."""
     means: dict[str, float | int | None] = {"n_sequences": int(group.sum())}
     for name, value in values.items():
         mean = metrics.nan_mean(value[group])
@@ -184,9 +196,9 @@ def _means(values: dict[str, Tensor], group: Tensor) -> dict[str, float | int | 
 
 @torch.no_grad()
 def _dynamics_in_pixels(model: PixelModel, affine: metrics.Affine) -> dict[str, Any]:
-    """What was learned, in units that can be compared with the truth: pixels and frames.
+    """Returns the learned dynamics in pixels and frames, the units of the truth.
 
-    The change of the velocity in a frame is delta u_v in pixels per frame squared: the product is what images show.
+    The acceleration in pixels per frame squared is delta u_v; images determine only this product.
     """
     lgssm = model.dynamics.lgssm()
     acceleration = affine.matrix @ (lgssm.A[0, 2] * lgssm.u[2:]).cpu()
@@ -200,7 +212,7 @@ def _dynamics_in_pixels(model: PixelModel, affine: metrics.Affine) -> dict[str, 
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The result of `evaluate` as a short table for people."""
+    """Formats the result of `evaluate` as a short text table."""
     columns = {
         "position error": "position_error_px",
         "switch rate": "switch_rate",

@@ -1,4 +1,4 @@
-"""Amortised guides q(a | v) (Sec 2.2.1): the contract, the paper's network, and guides with the dynamics inside."""
+"""Amortised guides q(a | v) (Sec 2.2.1): the base class, the paper's network, and guides that contain the dynamics."""
 
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead, LinearHead

@@ -1,12 +1,12 @@
-"""A guide for the joint model: q(a, h, z | v) = q(a | v) prod_n p(h^n, z^n | a^n) (Sec 2.2, Eqs 6-7).
+"""The guide of the joint model, q(a, h, z | v) = q(a | v) prod_n p(h^n, z^n | a^n) (Sec 2.2, Eqs 6-7).
 
-Given positions, components and states need no approximation: p(z | a) is a Categorical and p(h | a, z) a Gaussian path.
-`JointGuide` adds both to any guide over a, so that Pyro's inference runs on `PixelModel.joint`:
+Given positions, the posterior of components and states is exact: p(z | a) is a Categorical and p(h | a, z) is Gaussian.
+`JointGuide` adds both to any guide q(a | v), so that Pyro's inference runs on `PixelModel.joint`:
 
     Predictive(model.joint, guide=JointGuide(guide, model.dynamics), num_samples=100)(images, n_objects)
 
-The bound does not change: log p(z, h, a) - log q(z, h | a) = log p(a) for every draw of z and h. Train with ``model``
-and ``guide`` all the same: there z is summed out, and here its gradient would be estimated from draws.
+The ELBO is the same, because log p(z, h, a) - log q(z, h | a) = log p(a) for every z and h. Train with ``model`` and
+``guide`` nevertheless: there z is summed out, whereas here its gradient would be estimated from samples.
 
 Departures from the paper: none.
 """
@@ -20,22 +20,23 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels._pyro import announce_parameters
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import StatePath
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.lgssm.kalman import LGSSM
 
 
 class StatePosterior(TorchDistribution):
-    """p(h_{1:T} | a_{1:T}, z): event shape (T, d), batch shape that of the LGSSM's starts and of ``a``, broadcast.
+    """The posterior p(h_{1:T} | a_{1:T}, z), with event shape (T, d).
 
-    Needs positive definite Sigma_H and Sigma for `log_prob`; sampling needs neither.
+    The batch shapes of the LGSSM's starts and of ``a`` are broadcast. `log_prob` needs positive definite Sigma_H and
+    Sigma; sampling does not.
 
     Args:
-        lgssm: with the starts of the components z, as `select_component` gives it.
+        lgssm: the parameters with the starts of components z, as returned by `select_component`.
         a: positions (..., T, 2).
     """
 
@@ -50,24 +51,25 @@ class StatePosterior(TorchDistribution):
         super().__init__(batch_shape, event_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(h | z) + log p(a | h) - log p(a | z)."""
+        """Returns log p(h | z) + log p(a | h) - log p(a | z)."""
         h = value.to(self._a.dtype)
         p_a = dist.MultivariateNormal(h @ self._lgssm.B.mT, self._lgssm.Sigma_A, validate_args=False)
         log_joint = StatePath(self._lgssm, h.shape[-2]).log_prob(h) + p_a.log_prob(self._a).sum(-1)
-        return log_joint - exact.log_likelihood(self._lgssm, self._a)
+        return log_joint - kalman.log_likelihood(self._lgssm, self._a)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        return exact.sample_posterior(self._lgssm, self._a, sample_shape=tuple(sample_shape))
+        """Draws whole paths, jointly over time."""
+        return kalman.sample_posterior(self._lgssm, self._a, sample_shape=tuple(sample_shape))
 
 
 class JointGuide(nn.Module):
     """The Pyro guide of `PixelModel.joint`: sites ``a`` (B, N, T, 2), ``z`` (B, N) and ``h`` (B, N, T, 4).
 
-    Absent objects are masked, as in the model; what their slots hold has no meaning.
+    Absent objects are masked, as in the model; the values in their slots have no meaning.
 
     Args:
-        guide: q(a | v), any.
-        dynamics: the model's own, ``model.dynamics``.
+        guide: any q(a | v).
+        dynamics: the dynamics of the model, ``model.dynamics``.
     """
 
     def __init__(self, guide: Guide, dynamics: Dynamics) -> None:
@@ -75,7 +77,7 @@ class JointGuide(nn.Module):
         self.guide, self.dynamics = guide, dynamics
 
     def forward(self, images: Tensor, n_objects: Tensor, n_frames: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The Pyro guide. Returns a, z and h. Takes the arguments of the model, as Pyro asks.
+        """Runs the Pyro guide and returns a, z and h; the arguments are those of the model.
 
         Raises:
             ValueError: if the images do not fit the guide.

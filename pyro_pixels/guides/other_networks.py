@@ -1,10 +1,10 @@
-"""Other networks for the guides that read states s_t^n: what sees a frame, and which way time runs.
+"""Alternative networks for the states s_t^n: a convolutional front end, and a bidirectional recursion.
 
-The recursion is Eq (8)'s in both. `ConvolutionalFrontEnd` gives it feature maps to read instead of pixels, so that
-an object looks alike wherever it is. `BidirectionalRNN` runs it forward and backward in time, so that s_t^n knows the
-whole sequence and not frames 1..t alone: q(a_t | v_{1:T}), as the posterior is. Any head reads either.
+Both use the recursion of Eq (8). `ConvolutionalFrontEnd` replaces the pixels by feature maps, so that an object looks
+the same wherever it is. `BidirectionalRNN` runs forward and backward in time, so that s_t^n depends on the whole
+sequence instead of on frames 1..t alone: q(a_t | v_{1:T}), like the posterior. Both work with any head.
 
-Departures from the paper: both.
+Departures from the paper: both networks.
 """
 
 import torch
@@ -14,10 +14,11 @@ from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
 
 
 class ConvolutionalFrontEnd(nn.Module):
-    """Two convolutions, each of stride 2 and rectified: images (B, T, H, W) to features (B, T, F).
+    """Two convolutions with stride 2 and ReLUs that map images (B, T, H, W) to features (B, T, F).
 
     Args:
-        channels: feature maps after the first and the second convolution; F = channels[1] x H/4 x W/4, rounded up.
+        channels: the numbers of feature maps after the first and the second convolution; F = channels[1] x H/4 x W/4
+            with H/4 and W/4 rounded up.
     """
 
     def __init__(self, channels: tuple[int, int] = (8, 8)) -> None:
@@ -31,19 +32,20 @@ class ConvolutionalFrontEnd(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        """Returns the features (B, T, F) of images (B, T, H, W)."""
         frames = self.layers(images.flatten(0, 1).unsqueeze(1))  # (B T, channels, H / 4, W / 4)
         return frames.flatten(1).unflatten(0, images.shape[:2])
 
 
 class BidirectionalRNN(StateNetwork):
-    """The states of two recursions side by side: D is the sum of theirs.
+    """Two recursions in opposite directions with concatenated states; D is the sum of their sizes.
 
-    Under a `StructuredGuide` its queries would not be answered from the seen frames alone, since the states of a seen
-    frame depend on what stands in the place of the unseen ones behind it; give that guide an `InferenceRNN`.
+    Do not use it in a `StructuredGuide`: the states of an observed frame depend on all later frames, also on those that
+    are filled in for unobserved ones, so that queries would not depend on the observed frames alone.
 
     Args:
-        forward_rnn: sees frames 1, ..., T.
-        backward_rnn: sees frames T, ..., 1; its state at frame t knows of frames t..T.
+        forward_rnn: runs over frames 1, ..., T.
+        backward_rnn: runs over frames T, ..., 1; its state at frame t depends on frames t..T.
 
     Raises:
         ValueError: if the two are for images of different sizes.
@@ -61,6 +63,6 @@ class BidirectionalRNN(StateNetwork):
         self.forward_rnn, self.backward_rnn = forward_rnn, backward_rnn
 
     def forward(self, images: Tensor, n_objects: Tensor) -> Tensor:
-        """States s (B, N, T, D). Errors as `InferenceRNN`'s."""
+        """Returns the states s (B, N, T, D); the errors are those of `InferenceRNN`."""
         backward = self.backward_rnn(images.flip(1), n_objects).flip(2)
         return torch.cat([self.forward_rnn(images, n_objects), backward], -1)

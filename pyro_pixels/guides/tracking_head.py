@@ -32,10 +32,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.heads import AttentionHead, WhitePixels
 from pyro_pixels.lgssm.dynamics import Dynamics, collapse_components
+from pyro_pixels.lgssm.marginal import marginal_moments
 
 CLAIM_BOUND = 3.0  # largest claim of the network, in nats; it weighs about as much as a distance of 3 pixels
 TRACK_NOISE = 0.02  # standard deviation of y in the stages 2 and 3, latent units
@@ -140,7 +140,7 @@ class Tracks(NamedTuple):
     def of(cls, dynamics: Dynamics, blob: Tensor, T: int, dtype: torch.dtype, clutter: float = 0.0) -> "Tracks":
         """Makes the approximation for T frames, in ``dtype``."""
         lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
-        mean, C = exact.marginal_moments(lgssm, T)
+        mean, C = marginal_moments(lgssm, T)
         S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
         W = torch.cholesky_solve(C, torch.linalg.cholesky_ex(S).L)
         precision = torch.linalg.inv_ex(blob + lgssm.Sigma_A).inverse

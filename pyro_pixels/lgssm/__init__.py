@@ -1,8 +1,8 @@
 """Linear-Gaussian state-space models (Sec 2.1.2): exact inference, in plain torch.
 
-`kalman` filters, smooths and samples; `marginal` gives the Gaussian over the positions of all frames. `distributions`
-and `dynamics` make Pyro distributions and learnable parameters of them, and are imported by their own names, so that
-exact inference needs no Pyro.
+`kalman` filters, smooths and samples; `marginal` gives the joint Gaussian over the positions in all frames.
+`distributions` and `dynamics` build Pyro distributions and learnable parameters on them; import these two by name, so
+that exact inference does not need Pyro.
 """
 
 from pyro_pixels.lgssm.kalman import (

@@ -3,16 +3,16 @@
 `Dynamics` holds delta, u, Sigma_H, Sigma_A, pi, mu_k and Sigma_k as ordinary parameters. Its `positions(T)` is the
 distribution of one object's positions with the states h and the component z integrated out:
 
-    p(a_{1:T}) = sum_k pi_k p(a_{1:T} | z = k)
+    p(a_{1:T}) = sum_k pi_k p(a_{1:T} | z = k),
 
-a `MixtureSameFamily(Categorical(pi), components)`, where the components are Pyro's `GaussianHMM` (`hmm_components`, the
-model as one would state it) or the same density many times faster: the dense Gaussian over all 2 T coordinates
-(`dense_components`), a filter that takes many frames at a time (`block_components`), or whichever of the two suits T
-(`exact_components`). All are computed in float64: in float32 Pyro's GaussianHMM is wrong by nats, silently, when
-Sigma_H is small. docs/performance.md measures them.
+a `MixtureSameFamily(Categorical(pi), components)`. The components can be Pyro's `GaussianHMM` (`hmm_components`, the
+literal statement of the model), or the same density computed many times faster: as a dense Gaussian over all 2 T
+coordinates (`dense_components`), by a filter that advances many frames at a time (`block_components`), or by whichever
+of these two suits T (`exact_components`). All work in float64: in float32 Pyro's GaussianHMM is silently wrong by nats
+when Sigma_H is small. docs/performance.md compares their speed.
 
-Departures from the paper: none in the density. Sigma_A is kept above a floor (`DynamicsConfig.position_noise_floor`)
-so that its Cholesky factor exists. Sigma_H, Sigma_A and Sigma_k are full covariances; the paper does not say.
+Departures from the paper: none in the density. Sigma_A is kept above a floor (`DynamicsConfig.position_noise_floor`) so
+that its Cholesky factor exists. Sigma_H, Sigma_A and Sigma_k are full covariances, which the paper leaves open.
 """
 
 import math
@@ -24,33 +24,34 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import BlockTracks, DenseTracks
 from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.lgssm.marginal import marginal_moments
 
 DENSE_FRAMES = 64  # up to this many frames `exact_components` are dense
 
 
 @dataclass(frozen=True)
 class DynamicsConfig:
-    """Starting values of the dynamics; the defaults are those of Sec 3.2. Noises are variances, in latent units."""
+    """Starting values of the dynamics, by default those of Sec 3.2; noises are variances, in latent units."""
 
     n_components: int = 2
-    """K, the number of ways an object may start."""
+    """K, the number of components of the mixture over h_1."""
     delta: float = 0.1
-    """Sampling period."""
+    """The sampling period."""
     state_noise: float = 1e-3
-    """Sigma_H = state_noise I."""
+    """The variance in Sigma_H = state_noise I."""
     position_noise: float = 1.0
-    """Sigma_A = position_noise I."""
+    """The variance in Sigma_A = position_noise I."""
     start_spread: float = 1.0
-    """Standard deviation of the positions in mu_k, which are drawn."""
+    """The standard deviation from which the positions in mu_k are drawn."""
     start_velocity_spread: float = 0.0
-    """The same of the velocities in mu_k; 0 in the paper."""
+    """The standard deviation from which the velocities in mu_k are drawn; 0 in the paper."""
     start_variance: float = 1.0
-    """Sigma_k = start_variance I."""
+    """The variance in Sigma_k = start_variance I."""
     position_noise_floor: float = 1e-6
-    """Sigma_A never falls below this times I."""
+    """The lower bound of Sigma_A, as a multiple of I."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.n_components, int) or self.n_components < 1:
@@ -69,57 +70,60 @@ class DynamicsConfig:
 
 
 class TrackMixture(dist.MixtureSameFamily):
-    """p(a_{1:T}) of Eq (10): event shape (T, 2), computed in float64 whatever the type of the value.
+    """The mixture p(a_{1:T}) of Eq (10), with event shape (T, 2).
 
-    A mixture of dense components or of Pyro's GaussianHMM. `log_prob` returns float64.
+    Densities are computed and returned in float64 whatever the type of the value. The components may be any of the
+    `*_components` below.
     """
 
     support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]  # torch's own has no bijection
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """Returns log p(a_{1:T}) (...) in float64 for positions (..., T, 2)."""
         return self._log_joint(value).logsumexp(-1)
 
     def component_posterior(self, value: Tensor) -> dist.Categorical:
-        """p(z | a_{1:T}), a Categorical over K, for positions (..., T, 2)."""
+        """Returns p(z | a_{1:T}), a Categorical over K, for positions (..., T, 2)."""
         return dist.Categorical(logits=self._log_joint(value), validate_args=False)
 
     def _log_joint(self, value: Tensor) -> Tensor:
-        value = value.to(exact.exact_dtype(value.device)).unsqueeze(-3)
+        """Returns log p(a_{1:T}, z) (..., K)."""
+        value = value.to(kalman.exact_dtype(value.device)).unsqueeze(-3)
         return self.component_distribution.log_prob(value) + self.mixture_distribution.logits
 
 
 Components = Callable[[LGSSM, int], dist.TorchDistribution]
-"""(LGSSM with a batch of K, T) -> p(a_{1:T} | z = k), batch shape (K,), event shape (T, 2)."""
+"""A function (LGSSM with a batch of K, T) -> p(a_{1:T} | z = k), with batch shape (K,) and event shape (T, 2)."""
 
 
 def exact_components(lgssm: LGSSM, n_frames: int) -> DenseTracks | BlockTracks:
-    """The fastest of the exact components: dense for short sequences, by blocks for longer ones."""
+    """Returns the fastest exact components: dense ones for short sequences, blockwise filters for longer ones."""
     return (dense_components if n_frames <= DENSE_FRAMES else block_components)(lgssm, n_frames)
 
 
 def dense_components(lgssm: LGSSM, n_frames: int) -> DenseTracks:
-    """The components as dense Gaussians over all 2 T coordinates: O(T^3), the fastest for short sequences."""
-    return DenseTracks(*exact.marginal_moments(lgssm, n_frames))
+    """Returns the components as dense Gaussians over all 2 T coordinates, O(T^3), the fastest for short sequences."""
+    return DenseTracks(*marginal_moments(lgssm, n_frames))
 
 
 def block_components(lgssm: LGSSM, n_frames: int) -> BlockTracks:
-    """The components as filters that take many frames at a time: O(T)."""
+    """Returns the components as filters that advance many frames at a time, O(T)."""
     return BlockTracks(lgssm, n_frames)
 
 
 def hmm_components(lgssm: LGSSM, n_frames: int) -> dist.GaussianHMM:
-    """The components as Pyro's `GaussianHMM`, O(T) work.
+    """Returns the components as Pyro's `GaussianHMM`, O(T).
 
-    Pyro's chain starts at h_0 and makes a transition before the first observation, and its matrices act from the
-    right. A dummy h_0 ~ N(0, I), forgotten by a first transition with matrix 0 and noise N(mu_k, Sigma_k), gives h_1
-    exactly the start of Eq (4).
+    Pyro's chain starts at h_0 and makes a transition before the first observation, and its matrices act from the right.
+    A dummy h_0 ~ N(0, I), followed by a first transition with matrix 0 and noise N(mu_k, Sigma_k), gives h_1 exactly
+    the distribution of Eq (4).
     """
     A, B, u, Sigma_H, Sigma_A, mu, Sigma = lgssm
     K, d = mu.shape
     dtype, device = A.dtype, A.device
 
     def normal(loc: Tensor, cov: Tensor) -> dist.MultivariateNormal:
-        return dist.MultivariateNormal(loc, scale_tril=exact.semidefinite_cholesky(cov), validate_args=False)
+        return dist.MultivariateNormal(loc, scale_tril=kalman.semidefinite_cholesky(cov), validate_args=False)
 
     rest = (K, n_frames - 1)
     matrix = torch.cat([torch.zeros(K, 1, d, d, dtype=dtype, device=device), A.mT.expand(*rest, d, d)], 1)
@@ -137,11 +141,11 @@ def hmm_components(lgssm: LGSSM, n_frames: int) -> dist.GaussianHMM:
 
 
 class Dynamics(nn.Module):
-    """delta, u, Sigma_H, Sigma_A, pi_k, mu_k, Sigma_k as parameters, started as in Sec 3.2.
+    """The learnable dynamics with parameters delta, u, Sigma_H, Sigma_A, pi_k, mu_k and Sigma_k (Sec 3.2).
 
     Args:
-        config: starting values. mu_k is drawn when constructed; u = 0 and pi is uniform.
-        components: how p(a_{1:T} | z = k) is computed: one of the `*_components` above, or your own.
+        config: starting values; mu_k is drawn by the constructor, u starts at 0 and pi is uniform.
+        components: computes p(a_{1:T} | z = k): one of the `*_components` above, or your own function.
     """
 
     def __init__(self, config: DynamicsConfig = DynamicsConfig(), *, components: Components = exact_components) -> None:
@@ -160,28 +164,28 @@ class Dynamics(nn.Module):
 
     @property
     def delta(self) -> Tensor:
-        """Sampling period, a positive scalar."""
+        """The sampling period, a positive scalar."""
         return self.log_delta.exp()
 
     @property
     def pi(self) -> Tensor:
-        """(K,) component probabilities."""
+        """The component probabilities (K,)."""
         return self.log_pi.softmax(-1)
 
     @torch.no_grad()
     def set_starts(self, log_pi: Tensor, mu: Tensor, Sigma: Tensor) -> None:
-        """Puts log pi_k (K,), mu_k (K, 4) and Sigma_k (K, 4, 4), positive definite, in place of what they were."""
+        """Sets log pi_k (K,), mu_k (K, 4) and Sigma_k (K, 4, 4), which must be positive definite, in place."""
         self.log_pi.copy_(log_pi)
         self.mu.copy_(mu)
         L = torch.linalg.cholesky(Sigma)
         self.root_Sigma.copy_(L.tril(-1) + torch.diag_embed(L.diagonal(dim1=-2, dim2=-1).log()))
 
     def lgssm(self) -> LGSSM:
-        """The parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
-        dtype, device = exact.exact_dtype(self.mu.device), self.mu.device
+        """Returns the parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
+        dtype, device = kalman.exact_dtype(self.mu.device), self.mu.device
         I = torch.eye(4, dtype=dtype, device=device)
         delta = self.log_delta.to(dtype).exp()
-        Sigmas = _covariance(torch.cat([self.root_Sigma_H.unsqueeze(0), self.root_Sigma]).to(dtype))  # all at once
+        Sigmas = _covariance(torch.cat([self.root_Sigma_H.unsqueeze(0), self.root_Sigma]).to(dtype))  # one batched call
         Sigma_A = _covariance(self.root_Sigma_A.to(dtype)) + self.config.position_noise_floor * I[:2, :2]
         return LGSSM(
             A=I + delta * torch.ones(2, dtype=dtype, device=device).diag(2),
@@ -194,26 +198,27 @@ class Dynamics(nn.Module):
         )
 
     def positions(self, n_frames: int) -> TrackMixture:
-        """p(a_{1:T}) of one object, Eq (10): batch shape (), event shape (T, 2)."""
+        """Returns p(a_{1:T}) of one object, Eq (10), with batch shape () and event shape (T, 2)."""
         lgssm = self.lgssm()
         z = dist.Categorical(logits=self.log_pi.to(lgssm.mu.dtype), validate_args=False)
         return TrackMixture(z, self.components(lgssm, n_frames), validate_args=False)
 
     def component_posterior(self, a: Tensor, observed: Tensor | None = None) -> dist.Categorical:
-        """p(z | a) by a Kalman filter a component (Sec 3.4), batch (...), for a (..., T, 2).
+        """Returns p(z | a), with batch shape (...), by one Kalman filter per component (Sec 3.4).
 
         Args:
-            a: positions; observed: (..., T) bool, False where a step is missing.
+            a: positions (..., T, 2).
+            observed: (..., T) bool, False where a frame is missing; by default all are observed.
         """
         if observed is not None:
             observed = observed.unsqueeze(-2)
-        log_likelihood = exact.log_likelihood(self.lgssm(), a.unsqueeze(-3), observed)
+        log_likelihood = kalman.log_likelihood(self.lgssm(), a.unsqueeze(-3), observed)
         log_pi = self.log_pi.to(log_likelihood.dtype).log_softmax(-1)
         return dist.Categorical(logits=log_likelihood + log_pi, validate_args=False)
 
 
 def collapse_components(lgssm: LGSSM, pi: Tensor) -> LGSSM:
-    """The LGSSM with one Gaussian start that has the mean and covariance of the mixture (pi (K,), mu_k, Sigma_k)."""
+    """Returns the LGSSM with the mixture over h_1 replaced by one Gaussian of equal mean and covariance."""
     pi = pi.to(lgssm.mu.dtype)
     mean = pi @ lgssm.mu
     spread = lgssm.mu - mean
@@ -222,16 +227,16 @@ def collapse_components(lgssm: LGSSM, pi: Tensor) -> LGSSM:
 
 
 def select_component(lgssm: LGSSM, k: Tensor) -> LGSSM:
-    """The LGSSM whose starts are those of components ``k`` (...): its mu is (..., 4)."""
+    """Returns the LGSSM with the starts of components ``k`` (...), so that its mu is (..., 4)."""
     return lgssm._replace(mu=lgssm.mu[k], Sigma=lgssm.Sigma[k])
 
 
 def _log_root(variance: float, d: int) -> Tensor:
-    """The unconstrained (d, d) matrix that `_covariance` maps to ``variance`` I."""
+    """Returns the unconstrained (d, d) matrix that `_covariance` maps to ``variance`` I."""
     return 0.5 * torch.tensor(variance).log() * torch.eye(d)
 
 
 def _covariance(root: Tensor) -> Tensor:
-    """L L' with L the lower triangle of ``root``, its diagonal exponentiated."""
+    """Returns L L' with L the lower triangle of ``root`` and its diagonal exponentiated."""
     L = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).exp())
     return L @ L.mT

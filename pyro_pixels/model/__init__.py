@@ -1,4 +1,4 @@
-"""The generative model (Sec 2.1): a neural renderer over exact linear dynamics."""
+"""The generative model (Sec 2.1): linear-Gaussian dynamics, a neural renderer, and a pixel likelihood."""
 
 from pyro_pixels.model.likelihoods import (
     LIKELIHOODS,

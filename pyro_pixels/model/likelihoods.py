@@ -1,10 +1,10 @@
-"""What pixels are, given the renderer's logits: p(v | a), the last line of Eq (2), and others for grey images.
+"""Pixel likelihoods p(v | a) given the renderer's logits: the last line of Eq (2), and others for grey images.
 
-A `PixelLikelihood` is passed to `PixelModel`. It maps logits to a distribution over images, and to the image that is
-expected, which queries show.
+A `PixelLikelihood` is passed to `PixelModel`. It maps logits to a distribution over images and to the expected image,
+which the queries return.
 
-Departures from the paper: none by default, `BernoulliPixels`. The others are for values in [0, 1]; the log-likelihoods
-of theirs are log densities, which may be above 0.
+Departures from the paper: none with the default, `BernoulliPixels`. The others are for values in [0, 1]; their
+log-likelihoods are log densities and may be above 0.
 """
 
 import math
@@ -19,29 +19,29 @@ from torch import Tensor, nn
 
 
 class PixelLikelihood(nn.Module, ABC):
-    """p(v | logits), pixels independent. Parameters are learned with the model's."""
+    """The base class of likelihoods p(v | logits) of independent pixels; parameters are trained with the model's."""
 
     is_density: ClassVar[bool] = True
-    """Whether log-likelihoods are those of a density, so that zero nats mean nothing."""
+    """Whether log-likelihoods are log densities, for which zero nats have no special meaning."""
 
     @abstractmethod
     def forward(self, logits: Tensor) -> dist.TorchDistribution:
-        """For logits (..., T, H, W): batch shape (...), event shape (T, H, W)."""
+        """Returns the distribution given logits (..., T, H, W): batch shape (...), event shape (T, H, W)."""
 
     def mean(self, logits: Tensor) -> Tensor:
-        """The expected image, of the shape of the logits and within [0, 1]."""
+        """Returns the expected image, of the shape of the logits and within [0, 1]."""
         return logits.sigmoid()
 
 
 class FastBernoulli(dist.Bernoulli):
-    """Bernoulli whose log density, v l - log(1 + exp(l)) of logits l, takes two thirds of the time of torch's."""
+    """A Bernoulli with a faster log density, v logit - log(1 + exp(logit)); it takes two thirds of torch's time."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         return value * self.logits - F.softplus(self.logits)
 
 
 class BernoulliPixels(PixelLikelihood):
-    """Eq (2): a pixel is white with probability sigm(logit). Values in [0, 1] count as shares of white."""
+    """The Bernoulli of Eq (2): a pixel is white with probability sigm(logit); values may lie anywhere in [0, 1]."""
 
     is_density = False
 
@@ -50,7 +50,7 @@ class BernoulliPixels(PixelLikelihood):
 
 
 class ContinuousBernoulliPixels(PixelLikelihood):
-    """A density on [0, 1] proportional to p^v (1 - p)^(1 - v), p = sigm(logit) (Loaiza-Ganem and Cunningham, 2019)."""
+    """The density on [0, 1] proportional to p^v (1 - p)^(1 - v), p = sigm(logit) (Loaiza-Ganem & Cunningham, 2019)."""
 
     def forward(self, logits: Tensor) -> dist.TorchDistribution:
         return dist.ContinuousBernoulli(logits=logits, validate_args=False).to_event(3)
@@ -60,11 +60,11 @@ class ContinuousBernoulliPixels(PixelLikelihood):
 
 
 class GaussianPixels(PixelLikelihood):
-    """N(v; sigm(logit), std^2), one standard deviation for all pixels, learned by default.
+    """The Gaussian N(v; sigm(logit), std^2) with one standard deviation for all pixels, learned by default.
 
     Args:
-        std: where it starts, or what it stays at.
-        learned: False holds it.
+        std: starting value of the standard deviation, or its value if it is not learned.
+        learned: whether the standard deviation is a parameter; False keeps it fixed.
 
     Raises:
         ValueError: if ``std`` is not above 0.
@@ -91,4 +91,4 @@ LIKELIHOODS: dict[str, Callable[[], PixelLikelihood]] = {
     "continuous_bernoulli": ContinuousBernoulliPixels,
     "gaussian": GaussianPixels,
 }
-"""Likelihoods that a configuration can name; add your own to train and load it by name."""
+"""Name -> factory of the likelihoods that a configuration can refer to; add your own to train and load it by name."""

@@ -1,8 +1,8 @@
 """The generative model as a Pyro program (Sec 2.1, Fig 2b).
 
-`PixelModel` is the model that is trained: sites ``a`` (B, N, T, 2) and ``v`` (B, T, H, W), the states h and the
-components z summed out exactly. `PixelModel.joint` is the same model with sites ``z`` (B, N) and ``h`` (B, N, T, 4)
-as well. One plate, ``sequences``; one site a symbol; objects that a sequence does not have are masked.
+`PixelModel` is the model that is trained. Its sites are ``a`` (B, N, T, 2) and ``v`` (B, T, H, W); the states h and the
+components z are integrated out exactly. `PixelModel.joint` is the same model with the sites ``z`` (B, N) and ``h``
+(B, N, T, 4) as well. There is one plate, ``sequences``, and one site per symbol; absent objects are masked.
 
 Departures from the paper: none.
 """
@@ -20,12 +20,12 @@ from pyro_pixels.model.renderer import Renderer
 
 
 class PixelModel(nn.Module):
-    """p(v, a) = p(v | a) prod_n p(a^n), Eqs (1)-(5) with h and z integrated out.
+    """The generative model p(v, a) = p(v | a) prod_n p(a^n), Eqs (1)-(5) with h and z integrated out.
 
     Args:
-        dynamics: of each object, shared by all.
-        renderer: draws all objects' positions into an image.
-        likelihood: of the pixels given the renderer's logits; default Eq (2)'s Bernoulli.
+        dynamics: the dynamics, shared by all objects.
+        renderer: maps the positions of all objects to pixel logits.
+        likelihood: the distribution of pixels given logits; by default the Bernoulli of Eq (2).
     """
 
     def __init__(self, dynamics: Dynamics, renderer: Renderer, likelihood: PixelLikelihood | None = None) -> None:
@@ -34,12 +34,12 @@ class PixelModel(nn.Module):
         self.likelihood = BernoulliPixels() if likelihood is None else likelihood
 
     def forward(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
-        """The Pyro program. Returns v (B, T, H, W).
+        """Runs the Pyro program and returns v (B, T, H, W).
 
         Args:
-            images: (B, T, H, W), the observed v in {0, 1} (or [0, 1], as the likelihood has it), or None to draw it.
+            images: (B, T, H, W), the observed v, in {0, 1} or as the likelihood has it, or None to sample it.
             n_objects: (B,) int, the number of objects N of each sequence.
-            n_frames: T; needed where ``images`` is None.
+            n_frames: T; needed only if ``images`` is None.
 
         Raises:
             ValueError: if the shapes do not fit each other or the renderer.
@@ -53,7 +53,7 @@ class PixelModel(nn.Module):
             return self._draw(a, present, images)
 
     def joint(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
-        """The same model before h and z are summed out (Eq 5): sites z, h, a, v. Arguments as in `forward`."""
+        """Runs the same model with h and z as sites (Eq 5): z, h, a, v. The arguments are those of `forward`."""
         announce_parameters("model", self)
         B, N, T = self._sizes(images, n_objects, n_frames)
         present = object_mask(n_objects, N)
@@ -67,11 +67,13 @@ class PixelModel(nn.Module):
             return self._draw(a, present, images)
 
     def _draw(self, a: Tensor, present: Tensor, images: Tensor | None) -> Tensor:
+        """Samples or observes v given positions."""
         logits = self.renderer(a, present)
         obs = None if images is None else images.to(logits.dtype)
         return pyro.sample("v", self.likelihood(logits), obs=obs)
 
     def _sizes(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None) -> tuple[int, int, int]:
+        """Checks the arguments and returns B, N, T."""
         if images is None:
             check_objects(n_objects)
         else:
@@ -80,5 +82,5 @@ class PixelModel(nn.Module):
             if n_frames != images.shape[1]:
                 raise ValueError(f"n_frames is {n_frames} but the images have {images.shape[1]}; leave n_frames out")
         if n_frames is None or n_frames < 1:
-            raise ValueError(f"n_frames is {n_frames}; without images say how many frames to draw, at least 1")
+            raise ValueError(f"n_frames is {n_frames}; without images give the number of frames to sample, at least 1")
         return len(n_objects), most_objects(n_objects), n_frames

@@ -1,10 +1,10 @@
-"""Neural renderer: all objects' positions into one image (Sec 2.1.1, Eqs 1-2).
+"""The neural renderer, which maps the positions of all objects to one image (Sec 2.1.1, Eqs 1-2).
 
-An empty canvas x^0 = tanh(theta_x0) is drawn upon by one object after the other; each writes its contribution where
-its attention mask says so, and the last state is decoded into pixels.
+Starting from an empty canvas x^0 = tanh(theta_x0), the objects are drawn one after another: each writes its
+contribution where its attention mask alpha is open. The last canvas is decoded into pixel logits.
 
-Departures from the paper: none by default; `input_scale` and `background_logit` start it elsewhere. An absent object
-(mixed N in a batch) leaves the canvas exactly as it was.
+Departures from the paper: none by default; `input_scale` and `background_logit` change the starting values. An absent
+object (when N varies within a batch) leaves the canvas exactly as it was.
 """
 
 import torch
@@ -14,16 +14,17 @@ from pyro_pixels._init import init_as_paper
 
 
 class Renderer(nn.Module):
-    """Eqs (1)-(2) up to the logits of the Bernoulli.
+    """The renderer of Eqs (1)-(2), up to the logits of the Bernoulli.
 
     Args:
-        height: H and
+        height: H, in pixels.
         width: W, in pixels.
-        state_size: D, length of the canvas state x.
-        background_logit: starting value of b^v; the paper's is 0, a grey image. About -4 starts from black.
-        input_scale: if given, W^alpha and W^x start from N(0, input_scale^2) and their biases uniformly within
-            +-2/3 input_scale, so that the units of x switch at places all over the canvas, sharply, from the start;
-            for positions within [-1, 1]. None: as the paper, where units switch slowly and all through the origin.
+        state_size: D, the length of the canvas x.
+        background_logit: starting value of b^v; 0 in the paper, a grey image. About -4 starts from black.
+        input_scale: if given, W^alpha and W^x start from N(0, input_scale^2) and their biases from a uniform
+            distribution on +-2/3 input_scale, so that from the start the units of x switch sharply, at places spread
+            over the whole canvas, for positions within [-1, 1]. None starts as the paper does, where all units switch
+            slowly and at the origin.
     """
 
     def __init__(
@@ -51,14 +52,14 @@ class Renderer(nn.Module):
         nn.init.constant_(self.to_v.bias, background_logit)
 
     def forward(self, a: Tensor, present: Tensor) -> Tensor:
-        """Logits of the pixels.
+        """Renders positions.
 
         Args:
             a: positions (..., N, T, 2), cast to the type of the weights.
-            present: (..., N) bool, False for objects that are not there; broadcasts against the batch of ``a``.
+            present: (..., N) bool, False for absent objects; broadcasts against the batch shape of ``a``.
 
         Returns:
-            (..., T, H, W).
+            Logits of the pixels (..., T, H, W).
         """
         a = a.to(self.theta_x0.dtype)
         x = self.theta_x0.tanh()

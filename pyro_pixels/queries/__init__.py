@@ -1,4 +1,4 @@
-"""Questions to a trained model (Secs 2.3, 3.3-3.5): where objects are, will be, were, and what if."""
+"""Queries of a trained model (Secs 2.3, 3.3-3.5): inference, prediction, retrodiction, counterfactuals, evidence."""
 
 from pyro_pixels.queries.counterfactual import Change, scale_force, scale_period, unchanged, what_if
 from pyro_pixels.queries.evidence import Count, Evidence, count_objects, log_evidence

@@ -1,19 +1,19 @@
-"""How likely are these images, and how many objects are in them: importance-weighted bounds on log p(v).
+"""The evidence of images and the number of objects: importance-weighted bounds on log p(v).
 
 With S samples a^s of q(a | v),
 
-    log p(v) >= < log 1/S sum_s w_s >,   w_s = p(v | a^s) p(a^s) / q(a^s | v)
+    log p(v) >= < log 1/S sum_s w_s >,   w_s = p(v | a^s) p(a^s) / q(a^s | v),
 
-which is Eq (7)'s bound for S = 1 and rises to log p(v) as S grows (Burda et al., 2016). The effective number of
-samples, (sum w)^2 / sum w^2, tells how far to trust it: near 1, a single sample carries all the weight.
+which is the ELBO of Eq (7) for S = 1 and rises to log p(v) as S grows (Burda et al., 2016). The effective sample size,
+(sum w)^2 / sum w^2, shows how reliable the bound is: near 1, a single sample carries all the weight.
 
-A weight is unbiased whatever distribution its sample was drawn from, so samples from several may be averaged. The
-number of objects is told with tracks of q for N objects and with those for N + 1 of which one is left out: where the
-guide loses its way with N, it often finds it with one more.
+Weights are unbiased for any proposal distribution, so samples from several proposals can be averaged. The evidence for
+N objects uses samples of q for N objects, and samples of q for N + 1 objects with one left out: when the guide fails
+with N, it often succeeds with one more.
 
-Samples are drawn one after the other and only their weights kept, so memory is that of one pass over a chunk.
+Samples are drawn one after another and only their weights are kept, so memory does not grow with S.
 
-Shapes as in `queries`.
+Shapes are those of `pyro_pixels.queries.predict`.
 """
 
 import math
@@ -30,16 +30,16 @@ from pyro_pixels.model.pixel_model import PixelModel
 
 
 class Evidence(NamedTuple):
-    """A bound on log p(v) of each sequence, in nats."""
+    """A lower bound on log p(v) of each sequence, in nats."""
 
     log_evidence: Tensor  # (B,), float64
-    effective_samples: Tensor  # (B,), from 1 to S
+    effective_samples: Tensor  # (B,), effective sample size, from 1 to S
 
 
 class Count(NamedTuple):
-    """How many objects there are."""
+    """The posterior of the number of objects."""
 
-    n_objects: Tensor  # (B,), the most likely number
+    n_objects: Tensor  # (B,), the most probable number
     probs: Tensor  # (B, max_objects + 1), p(N | v) for N = 0, 1, ...
     log_evidence: Tensor  # (B, max_objects + 1), the bounds on log p(v | N)
     effective_samples: Tensor  # (B, max_objects + 1)
@@ -49,11 +49,15 @@ class Count(NamedTuple):
 def log_evidence(
     model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 50, chunk_size: int = 100
 ) -> Evidence:
-    """The importance-weighted bound on log p(v | N) of each sequence.
+    """Returns the importance-weighted bound on log p(v | N) of each sequence.
 
     Args:
-        images: (B, T, H, W) in {0, 1}; n_objects: (B,).
-        n_samples: S, at least 1; chunk_size: sequences that are worked on at once.
+        model: the trained model.
+        guide: the trained guide.
+        images: (B, T, H, W) in {0, 1}.
+        n_objects: (B,).
+        n_samples: S, at least 1.
+        chunk_size: the number of sequences processed at once.
 
     Raises:
         ValueError: if ``n_samples`` or ``chunk_size`` is below 1, or the input does not fit together.
@@ -78,16 +82,19 @@ def count_objects(
     n_samples: int = 10,
     chunk_size: int = 100,
 ) -> Count:
-    """p(N | v) for N = 0, ..., ``max_objects``, from the evidence for each; N = 0 is the empty canvas, exact.
+    """Returns p(N | v) for N = 0, ..., ``max_objects`` from the evidence for each N; that of N = 0 is exact.
 
-    An object more than needed may hide behind another and explain the images as well; p(a) makes it pay for every
-    frame in which q has to know where it is. So it is by the evidence, not by the images, that it is too many.
+    A superfluous object can hide behind another and explain the images just as well, but its KL lowers the evidence in
+    every frame. So too large N are rejected by the evidence, not by the reconstruction.
 
     Args:
+        model: the trained model.
+        guide: the trained guide.
         images: (B, T, H, W) in {0, 1}.
-        log_prior: (max_objects + 1,), log p(N) up to a constant; default: all equal.
+        max_objects: the largest N, at least 1.
+        log_prior: (max_objects + 1,), log p(N) up to a constant; by default uniform.
         n_samples: S, drawn from q for each number of objects up to ``max_objects + 1``.
-        chunk_size: sequences that are worked on at once.
+        chunk_size: the number of sequences processed at once.
 
     Raises:
         ValueError: if ``max_objects`` is below 1, ``log_prior`` has another length, or as in `log_evidence`.
@@ -106,7 +113,7 @@ def count_objects(
 def _evidence_by_count(
     model: PixelModel, guide: Guide, images: Tensor, max_objects: int, n_samples: int
 ) -> tuple[Tensor, Tensor]:
-    """The bound and the effective samples (B, max_objects + 1) for each N."""
+    """Returns the bounds and the effective sample sizes, each (B, max_objects + 1), for every N."""
     one = torch.ones(len(images), dtype=torch.long, device=images.device)
     log_w: list[list[Tensor]] = [[] for _ in range(max_objects + 2)]
     log_w[0].append(_log_empty(model, images).expand(n_samples, -1))
@@ -122,20 +129,21 @@ def _evidence_by_count(
 
 
 def _chunks(n: int, chunk_size: int, n_samples: int) -> list[slice]:
+    """Checks the options and returns slices of at most ``chunk_size`` sequences."""
     if n_samples < 1 or chunk_size < 1:
         raise ValueError(f"n_samples is {n_samples}, chunk_size {chunk_size}; wanted at least 1 of each")
     return [slice(i, i + chunk_size) for i in range(0, n, chunk_size)]
 
 
 def _summary(log_w: Tensor) -> Evidence:
-    """Of weights (S, B)."""
+    """Summarises log-weights (S, B)."""
     return Evidence(log_w.logsumexp(0) - math.log(len(log_w)), 1 / log_w.softmax(0).square().sum(0))
 
 
 def _log_weights(
     model: PixelModel, q_a: dist.TorchDistribution, images: Tensor, kept: Sequence[Tensor], n_samples: int
 ) -> list[Tensor]:
-    """log w (S, B), float64, for each of the ``kept`` masks of objects, (N,) or (B, N); the others are left out."""
+    """Returns log w (S, B), float64, for each of the ``kept`` masks of objects, (N,) or (B, N)."""
     p_a = model.dynamics.positions(images.shape[1])
     log_w: list[list[Tensor]] = [[] for _ in kept]
     for _ in range(n_samples):
@@ -147,12 +155,12 @@ def _log_weights(
 
 
 def _log_pixels(model: PixelModel, a: Tensor, present: Tensor, images: Tensor) -> Tensor:
-    """log p(v | a) (B,), float64."""
+    """Returns log p(v | a) (B,), float64."""
     logits = model.renderer(a, present).double()
     return model.likelihood(logits).log_prob(images.to(logits.dtype))
 
 
 def _log_empty(model: PixelModel, images: Tensor) -> Tensor:
-    """log p(v) (B,) with no object."""
+    """Returns log p(v) (B,) with no object."""
     nowhere = torch.zeros(len(images), 1, images.shape[1], 2, device=images.device)
     return _log_pixels(model, nowhere, torch.zeros(1, dtype=torch.bool, device=images.device), images)

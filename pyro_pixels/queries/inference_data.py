@@ -1,8 +1,8 @@
-"""Everything that a trained model says of some sequences, as one arviz object (Secs 2.2 and 3.3-3.4).
+"""Posterior, predictions, prior and data of a trained model as one arviz object (Secs 2.2 and 3.3-3.4).
 
-`to_inference_data` draws from q(a | v) p(h, z | a), lets the dynamics take each draw on to frames that nobody saw,
-draws from the prior beside it, and labels every number, so that arviz plots, compares and stores it. The one chain
-holds independent draws: its effective sample size is their number.
+`to_inference_data` samples q(a | v) p(h, z | a), continues each sample into future frames with the dynamics, samples
+the prior, and labels all dimensions, so that arviz can plot, compare and store everything. Samples are independent and
+form a single chain, so their effective sample size is their number.
 
 Dimensions and their coordinates:
 
@@ -13,7 +13,7 @@ Dimensions and their coordinates:
     component       0 .. K - 1, the values of z
     row, column     0 .. H - 1;  0 .. W - 1, pixels
 
-Where a sequence has no such object a, h, z and positions are NaN; z is a float for that reason.
+For absent objects a, h, z and positions are NaN, which is why z is stored as a float.
 
 Departures from the paper: none.
 """
@@ -27,14 +27,14 @@ from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import check_batch, object_mask
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.joint import JointGuide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.predict import render
 
-PIXELS_AT_ONCE = 2**24  # of all sequences, frames and draws that are rendered together
+PIXELS_AT_ONCE = 2**24  # pixels that are rendered together, over all sequences, frames and samples
 
 OBJECT = ("sequence", "object")
 PIXELS = ("sequence", "time", "row", "column")
@@ -61,7 +61,7 @@ DIMENSIONS = {
     "observed_data": {"v": PIXELS},
     "constant_data": CONSTANTS,
 }
-"""The variables of each group, and their dimensions after chain and draw (which data do not have)."""
+"""The variables of each group with their dimensions, without chain and draw, which all groups but the data have."""
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -78,30 +78,34 @@ def to_inference_data(
     positions: Tensor | None = None,
     seed: int = 0,
 ) -> Any:
-    """Posterior, predictions, prior and data with their names, for ``arviz``.
+    """Collects posterior, predictions, prior and data with labelled dimensions for ``arviz``.
 
     ============================  ======================================================================================
     group                         variables
     ============================  ======================================================================================
     ``posterior``                 a, h, z from q(a | v) p(h, z | a)
-    ``sample_stats``              log_weight, log p(v, a) - log q(a | v) of each sequence: its mean is the bound, its
-                                  Pareto k says how far the guide is from the posterior
+    ``sample_stats``              log_weight, log p(v, a) - log q(a | v) of each sequence: its mean is the ELBO, and its
+                                  Pareto k shows how far the guide is from the posterior
     ``log_likelihood``            v, log p(v_t | a_t) of each frame, for ``arviz.loo`` and ``arviz.compare``
-    ``posterior_predictive``      v, drawn again at the posterior's a
-    ``predictions``               a, h, v at the frames after the last, each the future of the same posterior draw; not
-                                  there if ``n_frames_ahead`` is 0
-    ``prior``                     a, h, z before anything was seen
-    ``prior_predictive``          v of the prior's a
+    ``posterior_predictive``      v, sampled given the posterior's a
+    ``predictions``               a, h, v in the frames after the last, each the future of the same posterior sample;
+                                  missing if ``n_frames_ahead`` is 0
+    ``prior``                     a, h, z sampled from the prior
+    ``prior_predictive``          v, sampled given the prior's a
     ``observed_data``             v
     ``constant_data``             the learned delta, u, Sigma_H, Sigma_A, pi, mu, Sigma; n_objects; positions if given
     ============================  ======================================================================================
 
     Args:
-        images: (B, T, H, W) binary; n_objects: (B,).
-        n_samples: S, draws of posterior and prior. Images are kept as uint8: S B T H W bytes a group.
-        n_frames_ahead: frames to predict.
-        positions: (B, N, T, 2), true positions in pixels, kept as they are; in the order of the model's objects.
-        seed: of all draws; the caller's random state is left as it was.
+        model: the trained model.
+        guide: the trained guide.
+        images: (B, T, H, W) binary.
+        n_objects: (B,).
+        n_samples: S, the number of samples from posterior and prior. Images are stored as uint8, S B T H W bytes per
+            group.
+        n_frames_ahead: the number of frames to predict.
+        positions: (B, N, T, 2), true positions in pixels in the order of the model's objects, stored unchanged.
+        seed: seeds all samples; the caller's random state is not changed.
 
     Returns:
         An ``arviz.InferenceData``, which ``arviz.from_netcdf`` reads again, or from arviz 1 on an ``xarray.DataTree``,
@@ -130,7 +134,7 @@ def to_inference_data(
 
 
 def _posterior(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, n: int) -> Groups:
-    """n draws, all at once: what Pyro's Predictive does, and the densities that it does not return."""
+    """Draws n samples in parallel, as Pyro's Predictive does, and returns them with their densities."""
     with pyro.plate("draws", n, dim=-2):
         q = poutine.trace(JointGuide(guide, model.dynamics)).get_trace(images, n_objects)
         p = poutine.trace(poutine.replay(model, trace=q)).get_trace(images, n_objects)
@@ -139,7 +143,7 @@ def _posterior(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tenso
     q_nodes: Any = q.nodes
     p_nodes: Any = p.nodes
     p_v = p_nodes["v"]["fn"]
-    # h and z are exact given a, so that their part of the weight is 0
+    # q(h, z | a) is exact, so h and z do not contribute to the weight
     log_weight = p_nodes["v"]["log_prob"] + p_nodes["a"]["log_prob"] - q_nodes["a"]["log_prob"]
     return {
         "posterior": _without_absent({name: q_nodes[name]["value"] for name in LATENTS}, n_objects),
@@ -150,15 +154,16 @@ def _posterior(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tenso
 
 
 def _future(model: PixelModel, h: Tensor, n_objects: Tensor, n_frames: int) -> dict[str, Tensor]:
-    """What follows the last of the states h (n, B, N, T, 4): a draw of p(h, a, v) at ``n_frames`` more frames."""
+    """Continues states h (n, B, N, T, 4) with a sample of p(h, a, v) in ``n_frames`` more frames."""
     lgssm = model.dynamics.lgssm()
-    h = exact.sample_rollout(lgssm, h[..., -1, :], n_frames)
-    a = exact.sample_observations(lgssm, h)
+    h = kalman.sample_rollout(lgssm, h[..., -1, :], n_frames)
+    a = kalman.sample_observations(lgssm, h)
     v = torch.bernoulli(render(model, a, n_objects)).to(torch.uint8)
-    return {"a": a, "h": h, "v": v}  # NaN follows from NaN; the renderer skips it
+    return {"a": a, "h": h, "v": v}  # NaN stays NaN; the renderer skips it
 
 
 def _prior(model: PixelModel, n_objects: Tensor, n_frames: int, n: int) -> Groups:
+    """Draws n samples from the prior."""
     drawn = Predictive(model.joint, num_samples=n, parallel=True)(None, n_objects, n_frames)
     v = drawn["v"].to(torch.uint8)
     return {
@@ -168,15 +173,15 @@ def _prior(model: PixelModel, n_objects: Tensor, n_frames: int, n: int) -> Group
 
 
 def _without_absent(draws: dict[str, Tensor], n_objects: Tensor) -> dict[str, Tensor]:
-    """Values of latents (n, B, N, ...), NaN for objects that are not there."""
+    """Sets latents (n, B, N, ...) of absent objects to NaN."""
     present = object_mask(n_objects, int(n_objects.max()))
     return {name: torch.where(present[(..., *[None] * (x.dim() - 3))], x, torch.nan) for name, x in draws.items()}
 
 
-def _in_parts(draw: Callable[[int], Groups], n_samples: int, at_once: int) -> Groups:
-    """``n_samples`` draws, so many at once as fit into memory, moved to the CPU."""
-    at_once = max(1, at_once)
-    sizes = [min(at_once, n_samples - start) for start in range(0, n_samples, at_once)]
+def _in_parts(draw: Callable[[int], Groups], n_samples: int, batch_size: int) -> Groups:
+    """Draws ``n_samples`` samples in batches and moves them to the CPU."""
+    batch_size = max(1, batch_size)
+    sizes = [min(batch_size, n_samples - start) for start in range(0, n_samples, batch_size)]
     parts = [{group: {name: x.cpu() for name, x in drawn.items()} for group, drawn in draw(n).items()} for n in sizes]
     return {
         group: {name: torch.cat([part[group][name] for part in parts]) for name in drawn}
@@ -185,6 +190,7 @@ def _in_parts(draw: Callable[[int], Groups], n_samples: int, at_once: int) -> Gr
 
 
 def _constants(model: PixelModel, n_objects: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
+    """Returns the learned parameters and the given data."""
     dynamics, lgssm = model.dynamics, model.dynamics.lgssm()
     constants = {"n_objects": n_objects, "delta": dynamics.delta, "pi": dynamics.pi}
     constants |= {name: getattr(lgssm, name) for name in ("u", "Sigma_H", "Sigma_A", "mu", "Sigma")}
@@ -192,6 +198,7 @@ def _constants(model: PixelModel, n_objects: Tensor, positions: Tensor | None) -
 
 
 def _coordinates(groups: Groups) -> dict[str, Sequence[Any]]:
+    """Returns the coordinate of every dimension."""
     _, S, _, N, T, _ = groups["posterior"]["a"].shape
     B, _, H, W = groups["observed_data"]["v"].shape
     axis = ["x", "y"]
@@ -210,11 +217,11 @@ def _coordinates(groups: Groups) -> dict[str, Sequence[Any]]:
 
 
 def _labelled(groups: Groups, coordinates: Mapping[str, Sequence[Any]]) -> Any:
-    """The groups as xarray data sets, in the container that the installed arviz works with.
+    """Returns the groups as xarray data sets, in the container that the installed arviz uses.
 
-    arviz's own `from_dict` takes other arguments in 0.x than in 1.x, and guesses names; nothing is to be guessed here.
+    arviz's own `from_dict` takes different arguments in 0.x and in 1.x, and guesses names of dimensions.
     """
-    # slow to import, and not needed to train
+    # imported here because the import is slow and training does not need it
     import arviz
     import xarray
 
@@ -237,6 +244,7 @@ def _labelled(groups: Groups, coordinates: Mapping[str, Sequence[Any]]) -> Any:
 def _check_options(
     images: Tensor, n_objects: Tensor, n_samples: int, n_frames_ahead: int, positions: Tensor | None
 ) -> None:
+    """Checks the options of `to_inference_data`."""
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
     if n_frames_ahead < 0:

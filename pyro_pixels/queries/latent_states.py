@@ -1,21 +1,21 @@
-"""Positions and velocities with all the uncertainty there is: filtered, averaged over q(a | v), before the start.
+"""Posterior states h, positions and velocities: filtered, averaged over q(a | v), or before the first frame.
 
-`queries.smooth` answers for positions that are given. Here are its twin for a stream, `filter_states`, and the answers
-for images: `states` averages p(h, z | a) over q(a | v), and `posterior_states` does so over the samples of any
-prediction. Given positions everything is exact; averages over q are those of S samples of it, with the part that is
-Gaussian given a sample in closed form. `retrodict` takes states back to times before the first frame.
+`smooth` answers for given positions, and so does its filtering counterpart `filter_states`. For images, `states`
+averages p(h, z | a) over q(a | v), and `posterior_states` over the samples of any prediction. Given positions all
+is exact; averages over q use S samples, with the Gaussian part given a sample in closed form (Rao-Blackwellised).
+`retrodict` extends states to times before the first frame.
 
-The paper's procedures (Secs 3.4-3.5) put the means of q and the likeliest component in place of all they might be.
-`averaged` makes the mean and the covariance of such a prediction those of the whole mixture.
+The paper's procedures (Secs 3.4-3.5) plug in the means of q and the likeliest component. `averaged` replaces the mean
+and covariance of such a prediction by those of the whole mixture.
 
-Shapes as in `queries`.
+Shapes are those of `pyro_pixels.queries.predict`.
 """
 
 import torch
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
@@ -25,19 +25,21 @@ from pyro_pixels.queries.streaming import filtered, start, step
 
 @torch.no_grad()
 def filter_states(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> States:
-    """Positions and velocities at every frame given positions up to it, E[h_t | a_{1:t}], by exact filtering.
+    """Returns E[h_t | a_{1:t}] and covariances by exact filtering of positions.
 
-    The components are averaged out in each frame with p(z | a_{1:t}): ``p_z`` is (..., T, K). At the last frame this is
-    what `smooth` says, too.
+    Components are averaged out in each frame with weights p(z | a_{1:t}), so ``p_z`` is (..., T, K). In the last frame
+    the result equals that of `smooth`.
 
     Args:
-        a: (..., T, 2); observed: (..., T) bool, False where a frame is missing; default all observed.
+        dynamics: the model's dynamics.
+        a: (..., T, 2).
+        observed: (..., T) bool, False where a frame is missing; by default all are observed.
 
     Raises:
         ValueError: if ``a`` or ``observed`` has the wrong shape.
     """
     lgssm = dynamics.lgssm()
-    a, observed = exact.check_observations(lgssm, a, observed)
+    a, observed = kalman.check_observations(lgssm, a, observed)
     state, steps = start(dynamics, a.shape[:-2]), []
     for t in range(a.shape[-2]):
         state = step(lgssm, state, a[..., t, :], observed[..., t])
@@ -48,10 +50,14 @@ def filter_states(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None)
 
 @torch.no_grad()
 def states(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 100) -> States:
-    """Positions and velocities given images: p(h, z | a) averaged over q(a | v).
+    """Returns positions and velocities given images: p(h, z | a) averaged over q(a | v).
 
     Args:
-        images: (B, T, H, W); n_objects: (B,); n_samples: S, at least 1.
+        model: the trained model.
+        guide: the trained guide.
+        images: (B, T, H, W).
+        n_objects: (B,).
+        n_samples: S, at least 1.
 
     Returns:
         mean (B, N, T, 4), cov, p_z (B, N, K), and samples (S, B, N, T, 4), each a path drawn jointly over time.
@@ -66,13 +72,15 @@ def states(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *
 
 @torch.no_grad()
 def posterior_states(dynamics: Dynamics, samples: Tensor | None, observed: Tensor | None = None) -> States:
-    """p(h, z | a) averaged over samples of a, such as those of an `Inference` or, with its mask, of a `Prediction`.
+    """Averages p(h, z | a) over samples of a, such as those of an `Inference` or a `Prediction`.
 
-    The covariance is that of a mixture: the mean of the samples' covariances and the covariance of their means.
+    The covariance is that of the mixture: the mean of the samples' covariances plus the covariance of their means.
 
     Args:
+        dynamics: the model's dynamics.
         samples: (S, ..., T, 2).
-        observed: bool, broadcastable to (..., T); positions elsewhere are not used but integrated out.
+        observed: bool, broadcastable to (..., T), such as the mask of a `Prediction`; other positions are integrated
+            out.
 
     Raises:
         ValueError: if there are no samples.
@@ -81,19 +89,22 @@ def posterior_states(dynamics: Dynamics, samples: Tensor | None, observed: Tenso
         raise ValueError("there are no samples to average over; ask for some with n_samples=100")
     each = smooth(dynamics, samples, observed)
     z = torch.distributions.Categorical(probs=each.p_z, validate_args=False).sample()
-    h = exact.sample_posterior(select_component(dynamics.lgssm(), z), samples, observed)
+    h = kalman.sample_posterior(select_component(dynamics.lgssm(), z), samples, observed)
     return States(*_average(Gaussians(each.mean, each.cov)), each.p_z.mean(0), h)
 
 
 @torch.no_grad()
 def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Prediction:
-    """The prediction with its mean and covariance averaged over q(a | v) and z: nothing is taken for certain.
+    """Returns the prediction with mean and covariance averaged over q(a | v) and z instead of plug-in estimates.
 
-    In frames that were not seen these are the moments of a_t, Sigma_A included; where they were seen, those of q as
-    before. Guides that know the dynamics average by themselves; for them this is the same up to the samples' error.
+    In unobserved frames these are the moments of a_t, Sigma_A included; in observed frames the moments of q, unchanged.
+    The predictions of guides that contain the dynamics are averages already; for them the result differs only by Monte
+    Carlo error.
 
     Args:
-        prediction: of `generate` or `interpolate`, with samples; n_objects: (B,).
+        model: the trained model.
+        prediction: the result of `generate` or `interpolate`, with samples.
+        n_objects: (B,).
 
     Raises:
         ValueError: if the prediction has no samples.
@@ -102,7 +113,7 @@ def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Pr
         raise ValueError("the prediction has no samples to average over; ask for some with n_samples=100")
     a, observed = prediction.samples, prediction.observed
     lgssm, h = model.dynamics.lgssm(), posterior_states(model.dynamics, a, observed)
-    unseen = exact.observation_moments(lgssm, Gaussians(h.mean, h.cov))
+    unseen = kalman.observation_moments(lgssm, Gaussians(h.mean, h.cov))
     known = observed.unsqueeze(-1)
     mean = torch.where(known, prediction.mean, unseen.mean)
     cov = torch.where(known.unsqueeze(-1), prediction.cov, unseen.cov)
@@ -111,37 +122,39 @@ def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Pr
 
 @torch.no_grad()
 def retrodict(dynamics: Dynamics, states: States, n_frames: int) -> States:
-    """Positions and velocities in the ``n_frames`` frames before the first.
+    """Returns positions and velocities in the ``n_frames`` frames before the first.
 
-    The dynamics run backwards from what is known of h_1, h_{t-1} = A^-1 (h_t - u - eta). Of earlier times nothing is
-    assumed: the model says where objects are in the first frame, not where they come from.
+    The dynamics run backwards from the posterior of h_1, h_{t-1} = A^-1 (h_t - u - eta), with a flat prior on earlier
+    states: the model specifies where objects are in the first frame, not where they come from.
 
     Args:
-        states: smoothed ones, whose first frame counts; if they have samples, so has the answer.
+        dynamics: the model's dynamics.
+        states: smoothed states, of which the first frame is used; if they have samples, so has the result.
+        n_frames: the number of frames, at least 1.
 
     Returns:
-        States at the frames before the first, in the order of time: mean (..., n_frames, 4) and so on.
+        States in the frames before the first, in the order of time: mean (..., n_frames, 4) and so on.
 
     Raises:
         ValueError: if ``n_frames`` is below 1.
     """
     if n_frames < 1:
         raise ValueError(f"n_frames is {n_frames}; wanted at least 1 frame before the first")
-    backwards = exact.reverse(dynamics.lgssm())
-    h = exact.rollout(backwards, states.mean[..., 0, :], states.cov[..., 0, :, :], n_frames)
+    backwards = kalman.reverse(dynamics.lgssm())
+    h = kalman.rollout(backwards, states.mean[..., 0, :], states.cov[..., 0, :, :], n_frames)
     samples = states.samples
     if samples is not None:
-        samples = exact.sample_rollout(backwards, samples[..., 0, :], n_frames).flip(-2)
+        samples = kalman.sample_rollout(backwards, samples[..., 0, :], n_frames).flip(-2)
     return States(h.mean.flip(-2), h.cov.flip(-3), states.p_z, samples)
 
 
 def positions(dynamics: Dynamics, states: States, *, noise: bool = True) -> Gaussians:
-    """Mean (..., T, 2) and covariance (..., T, 2, 2) of a_t = B h_t + noise, or of B h_t alone, from those of h_t."""
-    return exact.observation_moments(dynamics.lgssm(), Gaussians(states.mean, states.cov), noise)
+    """Returns the mean (..., T, 2) and covariance (..., T, 2, 2) of a_t, or without ``noise`` of B h_t."""
+    return kalman.observation_moments(dynamics.lgssm(), Gaussians(states.mean, states.cov), noise)
 
 
 def _average(each: Gaussians) -> Gaussians:
-    """The mixture, in equal parts, of S Gaussians (S, ..., d)."""
+    """Returns the moments of the equally weighted mixture of S Gaussians (S, ..., d)."""
     S = each.mean.shape[0]
     weights = each.mean.new_full((S,), 1 / S)
-    return exact.mixture_moments(weights, Gaussians(each.mean.movedim(0, -2), each.cov.movedim(0, -3)))
+    return kalman.mixture_moments(weights, Gaussians(each.mean.movedim(0, -2), each.cov.movedim(0, -3)))

@@ -1,10 +1,10 @@
-"""Filtering frame by frame, at constant cost: for positions as they come in, and for images.
+"""Online filtering of positions or images, frame by frame at constant cost.
 
-`step` takes what is known of an object after frame t - 1 and the position in frame t, and gives what is known after
-frame t; `step_image` does the same with an image, for guides whose network runs forward in time (Sec 2.2.1: s_t^n needs
-nothing but the past). Both are pure functions of immutable states, which can be kept, compared, and saved.
+`step` updates the filtering distribution of an object after frame t - 1 with its position in frame t. `step_image` does
+so with an image, for guides whose network runs forward in time (Sec 2.2.1: s_t^n depends only on the past). Both are
+pure functions of immutable states, which can be kept, compared and saved.
 
-As in Sec 3.4 the means that a guide infers are taken for the positions that are seen.
+As in Sec 3.4, the guide's means are taken as the observed positions.
 """
 
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import check_batch, check_objects
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.guides.tracking_head import TrackingHead
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.lgssm.kalman import LGSSM, Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
@@ -25,7 +25,7 @@ from pyro_pixels.queries.predict import render
 
 
 class FilterState(NamedTuple):
-    """What is known of objects (...) after some frames, component by component."""
+    """The filtering distribution of objects (...) after some frames, for each component."""
 
     mean: Tensor  # (..., K, 4), E[h_t | a_{1:t}, z = k]
     cov: Tensor  # (..., K, 4, 4)
@@ -35,7 +35,7 @@ class FilterState(NamedTuple):
 
 
 def start(dynamics: Dynamics, batch_shape: torch.Size | tuple[int, ...] = ()) -> FilterState:
-    """What is known of objects (*batch_shape) before the first frame: where they may start."""
+    """Returns the filter state before the first frame, the prior of h_1, for objects (*batch_shape)."""
     lgssm = dynamics.lgssm()
     log_w = dynamics.log_pi.to(lgssm.mu.dtype).log_softmax(-1)
     return FilterState(
@@ -48,18 +48,19 @@ def start(dynamics: Dynamics, batch_shape: torch.Size | tuple[int, ...] = ()) ->
 
 
 def step(lgssm: LGSSM, state: FilterState, a_t: Tensor, observed_t: Tensor | None = None) -> FilterState:
-    """What is known after one more frame.
+    """Updates the filter with one more frame.
 
     Args:
         lgssm: ``dynamics.lgssm()``.
-        a_t: (..., 2), where the objects are seen; anything, NaN included, where they are not.
-        observed_t: (...) bool, False where an object is not seen; default: all are.
+        state: the state before the frame.
+        a_t: (..., 2), the positions; unobserved ones may have any value, NaN included.
+        observed_t: (...) bool, False where an object is not observed; by default all are.
     """
     a_t = a_t.to(state.mean.dtype).unsqueeze(-2)
     if observed_t is not None:
         observed_t = observed_t.unsqueeze(-1)
         a_t = torch.where(observed_t.unsqueeze(-1), a_t, 0.0)
-    (mean, cov), log_density = exact.update(lgssm, _predicted(lgssm, state), a_t, observed_t)
+    (mean, cov), log_density = kalman.update(lgssm, _predicted(lgssm, state), a_t, observed_t)
     log_joint = state.log_w + log_density
     log_p = log_joint.logsumexp(-1)
     log_w = log_joint - log_p.unsqueeze(-1)
@@ -67,50 +68,62 @@ def step(lgssm: LGSSM, state: FilterState, a_t: Tensor, observed_t: Tensor | Non
 
 
 def filtered(state: FilterState) -> Gaussians:
-    """E[h_t | a_{1:t}] (..., 4) and its covariance (..., 4, 4), components averaged out."""
-    return exact.mixture_moments(state.log_w.exp(), Gaussians(state.mean, state.cov))
+    """Returns E[h_t | a_{1:t}] (..., 4) and its covariance (..., 4, 4), averaged over components."""
+    return kalman.mixture_moments(state.log_w.exp(), Gaussians(state.mean, state.cov))
 
 
 def forecast(lgssm: LGSSM, state: FilterState) -> Gaussians:
-    """E[a_{t+1} | a_{1:t}] (..., 2) and its covariance (..., 2, 2), Sigma_A included, components averaged out."""
-    h = exact.mixture_moments(state.log_w.exp(), _predicted(lgssm, state))
-    return exact.observation_moments(lgssm, h)
+    """Returns E[a_{t+1} | a_{1:t}] (..., 2) and its covariance (..., 2, 2), averaged over components."""
+    h = kalman.mixture_moments(state.log_w.exp(), _predicted(lgssm, state))
+    return kalman.observation_moments(lgssm, h)
 
 
 def _predicted(lgssm: LGSSM, state: FilterState) -> Gaussians:
-    now = Gaussians(state.mean, state.cov)
-    return exact.predict(lgssm, now) if state.n_frames else now
+    """Returns the predictive distribution of h in the next frame, for each component."""
+    current = Gaussians(state.mean, state.cov)
+    return kalman.predict(lgssm, current) if state.n_frames else current
 
 
 class ImageStream(NamedTuple):
-    """What is known after some images."""
+    """The state of online inference after some images."""
 
     s: Tensor  # (B, N, D), the states s_t^n of the inference network
-    mean: Tensor  # (B, N, 2), of q(a_t | v_{1:t}); the forecast where the image was missing; NaN before the first
-    std: Tensor  # (B, N, 2), of q(a_t | v_{1:t})
-    tracks: FilterState  # of the objects, batch (B, N)
+    mean: Tensor  # (B, N, 2), mean of q(a_t | v_{1:t}), or the forecast if the image is missing; NaN before the first
+    std: Tensor  # (B, N, 2), its standard deviation
+    tracks: FilterState  # filter state of the objects, batch (B, N)
     n_objects: Tensor  # (B,)
 
 
 @torch.no_grad()
 def start_images(model: PixelModel, guide: Guide, n_objects: Tensor) -> ImageStream:
-    """What is known before the first image.
+    """Returns the state before the first image.
+
+    Args:
+        model: the trained model.
+        guide: a `RecurrentGuide` with an `InferenceRNN` and a head that works frame by frame.
+        n_objects: (B,).
 
     Raises:
-        ValueError: if the guide cannot stream: `StructuredGuide`, whose posterior of a frame and `TrackingHead`, whose
-            association of pixels both look at all frames, also later ones; guides without an `InferenceRNN`.
+        ValueError: if the guide cannot stream. A `StructuredGuide` and a `TrackingHead` cannot, because their posterior
+            of a frame depends on later frames, and neither can guides without an `InferenceRNN`.
     """
     check_objects(n_objects)
     s = _network(guide)[0].start(n_objects)
-    nothing = s.new_full((*s.shape[:2], 2), torch.nan)
-    return ImageStream(s, nothing, nothing, start(model.dynamics, s.shape[:2]), n_objects)
+    unknown = s.new_full((*s.shape[:2], 2), torch.nan)
+    return ImageStream(s, unknown, unknown, start(model.dynamics, s.shape[:2]), n_objects)
 
 
 @torch.no_grad()
 def step_image(model: PixelModel, guide: Guide, stream: ImageStream, image: Tensor | None) -> ImageStream:
-    """What is known after one more image (B, H, W), in [0, 1] or uint8.
+    """Updates the state with one more image.
 
-    Where the image is missing, None, positions are forecast, and the network is shown the forecast (Sec 3.5).
+    If the image is missing, positions are forecast, and the network is shown the rendered forecast (Sec 3.5).
+
+    Args:
+        model: the trained model.
+        guide: as in `start_images`.
+        stream: the state before the image.
+        image: (B, H, W), in [0, 1] or uint8, or None for a missing image.
 
     Raises:
         ValueError: if the image does not fit the guide, or the guide cannot stream.
@@ -131,13 +144,13 @@ def step_image(model: PixelModel, guide: Guide, stream: ImageStream, image: Tens
 
 
 def _network(guide: Guide) -> tuple[InferenceRNN, nn.Module]:
-    """What gives states frame by frame, and what reads positions from them."""
+    """Returns the network and the head of a guide that works frame by frame."""
     rnn, head = getattr(guide, "rnn", None), getattr(guide, "head", None)
     if isinstance(guide, RecurrentGuide) and isinstance(rnn, InferenceRNN) and not isinstance(head, TrackingHead):
         return rnn, guide.head
     parts = " and a ".join(type(part).__name__ for part in (rnn, head) if part is not None)
     raise ValueError(
-        f"a {type(guide).__name__}{parts and f' with a {parts}'} looks at all frames before it says where objects are "
-        "in the first; wanted a RecurrentGuide with an InferenceRNN and a LinearHead or an AttentionHead, or infer for "
-        "all frames at once"
+        f"a {type(guide).__name__}{parts and f' with a {parts}'} looks at all frames before it infers positions in "
+        "the first; wanted a RecurrentGuide with an InferenceRNN and a LinearHead or an AttentionHead, or use infer "
+        "for all frames at once"
     )
