@@ -266,8 +266,8 @@ def test_a_run_teaches_another_guide(trained, device, tmp_path):
 @on_a_card
 def test_an_edlstm_is_trained(device, tmp_path):
     train_edlstm.main(
-        train_edlstm.Arguments(run=tmp_path / "e", steps=2, state_size=8, n_sequences=30, n_test=6, progress=False, threads=1,
-                               device=device.type)
+        train_edlstm.Arguments(run=tmp_path / "e", steps=2, state_size=8, n_sequences=30, n_test=6, progress=False,
+                               threads=1, device=device.type)
     )  # fmt: skip
     assert (tmp_path / "e/metrics.json").exists()
 
