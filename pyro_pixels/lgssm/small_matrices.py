@@ -1,8 +1,9 @@
 """Linear algebra of many small matrices that a CUDA graph can hold, and that is fast.
 
 On a GPU `torch.cholesky_solve`, `cholesky_inverse`, and from some size on `linalg.inv`, `det` and `solve`, go to MAGMA
-for batches of matrices. MAGMA allocates memory of its own, which a recording (`training.step_runners.CapturedSteps`) does not permit;
-triangular solves and products are permitted. Where what is fast depends on the device, it is chosen here.
+for batches of matrices. MAGMA allocates memory of its own, which a recording does not permit
+(`training.step_runners.CapturedSteps`); triangular solves and products are permitted. Where the fastest way depends on
+the device, it is chosen here.
 """
 
 import torch
