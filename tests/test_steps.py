@@ -11,6 +11,7 @@ import pyro
 import pytest
 import torch
 from conftest import make_guide, make_model
+from rehearsal import RehearsedSteps, record, rehearse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_pixels._batch import Known, knowing
@@ -188,36 +189,23 @@ def test_parts_are_checked():
             Schedule(parts=parts)
 
 
-class RefusingDevice(CapturedSteps):
-    """CapturedSteps on a CPU, where a recording fails as it does on a device that has no graphs."""
-
-    def _adam_options(self):
-        return {}
-
-
 def test_where_a_step_cannot_be_recorded_steps_go_on_and_say_why(small_data, monkeypatch):
     @contextmanager
     def refuse(graph, pool, stream):
-        yield
-        raise RuntimeError("no graphs here\nand more")
+        with record(graph, pool, stream):
+            yield
+            raise RuntimeError("no graphs here\nand more")
 
-    class Nothing:
-        def __init__(self, *_):
-            pass
-
-    monkeypatch.setattr(torch.cuda, "Stream", Nothing)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Nothing)
+    rehearse(monkeypatch)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    steps, _ = one_step(RefusingDevice, small_data, parts=1)
+    steps, _ = one_step(RehearsedSteps, small_data, parts=1)
     batch = Batch(small_data.images, small_data.n_objects, torch.arange(7), KNOWN, seed=5)
     for _ in range(WARM_UP - 1):
         steps.take(batch)
-    with pytest.warns(UserWarning, match="run one by one, which is slower: no graphs here$"):
+    with steps.stream(), pytest.warns(UserWarning, match="run one by one, which is slower: no graphs here$"):
         steps.take(batch)
     before = [p.detach().clone() for p in steps.parameters]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), steps.stream():
         warnings.simplefilter("error")
         steps.take(batch)
     assert any(not torch.equal(p, old) for p, old in zip(steps.parameters, before, strict=True))

@@ -29,6 +29,7 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import StateNetwork
 from pyro_pixels.guides.tracking_head import TrackingHead
 from pyro_pixels.lgssm.dynamics import Dynamics, TrackMixture, dense_components
+from pyro_pixels.lgssm.small_matrices import categorical_sample, cholesky_inverse, cholesky_solve
 
 UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
 
@@ -71,7 +72,7 @@ class ConditionedTracks(TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape + self._m.shape  # (S, ..., K, 2T)
         a = self._m + torch.einsum("kij,...kj->...ki", self._prior_L, self._m.new_empty(shape).normal_())
         a = self._updated(a, a + self._R.sqrt().unsqueeze(-2) * torch.randn_like(a))
-        z = self.component.sample(torch.Size(sample_shape))[..., None, None]
+        z = categorical_sample(self.component.probs.expand(*shape[:-1])).view(*shape[:-2], 1, 1)
         return a.gather(-2, z.expand(*z.shape[:-1], a.shape[-1])).squeeze(-2).unflatten(-1, self.event_shape)
 
     def _updated(self, a: Tensor, y: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class ConditionedTracks(TorchDistribution):
     def frame_covariance(self) -> Tensor:
         """(..., T, 2, 2), the covariance of a_t in each frame."""
         means, w = self._updated(self._m, self._m), self.component.probs  # (..., K, 2T), (..., K)
-        explained = self._C @ torch.cholesky_solve(self._C.expand_as(self._L), self._L)
+        explained = self._C @ cholesky_solve(self._C.expand_as(self._L), self._L)
         within = _frame_blocks(self._C - explained)  # (..., K, T, 2, 2)
         spread = (means - (w.unsqueeze(-1) * means).sum(-2, keepdim=True)).unflatten(-1, self.event_shape)
         between = spread.unsqueeze(-1) * spread.unsqueeze(-2)
@@ -157,7 +158,7 @@ def solve_sum(C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tenso
 class _SolveSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.cholesky_solve(b.unsqueeze(-1), L).squeeze(-1)
+        x = cholesky_solve(b.unsqueeze(-1), L).squeeze(-1)
         ctx.save_for_backward(L, x)
         ctx.set_materialize_grads(False)
         return x, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -167,11 +168,11 @@ class _SolveSum(torch.autograd.Function):
     def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         L, x = ctx.saved_tensors
         K, d = L.shape[-3], L.shape[-1]
-        grad_b = torch.zeros_like(x) if grad_x is None else torch.cholesky_solve(grad_x.unsqueeze(-1), L).squeeze(-1)
+        grad_b = torch.zeros_like(x) if grad_x is None else cholesky_solve(grad_x.unsqueeze(-1), L).squeeze(-1)
         grad_C = -torch.einsum("rki,rkj->kij", grad_b.reshape(-1, K, d), x.reshape(-1, K, d))
         grad_R = -(grad_b * x).sum(-2).reshape(-1, *L.shape[:-3], d).sum(0)
         if grad_log_det is not None:
-            W = torch.cholesky_inverse(L)
+            W = cholesky_inverse(L)
             grad_C = grad_C + torch.einsum("rk,rkij->kij", grad_log_det.reshape(-1, K), W.reshape(-1, K, d, d))
             grad_R = grad_R + (grad_log_det.unsqueeze(-1) * W.diagonal(dim1=-2, dim2=-1)).sum(-2)
         return grad_C, grad_R, grad_b, None

@@ -36,6 +36,7 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.heads import AttentionHead, WhitePixels
 from pyro_pixels.lgssm.dynamics import Dynamics, collapse_components
 from pyro_pixels.lgssm.marginal import marginal_moments
+from pyro_pixels.lgssm.small_matrices import cholesky_solve, det_2x2, inverse_2x2
 
 CLAIM_BOUND = 3.0  # largest claim of the network, in nats; it weighs about as much as a distance of 3 pixels
 TRACK_NOISE = 0.02  # standard deviation of y in the stages 2 and 3, latent units
@@ -142,8 +143,8 @@ class Tracks(NamedTuple):
         lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
         mean, C = marginal_moments(lgssm, T)
         S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
-        W = torch.cholesky_solve(C, torch.linalg.cholesky_ex(S).L)
-        precision = torch.linalg.inv_ex(blob + lgssm.Sigma_A).inverse
+        W = cholesky_solve(C, torch.linalg.cholesky_ex(S).L)
+        precision = inverse_2x2(blob + lgssm.Sigma_A)
         return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype), clutter)
 
     def smooth(self, y: Tensor) -> Tensor:
@@ -158,7 +159,7 @@ class Tracks(NamedTuple):
         """Returns log r (..., k) of the background, on the scale of `log_density`; None without clutter."""
         if not self.clutter:
             return None
-        normaliser = 0.5 * torch.linalg.slogdet(precision).logabsdet - math.log(2 * math.pi)
+        normaliser = 0.5 * det_2x2(precision).log() - math.log(2 * math.pi)
         left_out = 0.5 * ((place @ precision) * place).sum(-1)
         return math.log(self.clutter) + left_out - normaliser.unsqueeze(-1)
 
@@ -191,15 +192,15 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
     L = torch.linalg.cholesky_ex(tracks.cov[coordinates.unsqueeze(-1), coordinates.unsqueeze(-2)]).L
     frame = torch.arange(T, device=L.device)
     L_ii = L.unflatten(-1, (T, 2)).unflatten(-3, (T, 2))[:, frame, :, frame]  # (T, S, 2, 2)
-    precision = torch.linalg.inv_ex(L_ii @ L_ii.mT + tracks.blob).inverse.to(dtype)
-    whiten, L_T = torch.linalg.inv_ex(L_ii).inverse.mT.to(dtype), L.mT.to(dtype)
+    precision = inverse_2x2(L_ii @ L_ii.mT + tracks.blob).to(dtype)
+    whiten, L_T = inverse_2x2(L_ii).mT.to(dtype), L.mT.to(dtype)
     mean = tracks.mean[orders].transpose(0, 1).unsqueeze(2)  # (T, S, 1, 2)
     pixels, homogeneous = (
         x[:, orders.mT].permute(1, 2, 0, 3, 4).contiguous() for x in (white.weighed, white.homogeneous)
     )
 
     log_r, background = claim.transpose(0, 1), None  # from here on S is the first dimension
-    for narrow in torch.linspace(0, 1, DETECTION_ROUNDS).tolist():
+    for narrow in (i / (DETECTION_ROUNDS - 1) for i in range(DETECTION_ROUNDS)):
         y, _ = share(pixels[0], log_r, background)  # (S, B, N, 1, 2)
         blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
         log_r = log_density(homogeneous[0], y, blob_precision, absent)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.lgssm.small_matrices import inverse_lower
 
 BLOCK_FRAMES = 32  # frames a step of `BlockTracks`: fewer make more steps, more make larger matrices
 
@@ -125,8 +126,7 @@ class BlockTracks(TorchDistribution):
         for a in value.flatten(-2).split(2 * b, -1):
             n = a.shape[-1]  # the last block may be shorter
             L = torch.linalg.cholesky_ex(F_a[:n] @ P @ F_a[:n].mT + V_a[:n, :n]).L  # (K, 2b, 2b)
-            identity = torch.eye(n, dtype=L.dtype, device=L.device)
-            whiten = torch.linalg.solve_triangular(L, identity, upper=False)
+            whiten = inverse_lower(L)
             e = torch.einsum("...ki,kji->...kj", a - m @ F_a[:n].mT - drift_a[:n], whiten)
             log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             log_prob = log_prob - 0.5 * e.square().sum(-1) - log_det - 0.5 * n * math.log(2 * math.pi)
@@ -181,8 +181,7 @@ class _LogNormal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, e: Tensor, C: Tensor, L: Tensor) -> Tensor:
         K, d = e.shape[-2:]
-        identity = torch.eye(d, dtype=L.dtype, device=L.device)
-        whiten = torch.linalg.solve_triangular(L, identity, upper=False)  # L^-1
+        whiten = inverse_lower(L)
         white = e.reshape(-1, K, d).transpose(0, 1) @ whiten.mT  # (K, n, d)
         ctx.save_for_backward(whiten, white)
         log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_pixels.lgssm.small_matrices import cholesky_solve
+
 
 class LGSSM(NamedTuple):
     """Parameters of Eq (3), with a Gaussian start. A mixture is an LGSSM whose mu, Sigma carry a batch of K."""
@@ -117,7 +119,7 @@ def rts_smoother(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Gau
         m, P = filtered.predicted_mean[..., t, :], filtered.predicted_cov[..., t, :, :]
         w = observed[..., t].to(A.dtype)[..., None, None]
         e, L, K = _innovation(lgssm, a[..., t, :], m, P)
-        S_inv_B = w * torch.cholesky_solve(B, L)
+        S_inv_B = w * cholesky_solve(B, L)
         J = A @ (identity - w * K @ B)
         r = _apply(S_inv_B.mT, e) + _apply(J.mT, r)
         N = B.mT @ S_inv_B + J.mT @ N @ J
@@ -249,7 +251,7 @@ def _innovation(lgssm: LGSSM, a_t: Tensor, m: Tensor, P: Tensor) -> tuple[Tensor
     """Innovation e, Cholesky factor of its covariance S = B P B' + Sigma_A, and the gain K = P B' S^-1."""
     B = lgssm.B
     L = torch.linalg.cholesky_ex(B @ P @ B.mT + lgssm.Sigma_A).L
-    return a_t - m @ B.mT, L, torch.cholesky_solve(B @ P, L).mT
+    return a_t - m @ B.mT, L, cholesky_solve(B @ P, L).mT
 
 
 def _log_normal(e: Tensor, L: Tensor) -> Tensor:

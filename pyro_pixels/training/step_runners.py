@@ -3,14 +3,16 @@
 On a GPU an ordinary Pyro program waits for Python: a step is thousands of small kernels. `CapturedSteps` lets Pyro run
 a few steps as they are, then records one as a CUDA graph and replays it. Nothing is asked of model or guide but that
 they do not wait for the device; where one does, the recording fails, and steps go on as before, with a warning that
-says why.
+says why. What a recording cannot hold is listed in tests/pretend_device.py, whose pretended device shows it on a CPU.
 """
 
 import contextlib
+import gc
 import warnings
 from collections.abc import Hashable, Iterator
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 import torch.distributed as processes
 from torch import Tensor, nn
@@ -91,6 +93,16 @@ class Steps:
         """`totals` (2,) on the CPU, of all processes; waits for the steps to be done."""
         return self.totals.cpu()
 
+    def seed(self, seed: int) -> None:
+        """Where the random numbers of the device's steps begin; those of a CPU are its caller's business."""
+
+    def random_state(self) -> Tensor | None:
+        """Where the random numbers of the device's steps have come to, if they are its own."""
+        return None
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Puts back a `random_state`."""
+
     def _add_gradient(self, loss: nn.Module, batch: Batch, part: int, index: Tensor, weight: float = 1.0) -> None:
         """Adds the gradient of a part's share of the mean loss of the batch's sequences, times ``weight``."""
         self._seed(batch, part)
@@ -152,6 +164,9 @@ class CapturedSteps(Steps):
     What changes from step to step - the sequences, the KL weight, the learning rate - is read from tensors that are
     written to before a replay. What changes the program - which parameters learn, the number of sequences, the largest
     N - asks for a recording of its own.
+
+    The random numbers are these steps' own. A failed recording leaves the state of the generator that it was made with
+    unusable, and every other recording with it that was made with the same state; so no two trainings share one.
     """
 
     refused: str | None = None
@@ -163,19 +178,39 @@ class CapturedSteps(Steps):
         self._memory = torch.cuda.graph_pool_handle()  # of all recordings: no two are replayed at once
         self._taken: dict[Hashable, int] = {}
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._random = self._generator().clone_state()
 
     def _adam_options(self) -> dict[str, Any]:
         return {"capturable": True}
 
+    def _generator(self) -> torch.Generator:
+        """The device's default generator, which draws all numbers of a step."""
+        return torch.cuda.default_generators[self.totals.device.index]
+
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
         self._stream.wait_stream(torch.cuda.current_stream(self.totals.device))
-        with torch.cuda.stream(self._stream):
-            yield
+        generator = self._generator()
+        others = generator.graphsafe_get_state()
+        generator.graphsafe_set_state(self._random)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            generator.graphsafe_set_state(others)
 
     def read_totals(self) -> Tensor:
         torch.cuda.current_stream(self.totals.device).wait_stream(self._stream)
         return super().read_totals()
+
+    def seed(self, seed: int) -> None:
+        self._random.manual_seed(seed)
+
+    def random_state(self) -> Tensor:
+        return self._random.get_state()
+
+    def set_random_state(self, state: Tensor) -> None:
+        self._random.set_state(state)
 
     def _seed(self, batch: Batch, part: int) -> None:
         """Nothing: a recording has no seeds, its random numbers go on where the last ones ended."""
@@ -200,22 +235,53 @@ class CapturedSteps(Steps):
             graph.replay()
             return
         self._taken[kind] = self._taken.get(kind, 0) + 1
-        with knowing(batch.known):
+        self._take_as_recorded(batch)
+
+    def _take_as_recorded(self, batch: Batch) -> None:
+        """A plain step that reads nothing from the device: without Pyro's validation, which looks at every value."""
+        with knowing(batch.known), pyro.validation_enabled(False):
             super().take(batch)
 
     def _record(self, kind: Hashable, batch: Batch) -> None:
         graph, index = torch.cuda.CUDAGraph(), batch.index.to(self.totals.device)
+        kept = self._generator().clone_state()
         torch.cuda.synchronize(self.totals.device)
         try:
-            with knowing(batch.known), torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
-                super().take(batch._replace(index=index))
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+                self._take_as_recorded(batch._replace(index=index))
         except Exception as error:  # whatever model, guide or driver object to
             self.refused = (str(error).splitlines() or [type(error).__name__])[0]
-            self.optimizer.zero_grad()
-            torch.cuda.synchronize(self.totals.device)
-            warnings.warn(
-                f"steps are not recorded as a CUDA graph but run one by one, which is slower: {self.refused}",
-                stacklevel=2,
-            )
         else:
             self._recorded[kind] = graph, index
+            return
+        self._recover(graph, kept)
+        warnings.warn(
+            f"steps are not recorded as a CUDA graph but run one by one, which is slower: {self.refused}",
+            stacklevel=3,
+        )
+
+    def _recover(self, graph: torch.cuda.CUDAGraph, kept: torch.Generator) -> None:
+        """After a failed recording: random numbers as before it, its memory free, and none replayed from now on.
+
+        The generator would otherwise stay in the state of a recording, in which it refuses to draw.
+        """
+        self._generator().graphsafe_set_state(kept.graphsafe_get_state())
+        self._random = kept
+        self._recorded.clear()  # what was recorded before holds the state that is lost
+        self.optimizer.zero_grad()
+        self.elbo.terms = None
+        graph.reset()
+        device = self.totals.device
+        with contextlib.suppress(RuntimeError, AttributeError):  # where torch has not done so itself
+            torch._C._cuda_endAllocateToPool(device.index, self._memory)  # type: ignore[attr-defined]
+            torch._C._cuda_releasePool(device.index, self._memory)  # type: ignore[attr-defined]
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def steps_for(device: torch.device, n_processes: int) -> type[Steps]:
+    """How steps are taken on a device by so many processes."""
+    if n_processes > 1:
+        return DistributedSteps
+    return CapturedSteps if device.type == "cuda" else Steps

@@ -23,7 +23,7 @@ from pyro_pixels.training.loop import Loop
 from pyro_pixels.training.processes import is_first_process, n_processes
 from pyro_pixels.training.schedule import Schedule, by_longest_prefix
 from pyro_pixels.training.start_mixture import fit_starts
-from pyro_pixels.training.step_runners import Batch, CapturedSteps, DistributedSteps, Steps
+from pyro_pixels.training.step_runners import Batch, Steps, steps_for
 
 FIT_STARTS_SEQUENCES = 500
 BOUND_SEQUENCES = 60  # on which candidates are compared where there are no validation sequences
@@ -101,11 +101,12 @@ class Training(Loop):
         groups: dict[float, list[nn.Parameter]] = {}
         for name, p in self.parameters.items():
             groups.setdefault(by_longest_prefix(schedule.learning_rate_factors, name, 1.0), []).append(p)
-        kind = DistributedSteps if n_processes() > 1 else CapturedSteps if self.device.type == "cuda" else Steps
+        kind = steps_for(self.device, n_processes())
         return kind(elbo, loss, schedule.learning_rate, groups, clip_norm=schedule.clip_norm, parts=schedule.parts)
 
     def begin(self, resume: bool) -> None:
         torch.manual_seed(self.seed)
+        self.steps.seed(self.seed)
         self._rng = torch.get_rng_state()
         super().begin(resume)
 
@@ -201,8 +202,9 @@ class Training(Loop):
             "optimizer": self.steps.optimizer.state_dict(),
             "rng": self._rng,
         }
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        random_state = self.steps.random_state()
+        if random_state is not None:
+            state["cuda_rng"] = random_state
         return state
 
     def _check(self, state: dict[str, Any], path: Path) -> None:
@@ -216,5 +218,5 @@ class Training(Loop):
         self.step, self.seconds, self.since = state["step"], state["seconds"], dict(state["since"])
         self.steps.totals.copy_(state["totals"] if is_first_process() else torch.zeros(2))
         self._rng = state["rng"]
-        if "cuda_rng" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if "cuda_rng" in state:
+            self.steps.set_random_state(state["cuda_rng"])
