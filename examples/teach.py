@@ -1,8 +1,8 @@
 """Teaches another guide what a trained run's guide sees, such as the paper's inference network.
 
 The new run, in --out, has the teacher's model and a guide of its own. It learned from the teacher's draws for images
-that nobody labelled (`pyro_pixels.training.distillation`), and every script that asks a run can ask it. Ctrl-C and SIGTERM save
-first; --resume then goes on as if nothing had happened.
+that nobody labelled (`pyro_pixels.training.distillation`), and every script that asks a run can ask it. Ctrl-C and
+SIGTERM save first; --resume then goes on as if nothing had happened.
 """
 
 from dataclasses import dataclass, replace
