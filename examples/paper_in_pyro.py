@@ -1,10 +1,9 @@
 """Chiappa and Paquet, "Unsupervised Separation of Dynamics from Pixels": Eqs (1)-(10) as one Pyro program.
 
-    python examples/paper_in_pyro.py                       # finds one ball, NNN
-    python examples/paper_in_pyro.py --n-objects 1 2 3     # sequences of one, two and three balls
-    python examples/paper_in_pyro.py --paper               # sizes, starting values and schedule of Secs 3.1-3.2
+    python examples/paper_in_pyro.py                            # finds one ball, NNN
+    python examples/paper_in_pyro.py --paper --n-objects 1 2 3  # settings of Secs 3.1-3.2; any can be given by itself
 
-Shapes: B sequences, N objects, T frames, P = H W pixels; v (B, T, P), a (B, N, T, 2), states x and s (..., D).
+B sequences, N objects, T frames, P = H W pixels: v (B, T, P), a (B, N, T, 2), x and s (..., D).
 """
 
 import math
@@ -21,7 +20,6 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import ClippedAdam  # type: ignore[attr-defined]
 from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
 from tqdm import trange
 
 from pyro_pixels import CannonballConfig, simulate
@@ -68,16 +66,16 @@ class Dynamics(nn.Module):  # T -> p(a_{1:T}) of one object, h and z summed out
         self.log_pi = nn.Parameter(torch.zeros(2))
         self.mu = nn.Parameter(torch.randn(2, 4) * torch.tensor([s.mu_position] * 2 + [s.mu_velocity] * 2))
         self.root_k = nn.Parameter(torch.eye(4).repeat(2, 1, 1) * math.log(s.Sigma_k) / 2)
-        self.double()  # GaussianHMM in float32 is wrong by nats, and does not say so
+        self.double().eval()  # GaussianHMM in float32 is silently wrong; pyro.module warns of what is held in training
 
     def forward(self, T: int) -> dist.MixtureSameFamily:
         K, I, zero = len(self.mu), torch.eye(4).to(self.u), torch.zeros(4).to(self.u)
         A, B = I + self.log_delta.exp() * torch.ones(2).to(self.u).diag(2), I[:2]  # [I, delta I; 0, I] and [I, 0]
-        L_H, L_A, L_k = map(transform_to(constraints.lower_cholesky), (self.root_H, self.root_A, self.root_k))
+        L_H, L_A, L_k = map(dist.transforms.LowerCholeskyTransform(), (self.root_H, self.root_A, self.root_k))
         A_t, u_t, L_t = A.T.repeat(K, T, 1, 1), self.u.repeat(K, T, 1), L_H.repeat(K, T, 1, 1)  # Eq (3)
         A_t[:, 0], u_t[:, 0], L_t[:, 0] = 0, self.mu, L_k  # Eq (4): the first transition forgets h_0 and draws h_1
-        h_0, eta_h = dist.MultivariateNormal(zero, I), dist.MultivariateNormal(u_t, scale_tril=L_t)
-        eta_a = dist.MultivariateNormal(zero[:2], scale_tril=L_A)
+        h_0, eta_a = dist.MultivariateNormal(zero, I), dist.MultivariateNormal(zero[:2], scale_tril=L_A)
+        eta_h = dist.MultivariateNormal(u_t, scale_tril=L_t)
         hmm = dist.GaussianHMM(h_0, A_t, eta_h, B.T, eta_a, duration=T)  # Eq (5); its matrices act from the right
         return dist.MixtureSameFamily(dist.Categorical(logits=self.log_pi), hmm)  # Eq (10)
 
@@ -129,32 +127,26 @@ class PaperInPyro(nn.Module):  # p(v, a) and q(a | v) for images v of N objects 
         present = torch.arange(int(N.max()), device=N.device) < N[:, None]  # (B, N)
         with pyro.plate("sequences", len(v)):
             with poutine.scale(scale=beta):
-                p_a = self.dynamics(v.shape[1]).expand(present.shape).mask(present).to_event(1)
-                a = pyro.sample("a", p_a)  # Eq (10)
-            pyro.sample("v", dist.Bernoulli(logits=self.renderer(a, present)).to_event(2), obs=v)  # Eq (2)
+                p_a = self.dynamics(v.shape[1]).expand(present.shape)  # Eq (10)
+                a = pyro.sample("a", p_a.mask(present).to_event(1))
+            p_v = dist.Bernoulli(logits=self.renderer(a, present))  # Eq (2)
+            pyro.sample("v", p_v.to_event(2), obs=v)
 
     def guide(self, v: Tensor, N: Tensor, beta: float = 1.0) -> None:
         pyro.module("network", self.network)
         present = torch.arange(int(N.max()), device=N.device) < N[:, None]  # (B, N)
         mu, sigma = self.network(v, N)
         with pyro.plate("sequences", len(v)), poutine.scale(scale=beta):
-            q_a = dist.Normal(mu.double(), sigma.double()).to_event(2).mask(present).to_event(1)
-            pyro.sample("a", q_a)  # Eq (9)
+            q_a = dist.Normal(mu.double(), sigma.double()).to_event(2)  # Eq (9)
+            pyro.sample("a", q_a.mask(present).to_event(1))
 
 
 def train(program: PaperInPyro, v: Tensor, N: Tensor, s: Settings) -> None:  # maximises Eq (7), estimated as in Eq (6)
     def adam(name: str) -> dict[str, float]:
-        rate = (
-            s.rate_phi
-            if "network" in name
-            else s.rate_u
-            if name in ("dynamics.u", "dynamics.log_delta")
-            else s.rate_theta
-        )
-        return {"lr": rate, "lrd": s.decay ** (1 / s.steps), "clip_norm": math.inf}
+        lr = s.rate_phi if "network" in name else s.rate_u if name.endswith((".u", "delta")) else s.rate_theta
+        return {"lr": lr, "lrd": s.decay ** (1 / s.steps), "clip_norm": math.inf}
 
     svi = SVI(program.model, program.guide, ClippedAdam(adam), Trace_ELBO())
-    program.dynamics.eval()  # otherwise pyro.module warns of what is held
     for step in (bar := trange(s.steps, unit="step")):
         for name, parameter in program.dynamics.named_parameters():
             parameter.requires_grad_(step >= (s.learn_noise if name in ("root_H", "root_A") else s.learn_dynamics))
@@ -163,8 +155,7 @@ def train(program: PaperInPyro, v: Tensor, N: Tensor, s: Settings) -> None:  # m
         bar.set_postfix_str(f"loss {loss / v[batch, :, 0].numel():.1f} nats a frame", refresh=False)
 
 
-def to_pixels(a: Tensor, truth: Tensor) -> Tensor:
-    """One affine map, fitted to the mean over objects, takes a (B, N, T, 2) to pixels; objects in the best order."""
+def to_pixels(a: Tensor, truth: Tensor) -> Tensor:  # a is free up to one affine map, and to the order of the objects
     a = nn.functional.pad(a, (0, 1), value=1.0)
     a = a @ torch.linalg.lstsq(a.mean(1).flatten(0, 1), truth.mean(1).flatten(0, 1)).solution
     orders = torch.stack([a[:, order] for order in permutations(range(a.shape[1]))])
@@ -175,14 +166,11 @@ def main() -> None:
     parser = ArgumentParser(usage=SUPPRESS, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--n-objects", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--paper", action="store_const", default=Settings(), const=PAPER, help="the paper's settings")
-    for name, value in {"device": "cpu", "seed": 0, "out": Path("runs/paper_in_pyro.png")}.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
-    for name, value in Settings()._asdict().items():
-        parser.add_argument(f"--{name}", type=type(value), default=SUPPRESS, help=f"default: {value}")
+    for name, x in {"device": "cpu", "seed": 0, "out": Path("runs/paper_in_pyro.png"), **Settings()._asdict()}.items():
+        parser.add_argument(f"--{name}", type=type(x), default=SUPPRESS if name in Settings._fields else x, metavar=x)
     args = parser.parse_args()
-    given = {name: value for name, value in vars(args).items() if name in Settings._fields}
-    for name, value in given.items():
-        if name != "b_v" and not value > 0:
+    for name, value in (given := {k: x for k, x in vars(args).items() if k in Settings._fields}).items():
+        if not value > 0 and name != "b_v":
             parser.error(f"--{name} is {value}; wanted a number above 0")
     s = args.paper._replace(**given)
     try:
@@ -194,15 +182,14 @@ def main() -> None:
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
         parser.error(str(error).splitlines()[0])
     train(program, data.images.flatten(2).to(args.device), data.n_objects.to(args.device), s)
-
     figure, axes = plt.subplots(2, 5, figsize=(10, 4.2), sharex=True, sharey=True, layout="constrained")
     for N in sorted(set(args.n_objects)):
-        v, truth = test.images[test.n_objects == N].float(), test.positions[test.n_objects == N, :N]
-        mu, _ = program.network(v.flatten(2).to(args.device), torch.full((len(v),), N, device=args.device))
-        a = to_pixels(mu.detach().double().cpu(), truth)
-        print(f"N = {N}: position error {(a - truth).norm(dim=-1).mean():.2f} px")
-    for (above, below), frames, path, found in zip(axes.T, v, truth, a):
-        above.imshow((torch.linspace(0.3, 1, len(frames))[:, None, None] * frames).amax(0), cmap="gray")
+        some = test[test.n_objects == N]
+        mu, _ = program.network(some.images.flatten(2).float().to(args.device), some.n_objects.to(args.device))
+        a = to_pixels(mu.detach().double().cpu(), some.positions)
+        print(f"N = {N}: position error {(a - some.positions).norm(dim=-1).mean():.2f} px")
+    for (above, below), v, path, found in zip(axes.T, some.images, some.positions, a):
+        above.imshow((torch.linspace(0.3, 1, len(v))[:, None, None] * v).amax(0), cmap="gray")
         below.plot(*path.permute(2, 1, 0), "o", color="0.8")
         below.plot(*found.permute(2, 1, 0), ".-")
     figure.savefig(partial := args.out.with_name(f"{args.out.name}.partial"), format="png")
