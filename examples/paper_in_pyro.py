@@ -25,12 +25,12 @@ from tqdm import trange
 from pyro_pixels import CannonballConfig, simulate
 
 
-class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 3.1-3.2
+class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 3.1-3.2; K = 2, as there
     H: int = 32  # 48
     W: int = 32  # 48
     D: int = 256  # 1024
     delta: float = 0.2  # 0.1
-    Sigma_H: float = 1e-6  # 0.001, times I, like the other covariances
+    Sigma_H: float = 1e-6  # 0.001; times I, like the other covariances
     Sigma_A: float = 2e-3  # 1
     Sigma_k: float = 0.1  # 1
     mu_position: float = 0.1  # 1, the standard deviation of the positions in mu_k
@@ -40,11 +40,11 @@ class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 
     learn_dynamics: float = 0  # 10,000, the step from which the dynamics are learned
     learn_noise: float = math.inf  # 10,000, the step from which Sigma_H and Sigma_A are
     beta: float = 3.0  # 100, the weight of the KL at the first step, falling to 1
-    rate_phi: float = 2e-3  # 0.001, Adam's learning rate
-    rate_theta: float = 4e-3  # 0.001
-    rate_u: float = 3e-4  # 0.001, of u and delta
-    decay: float = 0.2  # 1, by how much the rates have fallen at the last step
-    steps: int = 750  # 200,000
+    rate_phi: float = 1e-3  # 0.001, Adam's learning rate
+    rate_theta: float = 3e-3  # 0.001
+    rate_u: float = 2e-4  # 0.001, of u and delta
+    decay: float = 0.1  # 1, by how much the rates have fallen at the last step
+    steps: int = 1_500  # 200,000
 
 
 PAPER = Settings(48, 48, 1024, 0.1, 1e-3, 1, 1, 1, 0, 0, 0, 10_000, 10_000, 100, 1e-3, 1e-3, 1e-3, 1, 200_000)
@@ -69,13 +69,12 @@ class Dynamics(nn.Module):  # T -> p(a_{1:T}) of one object, h and z summed out
         self.double().eval()  # GaussianHMM in float32 is silently wrong; pyro.module warns of what is held in training
 
     def forward(self, T: int) -> dist.MixtureSameFamily:
-        K, I, zero = len(self.mu), torch.eye(4).to(self.u), torch.zeros(4).to(self.u)
+        normal, I, zero = dist.MultivariateNormal, torch.eye(4).to(self.u), torch.zeros(4).to(self.u)
         A, B = I + self.log_delta.exp() * torch.ones(2).to(self.u).diag(2), I[:2]  # [I, delta I; 0, I] and [I, 0]
         L_H, L_A, L_k = map(dist.transforms.LowerCholeskyTransform(), (self.root_H, self.root_A, self.root_k))
-        A_t, u_t, L_t = A.T.repeat(K, T, 1, 1), self.u.repeat(K, T, 1), L_H.repeat(K, T, 1, 1)  # Eq (3)
+        A_t, u_t, L_t = A.T.repeat(2, T, 1, 1), self.u.repeat(2, T, 1), L_H.repeat(2, T, 1, 1)  # Eq (3)
         A_t[:, 0], u_t[:, 0], L_t[:, 0] = 0, self.mu, L_k  # Eq (4): the first transition forgets h_0 and draws h_1
-        h_0, eta_a = dist.MultivariateNormal(zero, I), dist.MultivariateNormal(zero[:2], scale_tril=L_A)
-        eta_h = dist.MultivariateNormal(u_t, scale_tril=L_t)
+        h_0, eta_h, eta_a = normal(zero, I), normal(u_t, scale_tril=L_t), normal(zero[:2], scale_tril=L_A)
         hmm = dist.GaussianHMM(h_0, A_t, eta_h, B.T, eta_a, duration=T)  # Eq (5); its matrices act from the right
         return dist.MixtureSameFamily(dist.Categorical(logits=self.log_pi), hmm)  # Eq (10)
 
@@ -146,6 +145,7 @@ def train(program: PaperInPyro, v: Tensor, N: Tensor, s: Settings) -> None:  # m
         lr = s.rate_phi if "network" in name else s.rate_u if name.endswith((".u", "delta")) else s.rate_theta
         return {"lr": lr, "lrd": s.decay ** (1 / s.steps), "clip_norm": math.inf}
 
+    pyro.clear_param_store()
     svi = SVI(program.model, program.guide, ClippedAdam(adam), Trace_ELBO())
     for step in (bar := trange(s.steps, unit="step")):
         for name, parameter in program.dynamics.named_parameters():
