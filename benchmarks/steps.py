@@ -1,4 +1,4 @@
-"""A whole training step, from the choice of the batch to the update: pyro_pixels and the literal Pyro program."""
+"""A whole training step, from the choice of the batch to the update: pyro_pixels and examples/paper_in_pyro.py."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from literal_pyro import LiteralProgram
+from paper_weights import paper_program
 from pyro_pixels._batch import Known, most_white
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
@@ -61,20 +61,20 @@ class OurStep(Step):
 
 
 class LiteralStep(Step):
-    """``SVI.step`` of the literal program. Parameters are in Pyro's global store, so only one can be in use."""
+    """``SVI.step`` of examples/paper_in_pyro.py. Parameters are in Pyro's global store, so only one can be in use."""
 
     def __init__(self, run: Run, data: ImageSequences, device: torch.device) -> None:
         super().__init__(data, run.config.schedule.batch_size, device)
         assert isinstance(run.guide, RecurrentGuide)
         pyro.clear_param_store()
-        program = LiteralProgram(run.model, run.guide).to(device)
+        program = paper_program(run.model, run.guide).to(device)
         adam = pyro.optim.Adam({"lr": run.config.schedule.learning_rate})  # type: ignore[attr-defined]
         self._svi = SVI(program.model, program.guide, adam, loss=Trace_ELBO())
 
     def __call__(self) -> None:
         with pyro.validation_enabled(True):
             index = self._index().to(self._device)
-            self._svi.step(self._images[index].float(), self._n_objects[index], KL_WEIGHT)
+            self._svi.step(self._images[index].flatten(2).float(), self._n_objects[index], KL_WEIGHT)
 
 
 def make_step(kind: type[OurStep] | type[LiteralStep], config: RunConfig, device: torch.device) -> Step:

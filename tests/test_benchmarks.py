@@ -15,8 +15,6 @@ import pyro
 import pytest
 import torch
 from conftest import SMALL, make_guide, make_model
-from pyro import poutine
-from pyro.infer import Trace_ELBO
 
 import asking
 import bench
@@ -24,12 +22,11 @@ import densities
 import growth
 import memory
 import report
-from literal_pyro import LiteralProgram, in_literal_names
+from paper_weights import in_paper_names
 from pyro_pixels.config import RunConfig
 from pyro_pixels.guides import products
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.runs import Run, build
-from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.worlds.base import simulate
@@ -58,51 +55,6 @@ def tiny(n_objects):
         state_size=5, guide_state_size=6, max_objects=max(n_objects),
         data=replace(SMALL, n_objects=n_objects), schedule=Schedule(batch_size=3),
     )  # fmt: skip
-
-
-def both(dtype):
-    """Our model and guide with every parameter moved away from its start, and the literal program with their values."""
-    model, guide = make_model(state_noise=1e-2).to(dtype), make_guide().to(dtype)
-    torch.manual_seed(1)
-    for p in [*model.parameters(), *guide.parameters()]:
-        p.data += 0.1 * torch.randn_like(p)
-    return model, guide, LiteralProgram(model, guide).to(dtype)
-
-
-def test_the_literal_program_has_our_bound_and_gradients(small_data):
-    model, guide, literal = both(torch.float64)
-    images, n_objects = small_data.images.double(), small_data.n_objects
-    torch.manual_seed(2)
-    loss = AnnealedELBO(KL_WEIGHT)(model, guide)(images, n_objects)
-    loss.backward()
-    torch.manual_seed(2)
-    with pyro.validation_enabled(True):
-        wanted = Trace_ELBO().differentiable_loss(literal.model, literal.guide, images, n_objects, KL_WEIGHT)
-    wanted.backward()
-    assert oracles.relative_error(loss, wanted.detach()) < 1e-8  # as exact as Pyro's GaussianHMM is
-    ours = in_literal_names(model, guide, lambda p: p.grad)
-    theirs = {name: p.grad for name, p in literal.named_parameters()}
-    assert ours.keys() == theirs.keys()
-    for name, gradient in ours.items():
-        assert gradient.abs().max() > 0, name
-        assert oracles.relative_error(gradient, theirs[name]) < 1e-6, name
-
-
-def test_in_float32_each_term_of_the_bound_is_ours(small_data):
-    model, guide, literal = both(torch.float32)
-    literal.generative.dynamics.double()  # as it is used
-    images, n_objects = small_data.images.float(), small_data.n_objects
-    a = guide.q(images, n_objects).sample()
-
-    def terms(model, guide):
-        given = {"a": a.double()} if guide == literal.guide else {"a": a}
-        traces = [poutine.trace(poutine.condition(p, data=given)).get_trace(images, n_objects) for p in (model, guide)]
-        for trace in traces:
-            trace.compute_log_prob()
-        p, q = (trace.nodes for trace in traces)
-        return [float(site["log_prob_sum"].detach()) for site in (p["v"], p["a"], q["a"])]
-
-    np.testing.assert_allclose(terms(model, guide), terms(literal.model, literal.guide), rtol=1e-4)
 
 
 def test_our_step_is_that_of_fit():
@@ -149,9 +101,9 @@ def test_products_with_packed_matrices_count_as_any(monkeypatch):
 
 def test_the_literal_step_trains_what_ours_trains():
     """A step of Adam moves each learned number by its learning rate."""
-    config = tiny(n_objects=(1, 2, 3))
+    config = replace(tiny(n_objects=(1, 2, 3)), guide_state_size=None)
     run = build(config)
-    wanted = {name: x.clone() for name, x in in_literal_names(run.model, run.guide).items()}
+    wanted = {name: x.clone() for name, x in in_paper_names(run.model, run.guide).items()}
     step = LiteralStep(run, simulate(config.data, 3, seed=0), CPU)
     step()
     trained = {name.replace("$$$", "."): p.detach() for name, p in pyro.get_param_store().items()}
