@@ -78,9 +78,11 @@ def test_the_lesson_leads_from_swapped_means_to_the_right_ones_and_leaves_those_
         _, plain = gradients(AnnealedELBO(), model, guide, images, n_objects)
         return (plain["mean"] - both["mean"]) * std
 
-    towards = (lesson(swapped) * (right - swapped)).sum((1, 2, 3))
-    assert int((towards > 0).sum()) >= B - 1
-    assert float(lesson(swapped)[:, :, 8:].norm(dim=-1).mean()) > 5.0
+    orders = torch.stack([right, right.flip(1)])  # to p(a) the names of whole tracks are all one
+    towards = (lesson(swapped) * (orders - swapped)).sum((2, 3, 4)).amax(0)
+    apart = (right - swapped)[:, :, 8:].norm(dim=-1).mean((1, 2)) > 0.3  # ten times the standard deviation
+    assert int(apart.sum()) > 8
+    assert bool((towards[apart] > 10.0).all())
     kept = lesson(right)  # independent standard normals but where objects meet
     assert float(kept.mean().abs()) < 4 / kept.numel() ** 0.5
     assert float(kept.norm(dim=-1).mean()) < 2.0
