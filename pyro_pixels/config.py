@@ -32,6 +32,9 @@ class RunConfig:
     common_s0: float | None = None
     """Share of its own that each object's s_0 starts with, the rest being common to all (`start_alike`); None: as the
     paper, all its own."""
+    memory: float | None = None
+    """Gain of the identity that the inference network's weights from s_{t-1}^n start with (`start_with_memory`); None:
+    as the paper, none."""
     likelihood: str = "bernoulli"
     """A name in `LIKELIHOODS`: what pixels are, given the renderer's logits."""
     dynamics: DynamicsConfig = field(default_factory=DynamicsConfig)

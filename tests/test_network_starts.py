@@ -4,7 +4,7 @@ from conftest import SMALL
 
 from pyro_pixels.config import RunConfig
 from pyro_pixels.guides import ConvolutionalFrontEnd, InferenceRNN
-from pyro_pixels.guides.network_starts import start_alike, start_as_ramps
+from pyro_pixels.guides.network_starts import start_alike, start_as_ramps, start_with_memory
 from pyro_pixels.runs import build
 
 
@@ -60,16 +60,36 @@ def test_all_objects_start_alike():
     torch.testing.assert_close(s_0[0, 2], s_0[1, 0])
 
 
+def test_memory_is_the_identity_from_the_state_before():
+    """By the literal recursion: with no other weights s_t^1 = sigm(1) tanh(2 s_{t-1}^1), and s_t^2 takes a share of it."""
+    rnn = make_rnn(state_size=8)
+    for p in (rnn.from_states.weight, rnn.from_image.weight):
+        torch.nn.init.zeros_(p)
+    start_with_memory(rnn, gain=2.0)
+    s_0 = 0.5 * torch.randn(1, 2, 8)
+    s = rnn.advance(s_0, torch.zeros(1, 3, 12, 10)).detach()
+    beta, before = torch.sigmoid(torch.tensor(1.0)), s_0
+    for t in range(3):
+        first = beta * torch.tanh(2 * before[:, 0])
+        second = (1 - beta) * first + beta * torch.tanh(2 * before[:, 1])
+        torch.testing.assert_close(s[:, :, t], torch.stack([first, second], 1))
+        before = s[:, :, t]
+    paper, other = make_rnn(), make_rnn()
+    start_with_memory(other)
+    changed = (paper.from_states.weight != other.from_states.weight).nonzero()
+    assert changed.tolist() == [[64 + i, i] for i in range(64)]
+
+
 def test_a_front_end_has_no_ramps():
     with pytest.raises(ValueError, match="front_end"):
         start_as_ramps(make_rnn(ConvolutionalFrontEnd()))
 
 
 def test_a_configuration_can_ask_for_both():
-    config = RunConfig(state_size=16, data=SMALL, image_ramps=3.0, common_s0=0.1)
+    config = RunConfig(state_size=16, data=SMALL, image_ramps=3.0, common_s0=0.1, memory=1.0)
     run, again, paper = build(config), build(config), build(RunConfig(state_size=16, data=SMALL))
     torch.testing.assert_close(dict(run.guide.state_dict()), dict(again.guide.state_dict()))
-    assert bool((run.guide.rnn.from_states.weight == paper.guide.rnn.from_states.weight).all())
+    assert bool((run.guide.rnn.from_states.weight - paper.guide.rnn.from_states.weight).diagonal(-16).allclose(torch.ones(16)))
     spread = {
         name: (r.guide.rnn.phi_s0[:, 0] - r.guide.rnn.phi_s0[0, 0]).std()
         for name, r in (("own", paper), ("alike", run))

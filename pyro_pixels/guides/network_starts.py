@@ -2,7 +2,7 @@
 
 What is learned stays Eqs (8)-(9). With the paper's starting weights the first map from an object's place in the image
 to the latent plane is as random as white noise: neighbouring pixels lead to unrelated states. docs/learning.md measures
-what that does to learning, and what the two starts below are worth.
+what that does to learning, and what the starts below are worth.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 
 RAMP, WHITE = 3.0, 0.3  # weights of the ramps, and of the white noise beside them
+MASK_BIAS = 1.0  # of b^beta; sigm(1) = 0.73
 
 
 @torch.no_grad()
@@ -51,3 +52,23 @@ def start_alike(rnn: InferenceRNN, *, own: float = 0.1) -> None:
     """
     phi_s0 = rnn.phi_s0
     phi_s0.copy_(phi_s0[0, 0] + own * phi_s0)
+
+
+@torch.no_grad()
+def start_with_memory(rnn: InferenceRNN, *, gain: float = 1.0, mask_bias: float = MASK_BIAS) -> None:
+    """Adds ``gain`` times the identity to the columns of W^s that act on s_{t-1}^n, and sets b^beta to ``mask_bias``.
+
+    With the paper's start a state is forgotten within a few frames, and two objects are first told apart by where they
+    are: the left one and the right one. If that is what separates them, they bounce off each other wherever balls
+    cross, and learning stalls. With memory they can be told apart by where they came from from the start.
+    (The identity as a start of recurrent weights: Le, Jaitly and Hinton, 2015.)
+
+    Args:
+        rnn: changed in place.
+        gain: of the identity.
+        mask_bias: start of b^beta: how much of the new contribution is taken, against s_t^{n-1}.
+    """
+    D = rnn.state_size
+    W = rnn.from_states.weight  # rows: mask, contribution; columns: s_{t-1}^n, s_t^{n-1}
+    W[D:, :D] += gain * torch.eye(D, dtype=W.dtype, device=W.device)
+    rnn.from_states.bias[:D] = mask_bias

@@ -243,9 +243,11 @@ class UntangledGuide(Guide):
         super().__init__()
         self.guide, self.options = guide, options
         self._dynamics = [dynamics]  # in a list, so that its parameters are not taken for the guide's
+        self.before: dist.TorchDistribution | None = None
+        """What ``guide`` gave the last time, under its own names."""
 
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
-        q_a = self.guide.encode(images, n_objects)
+        q_a = self.before = self.guide.encode(images, n_objects)
         if not can_be_untangled(q_a):
             raise ValueError(
                 f"{type(self.guide).__name__} gives {type(q_a).__name__}, whose frames cannot be exchanged; "

@@ -12,6 +12,9 @@ swapped it learns to keep them apart. This is the wake-phase of reweighted wake-
 with draws that were moved towards the posterior, by moves that p(a) accepts, in the place of weighed ones
 (cf. Naesseth et al., Markovian score climbing, 2020).
 
+With an `UntangledGuide` the bound is that of the renamed q, which the lesson teaches the guide inside: positions are
+then learned whatever the names, and the names with them.
+
 Departures from the paper: the second term. The bound alone is `AnnealedELBO`.
 """
 
@@ -21,7 +24,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_pixels.guides.untangle import untangle
+from pyro_pixels.guides.untangle import UntangledGuide, untangle
 from pyro_pixels.training.distillation import log_prob_in_best_order
 from pyro_pixels.training.elbo import AnnealedELBO
 
@@ -57,7 +60,10 @@ class OwnTracks(AnnealedELBO):
         self._drawn = None
         if a.shape[1] == 1 or not self.weight:
             return loss
-        target = untangle(model.dynamics, a, n_objects, most=self.most).a
+        if isinstance(guide, UntangledGuide) and guide.before is not None:
+            q_a, target = guide.before, a
+        else:
+            target = untangle(model.dynamics, a, n_objects, most=self.most).a
         return loss - self.weight * log_prob_in_best_order(q_a, target, n_objects).sum()
 
 
