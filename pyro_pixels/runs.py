@@ -19,6 +19,7 @@ from pyro_pixels.config import RunConfig
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
+from pyro_pixels.guides.network_starts import start_alike, start_as_ramps, start_with_memory
 from pyro_pixels.guides.other_networks import BidirectionalRNN, ConvolutionalFrontEnd
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.guides.structured import StructuredGuide
@@ -66,7 +67,14 @@ def _structured(config: RunConfig, model: PixelModel) -> Guide:
 
 def _rnn(config: RunConfig, front_end: nn.Module | None = None) -> InferenceRNN:
     state_size = config.guide_state_size or config.state_size
-    return InferenceRNN(config.data.height, config.data.width, state_size, config.max_objects, front_end)
+    rnn = InferenceRNN(config.data.height, config.data.width, state_size, config.max_objects, front_end)
+    if config.image_ramps is not None:
+        start_as_ramps(rnn, ramp=config.image_ramps)
+    if config.common_s0 is not None:
+        start_alike(rnn, own=config.common_s0)
+    if config.memory is not None:
+        start_with_memory(rnn, gain=config.memory)
+    return rnn
 
 
 def _with_attention(rnn: StateNetwork) -> Guide:

@@ -1,0 +1,51 @@
+"""Shows whether the latent space of a run is torn: where single objects are in the image, and where q(a | v) puts them.
+
+Left, paths of single objects in pixels and what is inferred, in latent units; right, inferred positions of all frames
+coloured by the true column and row. In a good run the colours change evenly; where the space is torn, neighbours in the
+image lie far apart. The health check, which sees neither labels nor this figure, is printed beside it.
+"""
+
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+
+from common import QueryArguments, ask, save, start
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.health import check_health, format_health
+from pyro_pixels.queries.predict import infer
+
+N_PATHS = 30
+
+
+@dataclass
+class Arguments(QueryArguments):
+    n_sequences: int = 600
+    """How many sequences; a third of them has a single object."""
+
+
+def main(args: Arguments) -> None:
+    run, data, device = ask(args)
+    alone = data[data.n_objects == 1]
+    if alone.positions is None or not len(alone):
+        raise ValueError("there is no sequence with N = 1 and known positions; give such --data, or none")
+    a = infer(run.guide, alone.images.to(device), alone.n_objects.to(device)).mean.cpu()
+    affine = metrics.fit_affine(a, alone.positions, alone.n_objects)
+    latent, pixels = a[:, 0], alone.positions[:, 0]
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), layout="constrained")
+    for path, where in zip(latent[:N_PATHS], pixels[:N_PATHS]):
+        axes[0].plot(*where.T, lw=0.7)
+        axes[1].plot(*path.T, lw=0.7)
+    axes[0].set(title="true paths, pixels", xlim=(0, data.size[1] - 1), ylim=(data.size[0] - 1, 0))
+    axes[1].set_title("inferred, latent units")
+    for axis, colour, name in zip(axes[2:], pixels.flatten(0, 1).T, ("column", "row")):
+        axis.scatter(*latent.flatten(0, 1).T, c=colour, s=1)
+        axis.set_title(f"coloured by {name}")
+    figure.suptitle(f"step {run.step:,}, seed {run.config.seed}: R² of the affine map {affine.r2:.2f}")
+    out = args.out or args.home / "latent_space.png"
+    save(figure, out)
+    print(f"R^2 of the best affine map to pixels, N = 1: {affine.r2:.3f}")
+    print(format_health(check_health(run.model, run.guide, data)))
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)

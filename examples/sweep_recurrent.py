@@ -1,0 +1,292 @@
+"""The paper's network on its own: seeds, ablations, the ceiling, and learning from its own untangled draws.
+
+Every run is a process of its own with a folder of its own under --out. Give the same command again to go on: what is
+finished is kept, what was cut off resumes. The summary is one JSON and a table for each suite. Runs of the suite `own`
+go on from those of `seeds`, which must be there.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import TEST_SEED, device_of, environment, markdown, start, write_json
+from pyro_pixels.config import RunConfig
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.health import check_health
+from pyro_pixels.evaluation.table import evaluate
+from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
+from pyro_pixels.guides.untangle import untangle
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.queries.predict import infer
+from pyro_pixels.runs import Run, build, load_run, save_config
+from pyro_pixels.training.distillation import GivenTracks
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.own_tracks import OwnTracks
+from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.worlds.base import simulate
+
+VALIDATION_SEED = TEST_SEED - 1
+N_VALIDATION = 300
+CANDIDATES, CANDIDATE_STEPS = 3, 250  # of the suite `seeds`
+FAR = 10**9  # a step that never comes
+
+Change = Callable[[RunConfig], RunConfig]
+
+
+def _run(**changes: Any) -> Change:
+    return lambda c: replace(c, **changes)
+
+
+def _schedule(**changes: Any) -> Change:
+    return lambda c: replace(c, schedule=replace(c.schedule, **changes))
+
+
+def _paper_noises(c: RunConfig) -> RunConfig:
+    return replace(c, dynamics=replace(c.dynamics, state_noise=1e-3, position_noise=1.0))
+
+
+ABLATION: dict[str, Change] = {
+    "recurrent": lambda c: c,
+    "renderer: starts as the paper's": _run(background_logit=0.0, renderer_input_scale=None),
+    "noises: start as the paper's": _paper_noises,
+    "noises: free from the start": _schedule(learn_from={}),
+    "no ramps": _run(image_ramps=None),
+    "no memory": _run(memory=None),
+    "s_0 alike": _run(common_s0=0.1),
+    "KL weight 1": _schedule(kl_before=1.0),
+    "N = 1 alone for the first 500 steps": _schedule(single_object_steps=500),
+    "learning rate 0.001": _schedule(learning_rate=1e-3),
+}
+"""The preset `recurrent`, and with one ingredient left out, or changed."""
+
+
+@dataclass
+class Arguments:
+    suite: Literal["seeds", "ablation", "ceiling", "own"] = "seeds"
+    """seeds: the preset `recurrent`, best of three starts by the bound; ablation: one start, and with one ingredient
+    left out; ceiling: the same network taught true positions; own: goes on from `seeds` and learns from its own draws,
+    untangled, beside as many more steps by the bound alone."""
+    seeds: int = 5
+    """How many."""
+    first_seed: int = 10
+    steps: int | None = None
+    """Training steps, if not those of the preset; the schedule is cut off there, not shortened."""
+    weight: float = 0.3
+    """Of the lesson in the suite `own`."""
+    n_test: int = 1200
+    """Fresh sequences that every run is measured on."""
+    out: Path = Path("runs/recurrent")
+    json: Path | None = None
+    """Where the summary goes; default: SUITE.json in --out."""
+    workers: int = 2
+    """Runs at a time, one CPU thread each."""
+    only: tuple[str, ...] = ()
+    """Rows of the suite, if not all."""
+    device: str = "cpu"
+    job: str | None = None
+    """Only this one run, VARIANT/SEED."""
+
+
+def variants(args: Arguments) -> dict[str, RunConfig]:
+    preset = PRESETS["recurrent"]
+    if args.steps is not None:
+        preset = _schedule(steps=args.steps)(preset)
+    if args.suite == "ablation":
+        found = {name: change(preset) for name, change in ABLATION.items()}
+    elif args.suite == "ceiling":
+        found = {"ceiling": replace(preset, schedule=_lessons(preset.schedule))}
+    elif args.suite == "own":
+        steps = args.steps or 1_000
+        further = replace(
+            preset.schedule, steps=steps, decay_from=0, fit_starts_at=(), evaluate_every=max(1, steps // 8)
+        )
+        found = {name: replace(preset, schedule=further) for name in ("own draws, untangled", "the bound alone")}
+    else:
+        found = {"recurrent": preset}
+    unknown = set(args.only) - found.keys()
+    if unknown:
+        raise ValueError(f"the suite {args.suite} has no row {sorted(unknown)[0]!r}; wanted some of {sorted(found)}")
+    return {name: config for name, config in found.items() if not args.only or name in args.only}
+
+
+def _lessons(schedule: Schedule) -> Schedule:
+    """The same steps, of the guide alone."""
+    return replace(schedule, learn_from={"model": FAR}, fit_starts_at=(), clip_norm=100.0)
+
+
+def folder_of(args: Arguments, name: str, seed: int) -> Path:
+    return args.out / args.suite / "".join(c if c.isalnum() else "_" for c in name) / f"seed{seed}"
+
+
+class Curve:
+    """Errors of validation sequences, used for nothing else, at every evaluation; kept in a file."""
+
+    def __init__(self, path: Path, run: Run, data: ImageSequences) -> None:
+        self.path, self.run, self.data = path, run, data
+        self.points: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        self.spent = self.points[-1]["cpu_seconds"] if self.points else 0.0
+        self.began = time.process_time()
+
+    def take(self, line: dict[str, float]) -> None:
+        self.spent += time.process_time() - self.began  # of training, without what follows
+        seconds = {"seconds": line["seconds"], "cpu_seconds": round(self.spent, 1)}
+        found = errors(self.run, self.data)
+        self.points = [point for point in self.points if point["step"] < line["step"]]
+        self.points.append({"step": line["step"], **seconds, "bound": line["validation_bound_per_frame"], **found})
+        write_json(self.path, self.points)
+        print(f"{self.path.parent}: {json.dumps(self.points[-1])}", flush=True)
+        self.began = time.process_time()
+
+
+def errors(run: Run, data: ImageSequences) -> dict[str, Any]:
+    """R^2, position errors and switch rates for N = 1, 2, 3, as inferred and untangled."""
+    assert data.positions is not None
+    device = next(run.model.parameters()).device
+    mean = infer(run.guide, data.images.to(device), data.n_objects.to(device)).mean
+    affine = metrics.fit_affine(mean.cpu(), data.positions, data.n_objects)
+    found: dict[str, Any] = {"r2": affine.r2}
+    renamed = untangle(run.model.dynamics, mean, data.n_objects.to(device)).a
+    for prefix, a in (("", mean), ("untangled_", renamed)):
+        in_pixels = affine(a.cpu())
+        matched = metrics.reorder(in_pixels, metrics.assign(in_pixels, data.positions, data.n_objects))
+        error = metrics.errors(matched, data.positions, data.n_objects)
+        switched = metrics.switches(matched, data.positions, data.n_objects).double()
+        by_n = [data.n_objects == n for n in (1, 2, 3)]
+        found[f"{prefix}error_px"] = [round(metrics.nan_mean(error[chosen]), 3) for chosen in by_n]
+        found[f"{prefix}switch_rate"] = [round(float(switched[chosen].mean()), 3) for chosen in by_n[1:]]
+    return found
+
+
+def true_tracks(data: ImageSequences) -> Tensor:
+    """True positions, each axis of the image from -1 to 1: lessons for the ceiling, (n, N, T, 2)."""
+    assert data.positions is not None
+    height, width = data.size
+    half = torch.tensor([width - 1, height - 1]) / 2
+    return ((data.positions - half) / half).float().nan_to_num()
+
+
+def one_run(args: Arguments, name: str, config: RunConfig, folder: Path) -> None:
+    """Trains and measures; the folder's result.json says that it is done."""
+    device = device_of(args.device)
+    torch.set_num_threads(1)
+    run = build(config)
+    if args.suite == "own":
+        before = load_run(args.out / "seeds" / "recurrent" / f"seed{config.seed}")
+        run.model.load_state_dict(before.model.state_dict())
+        run.guide.load_state_dict(before.guide.state_dict())
+    run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
+    save_config(folder, config)
+    data = simulate(config.data, config.n_sequences, seed=config.seed)
+    validation = simulate(config.data, N_VALIDATION, seed=VALIDATION_SEED)
+    curve = Curve(folder / "curve.json", run, validation)
+    options: dict[str, Any] = {}
+    if args.suite == "own" and name != "the bound alone":
+        options["objective"] = lambda: OwnTracks(args.weight)
+    elif args.suite == "ceiling":
+        options |= {"objective": GivenTracks, "tracks": true_tracks(data)}
+    elif args.suite == "seeds":
+        others = [build(replace(config, seed=config.seed + 1_000 * i)) for i in range(1, CANDIDATES)]
+        options["candidates"] = [(other.model.to(device), other.guide.to(device)) for other in others]
+        options["candidate_steps"] = CANDIDATE_STEPS
+    result = fit(
+        run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, validation=validation,
+        resume=(folder / "checkpoint.pt").exists(), progress=False, on_evaluation=curve.take, **options,
+    )  # fmt: skip
+    if result.interrupted:
+        return
+    test = simulate(config.data, args.n_test, seed=TEST_SEED)
+    about = {"train_seed": config.seed, "test_seed": TEST_SEED, "steps": result.step, "seconds": result.seconds}
+    about |= {"cpu_seconds": curve.spent, "environment": environment(device), "curve": curve.points}
+    if args.suite == "ceiling":  # its model has learned nothing
+        write_json(folder / "result.json", {**about, "test": errors(run, test)})
+        return
+    about["health"] = check_health(run.model, run.guide, test[:300])._asdict()
+    found = merged(evaluate(run.model, run.guide, test), evaluate_untangled(run.model, run.guide, test))
+    write_json(folder / "result.json", {**about, "test": errors(run, test), **found})
+
+
+def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in names:
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        files = [folder_of(args, name, seed) / "result.json" for seed in seeds]
+        runs = [json.loads(file.read_text()) for file in files if file.exists()]
+        if runs:
+            found[name] = runs
+    return {"suite": args.suite, "variants": found}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: medians over seeds and, in brackets, the smallest and the largest."""
+    header = ["", "seeds", "steps", "R^2", "position error, px", "switch rate, %", "untangled: position error, px",
+              "untangled: switch rate, %", "generation / floor", "untangled", "health signs", "CPU s"]  # fmt: skip
+    rows = []
+    for name, runs in result["variants"].items():
+        tests = [run["test"] for run in runs]
+
+        def column(key: str, factor: float, digits: int, tests: list[dict[str, Any]] = tests) -> str:
+            return " / ".join(_spread([factor * x for x in xs], digits) for xs in zip(*(t[key] for t in tests)))
+
+        def generation(prefix: str, runs: list[dict[str, Any]] = runs) -> str:
+            if "by_n_objects" not in runs[0]:
+                return "-"
+            groups = [[run["by_n_objects"][n] for run in runs] for n in runs[0]["by_n_objects"]]
+            errors = [[r[f"{prefix}generation_error_px"] / r["generation_floor_px"] for r in group] for group in groups]
+            return " / ".join(_spread(x, 2) for x in errors)
+
+        signs = [len(run["health"]["problems"]) for run in runs if "health" in run]
+        rows.append([
+            name, str(len(runs)), f"{runs[0]['steps']:,}", _spread([t["r2"] for t in tests], 3),
+            column("error_px", 1, 2), column("switch_rate", 100, 1), column("untangled_error_px", 1, 2),
+            column("untangled_switch_rate", 100, 1), generation(""), generation("untangled_"),
+            _spread(signs, 0) if signs else "-", f"{np.median([run['cpu_seconds'] for run in runs]):.0f}",
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
+def _spread(values: list[float], digits: int) -> str:
+    low, middle, high = (f"{f(values):.{digits}f}" for f in (min, np.median, max))
+    return middle if len(values) == 1 else f"{middle} ({low}-{high})"
+
+
+def main(args: Arguments) -> int:
+    if args.seeds < 1 or args.workers < 1:
+        raise ValueError(f"seeds is {args.seeds} and workers {args.workers}; wanted at least 1 of each")
+    configs = variants(args)
+    if args.job is not None:
+        name, _, seed = args.job.rpartition("/")
+        one_run(args, name, replace(configs[name], seed=int(seed)), folder_of(args, name, int(seed)))
+        return 0
+    jobs = [(name, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for name in configs]
+    jobs = [(name, seed) for name, seed in jobs if not (folder_of(args, name, seed) / "result.json").exists()]
+
+    def launch(job: tuple[str, int]) -> bool:
+        options = ["--suite", args.suite, "--out", args.out, "--n-test", args.n_test, "--weight", args.weight]
+        options += ["--device", args.device, "--job", f"{job[0]}/{job[1]}"]
+        options += [] if args.steps is None else ["--steps", args.steps]
+        done = subprocess.run([sys.executable, __file__, *map(str, options)], check=False)
+        print(f"{job[0]}, seed {job[1]}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
+        return done.returncode == 0
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        well = all(list(pool.map(launch, jobs)))
+    result = summary(args, list(configs))
+    path = args.json or args.out / f"{args.suite}.json"
+    write_json(path, result)
+    print(f"{table(result)}\n  {path}")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)

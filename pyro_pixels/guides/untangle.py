@@ -1,0 +1,274 @@
+"""Identities put right by the dynamics: exchanges of parts of the tracks of two objects, judged by p(a) of Eq (10).
+
+A guide without dynamics, such as the paper's, may swap two objects halfway (the paper's Fig 5b). Swapped tracks are no
+paths of the dynamics, and p(a) says so without pixels or labels. A move exchanges two objects i, j over frames
+s, ..., e - 1:
+
+    a_t^i <-> a_t^j   for s <= t < e
+
+With e = T it exchanges tails. Every move is its own inverse.
+
+- `untangle` takes the best move, over and over, as long as log p(a) grows. It is meant for the means of any guide.
+- `resample_labels` makes Metropolis-Hastings moves whose target is p(a | v), or p(a) where no images are given. Moves
+  are proposed with the locally balanced probabilities of Zanella (Informed proposals for local MCMC in discrete spaces,
+  2020). What it does to draws of q(a | v) brings them closer to p(a | v) in KL divergence, or leaves them as they are.
+- `UntangledGuide` is a guide like any other: it gives q(a | v) of another guide, which must be independent from frame
+  to frame, with its objects renamed in every frame as `untangle` renames its means.
+
+All T (T + 1) / 2 moves of all pairs are judged at once. log p(a^n | z = k) is quadratic in a^n, so with d = a^j - a^i,
+P_k the precision matrix of p(a | z = k) and e = a^i - E[a | z = k] the exchange over a window w adds
+
+    2 sum_{t in w} (P_k e)_t' d_t + sum_{t, t' in w} d_t' P_k[t, t'] d_t'
+
+to e' P_k e: differences of cumulative sums, O(T^2) for all windows together.
+
+Departures from the paper: it has nothing of the kind. The posterior of the model stays what it is.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_pixels import lgssm as exact
+from pyro_pixels._batch import object_mask
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.model.pixel_model import PixelModel
+
+MOST_EXCHANGES = 30
+LEAST_GAIN = 1e-6  # nats
+
+
+class Untangled(NamedTuple):
+    """Tracks whose objects were renamed frame by frame."""
+
+    a: Tensor  # (B, N, T, 2)
+    labels: Tensor  # (B, N, T) int64: a[b, n, t] is what was given as object labels[b, n, t] in frame t
+    gain: Tensor  # (B,), growth of log p(a) in nats
+
+    def rename(self, x: Tensor) -> Tensor:
+        """Anything else of each object and frame, (B, N, T, ...), renamed alike, such as standard deviations."""
+        return renamed(x, self.labels)
+
+
+def renamed(x: Tensor, labels: Tensor) -> Tensor:
+    """x (B, N, T, ...) with object ``labels[b, n, t]`` of frame t in the place of object n."""
+    index = labels.reshape(*labels.shape, *(1,) * (x.dim() - 3)).expand_as(x)
+    return x.gather(1, index)
+
+
+class _Moves:
+    """All exchanges of tracks a (B, N, T, 2), and the change of sum_n log p(a^n) that each makes."""
+
+    def __init__(self, dynamics: Dynamics, n_objects: Tensor, N: int, T: int, windows: bool, slack: float) -> None:
+        lgssm = dynamics.lgssm()
+        lgssm = lgssm._replace(Sigma_A=lgssm.Sigma_A + slack * torch.eye(2).to(lgssm.Sigma_A))
+        self.mean, C = exact.marginal_moments(lgssm, T)  # (K, 2 T), (K, 2 T, 2 T)
+        L = torch.linalg.cholesky_ex(C).L
+        self.P = torch.cholesky_inverse(L)
+        log_pi = dynamics.log_pi.to(C.dtype).log_softmax(-1)
+        self.log_weight = log_pi - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (K,)
+        pairs = list(itertools.combinations(range(N), 2))
+        self.i, self.j = torch.tensor(pairs, device=C.device).reshape(-1, 2).unbind(1)
+        starts, ends = torch.arange(T, device=C.device)[:, None], torch.arange(1, T + 1, device=C.device)
+        allowed = (starts < ends) & ~((starts == 0) & (ends == T))  # exchanging all frames changes nothing
+        if not windows:
+            allowed = allowed & (ends == T)
+        present = object_mask(n_objects, N)
+        self.allowed = allowed & (present[:, self.i] & present[:, self.j])[..., None, None]  # (B, pairs, T, T)
+        self.T = T
+
+    def gains(self, a: Tensor) -> Tensor:
+        """(B, pairs, T, T): of exchanging frames s to e, both included, at [..., s, e]; -inf where there is no move."""
+        K, T = len(self.mean), self.T
+        a = a.to(self.P.dtype)
+        e = a.flatten(2).unsqueeze(2) - self.mean  # (B, N, K, 2 T)
+        Pe = torch.einsum("kxy,bnky->bnkx", self.P, e)
+        distance = (e * Pe).sum(-1)  # (B, N, K)
+        d = a[:, self.j] - a[:, self.i]  # (B, pairs, T, 2)
+        both = torch.einsum("bqti,ktiuj,bquj->bqktu", d, self.P.view(K, T, 2, T, 2), d)
+        both = F.pad(both.cumsum(-1).cumsum(-2), (1, 0, 1, 0))  # [..., s, e] sums over t < s, t' < e
+        corner = both.diagonal(dim1=-2, dim2=-1)
+        window = corner[..., None, 1:] + corner[..., :-1, None] - both[..., :-1, 1:] - both.mT[..., :-1, 1:]
+        changed = []
+        for n, sign in ((self.i, 1.0), (self.j, -1.0)):
+            one = F.pad(torch.einsum("bqkti,bqti->bqkt", Pe[:, n].unflatten(-1, (T, 2)), d).cumsum(-1), (1, 0))
+            along = one[..., None, 1:] - one[..., :-1, None]  # (B, pairs, K, T, T)
+            changed.append(self._log_p(distance[:, n][..., None, None] + 2 * sign * along + window, -3))
+        now = self._log_p(distance, -1)
+        gain = changed[0] + changed[1] - (now[:, self.i] + now[:, self.j])[..., None, None]
+        return torch.where(self.allowed, gain, -torch.inf)
+
+    def _log_p(self, distance: Tensor, dim: int) -> Tensor:
+        """log p of tracks, up to a constant, from e' P_k e."""
+        weight = self.log_weight.reshape(-1, *(1,) * (-dim - 1))
+        return (weight - 0.5 * distance).logsumexp(dim)
+
+    def apply(self, labels: Tensor, move: Tensor, where: Tensor) -> Tensor:
+        """Labels (B, N, T) after each sequence's move, an index into its flattened gains, is made ``where`` (B,)."""
+        T = self.T
+        pair, window = move // (T * T), move % (T * T)
+        t, rows = torch.arange(T, device=move.device), torch.arange(len(move), device=move.device)
+        inside = (t >= (window // T)[:, None]) & (t <= (window % T)[:, None]) & where[:, None]  # (B, T)
+        i, j = self.i[pair], self.j[pair]
+        x, y = labels[rows, i], labels[rows, j]
+        labels = labels.clone()
+        labels[rows, i], labels[rows, j] = torch.where(inside, y, x), torch.where(inside, x, y)
+        return labels
+
+
+@torch.no_grad()
+def untangle(
+    dynamics: Dynamics,
+    a: Tensor,
+    n_objects: Tensor,
+    *,
+    windows: bool = True,
+    slack: float = 0.0,
+    most: int = MOST_EXCHANGES,
+) -> Untangled:
+    """Tracks with their objects renamed so that log p(a) grows: the best exchange first, until none gains.
+
+    A local optimum, not the best of all labellings. Nothing but the tracks and the dynamics is used.
+
+    Args:
+        dynamics: of the model.
+        a: (B, N, T, 2), in latent units, such as `infer(...).mean`; absent objects are last.
+        n_objects: (B,).
+        windows: False exchanges tails alone.
+        slack: added to the diagonal of Sigma_A where moves are judged, for tracks that are noisier than the model's.
+        most: exchanges of one sequence.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
+    """
+    B, N, T = _check(a, n_objects)
+    given, labels = a.nan_to_num(), torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
+    gain = torch.zeros(B, dtype=exact.exact_dtype(a.device), device=a.device)
+    if N > 1 and T > 1:
+        moves = _Moves(dynamics, n_objects, N, T, windows, slack)
+        for _ in range(most):
+            best, move = moves.gains(renamed(given, labels)).flatten(1).max(1)
+            better = best > LEAST_GAIN
+            if not bool(better.any()):
+                break
+            labels = moves.apply(labels, move, better)
+            gain = gain + torch.where(better, best, 0.0)
+    return Untangled(renamed(a, labels), labels, gain)
+
+
+@torch.no_grad()
+def resample_labels(
+    model: PixelModel,
+    a: Tensor,
+    n_objects: Tensor,
+    images: Tensor | None = None,
+    *,
+    n_moves: int = 20,
+    windows: bool = True,
+    seed: int = 0,
+) -> Untangled:
+    """Draws with their objects renamed by Metropolis-Hastings moves that leave p(a | v) what it is.
+
+    A move is proposed with probability proportional to r / (1 + r), r the factor by which it changes p(a), among all
+    windows of all pairs, and accepted with probability min(1, p(v | a') Z(a) / (p(v | a) Z(a'))), Z the sum of these
+    weights. Renaming changes p(v | a) only as far as the order matters in which the renderer draws.
+
+    Args:
+        model: its dynamics and, where there are images, its renderer.
+        a: (B, N, T, 2), such as one draw of q(a | v) for each sequence; absent objects are last.
+        n_objects: (B,).
+        images: (B, T, H, W); None: the target is p(a).
+        n_moves: proposals for each sequence.
+        windows: False exchanges tails alone.
+        seed: of the moves; the caller's random state is left as it was.
+
+    Returns:
+        `Untangled`; its ``gain``, in log p(a), may be negative.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
+    """
+    B, N, T = _check(a, n_objects)
+    labels = torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
+    gain = torch.zeros(B, dtype=exact.exact_dtype(a.device), device=a.device)
+    several = n_objects > 1
+    if N < 2 or T < 2:
+        return Untangled(a, labels, gain)
+    moves, generator = _Moves(model.dynamics, n_objects, N, T, windows, 0.0), torch.Generator().manual_seed(seed)
+    present = object_mask(n_objects, N)
+
+    def log_p_v(labels: Tensor) -> Tensor:
+        if images is None:
+            return gain.new_zeros(B)
+        logits = model.renderer(renamed(a, labels), present)
+        return model.likelihood(logits).log_prob(images.to(logits.dtype)).to(gain.dtype)
+
+    rows = torch.arange(B, device=a.device)
+    log_r = moves.gains(renamed(a, labels)).flatten(1)
+    seen = log_p_v(labels)
+    for _ in range(n_moves):
+        weights = log_r.sigmoid()  # r / (1 + r); 0 where there is no move
+        chances = torch.where(several[:, None], weights, 1.0).cpu()
+        move = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(a.device)
+        proposed = moves.apply(labels, move, several)
+        log_r_then = moves.gains(renamed(a, proposed)).flatten(1)
+        seen_then = log_p_v(proposed)
+        log_accept = seen_then - seen + weights.sum(1).log() - log_r_then.sigmoid().sum(1).log()
+        drawn = torch.rand(B, generator=generator, dtype=log_accept.dtype).to(a.device)
+        accepted = several & (drawn.log() < log_accept)
+        labels = torch.where(accepted[:, None, None], proposed, labels)
+        gain = torch.where(accepted, gain + log_r[rows, move], gain)
+        log_r, seen = torch.where(accepted[:, None], log_r_then, log_r), torch.where(accepted, seen_then, seen)
+    return Untangled(renamed(a, labels), labels, gain)
+
+
+class UntangledGuide(Guide):
+    """q(a | v) of a guide like the paper's, its objects renamed in each frame as `untangle` renames its means.
+
+    Its parameters are those of ``guide``; the dynamics are the model's and not its own. The names are a function of the
+    images, so that this is a distribution over a like any other, with a bound of its own.
+
+    Args:
+        guide: whose `encode` gives independent normals, such as a `RecurrentGuide`.
+        dynamics: of the model.
+        options: of `untangle`.
+    """
+
+    def __init__(self, guide: Guide, dynamics: Dynamics, **options: float | bool) -> None:
+        super().__init__()
+        self.guide, self.options = guide, options
+        self._dynamics = [dynamics]  # in a list, so that its parameters are not taken for the guide's
+        self.before: dist.TorchDistribution | None = None
+        """What ``guide`` gave the last time, under its own names."""
+
+    def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
+        q_a = self.before = self.guide.encode(images, n_objects)
+        if not can_be_untangled(q_a):
+            raise ValueError(
+                f"{type(self.guide).__name__} gives {type(q_a).__name__}, whose frames cannot be exchanged; "
+                "wanted independent normals; use `untangle` on its means or `resample_labels` on its draws"
+            )
+        mu, sigma = q_a.base_dist.loc, q_a.base_dist.scale  # type: ignore[attr-defined]
+        labels = untangle(self._dynamics[0], mu.detach(), n_objects, **self.options).labels  # type: ignore[arg-type]
+        return dist.Normal(renamed(mu, labels), renamed(sigma, labels), validate_args=False).to_event(2)
+
+
+def can_be_untangled(q_a: dist.TorchDistribution) -> bool:
+    """Whether a distribution over tracks is one of independent normals, whose frames `UntangledGuide` can exchange."""
+    return isinstance(q_a, dist.Independent) and isinstance(q_a.base_dist, dist.Normal)
+
+
+def _check(a: Tensor, n_objects: Tensor) -> tuple[int, int, int]:
+    """B, N, T."""
+    if a.dim() != 4 or a.shape[-1] != 2 or n_objects.shape != a.shape[:1]:
+        raise ValueError(
+            f"tracks have shape {tuple(a.shape)} and n_objects {tuple(n_objects.shape)}; wanted (B, N, T, 2) and (B,)"
+        )
+    if len(n_objects) and int(n_objects.max()) > a.shape[1]:
+        raise ValueError(f"n_objects says {int(n_objects.max())} objects, the tracks have {a.shape[1]}")
+    return a.shape[0], a.shape[1], a.shape[2]
