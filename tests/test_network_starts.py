@@ -61,7 +61,7 @@ def test_all_objects_start_alike():
 
 
 def test_memory_is_the_identity_from_the_state_before():
-    """By the literal recursion: with no other weights s_t^1 = sigm(1) tanh(2 s_{t-1}^1), and s_t^2 takes a share of it."""
+    """By the literal recursion: with no other weights s_t^1 = sigm(1) tanh(2 s_{t-1}^1), of which s_t^2 takes a share."""
     rnn = make_rnn(state_size=8)
     for p in (rnn.from_states.weight, rnn.from_image.weight):
         torch.nn.init.zeros_(p)
@@ -89,7 +89,9 @@ def test_a_configuration_can_ask_for_both():
     config = RunConfig(state_size=16, data=SMALL, image_ramps=3.0, common_s0=0.1, memory=1.0)
     run, again, paper = build(config), build(config), build(RunConfig(state_size=16, data=SMALL))
     torch.testing.assert_close(dict(run.guide.state_dict()), dict(again.guide.state_dict()))
-    assert bool((run.guide.rnn.from_states.weight - paper.guide.rnn.from_states.weight).diagonal(-16).allclose(torch.ones(16)))
+    assert bool(
+        (run.guide.rnn.from_states.weight - paper.guide.rnn.from_states.weight).diagonal(-16).allclose(torch.ones(16))
+    )
     spread = {
         name: (r.guide.rnn.phi_s0[:, 0] - r.guide.rnn.phi_s0[0, 0]).std()
         for name, r in (("own", paper), ("alike", run))
