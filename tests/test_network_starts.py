@@ -61,7 +61,7 @@ def test_all_objects_start_alike():
 
 
 def test_memory_is_the_identity_from_the_state_before():
-    """By the literal recursion: with no other weights s_t^1 = sigm(1) tanh(2 s_{t-1}^1), of which s_t^2 takes a share."""
+    """By the literal recursion: with no other weights s_t^1 = sigm(1) tanh(2 s_{t-1}^1), and s_t^2 takes a share."""
     rnn = make_rnn(state_size=8)
     for p in (rnn.from_states.weight, rnn.from_image.weight):
         torch.nn.init.zeros_(p)
