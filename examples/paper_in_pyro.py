@@ -1,7 +1,6 @@
 """Chiappa and Paquet, "Unsupervised Separation of Dynamics from Pixels": Eqs (1)-(10) as one Pyro program.
 
-    python examples/paper_in_pyro.py                            # finds one ball, NNN
-    python examples/paper_in_pyro.py --paper --n-objects 1 2 3  # settings of Secs 3.1-3.2; any can be given by itself
+    python examples/paper_in_pyro.py  # one ball; --paper begins as Secs 3.1-3.2 do; docs/paper_in_pyro.md has results
 
 B sequences, N objects, T frames, P = H W pixels: v (B, T, P), a (B, N, T, 2), x and s (..., D).
 """
@@ -39,7 +38,8 @@ class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 
     b_v: float = -4.5  # 0; below it the canvas starts dark
     learn_dynamics: float = 0  # 10,000, the step from which the dynamics are learned
     learn_noise: float = math.inf  # 10,000, the step from which Sigma_H and Sigma_A are
-    beta: float = 3.0  # 100, the weight of the KL at the first step, falling to 1
+    beta: float = 3.0  # 100, the weight of the KL at the first step
+    beta_last: float = 3.0  # 1, and at the last
     rate_phi: float = 1e-3  # 0.001, Adam's learning rate
     rate_theta: float = 3e-3  # 0.001
     rate_u: float = 2e-4  # 0.001, of u and delta
@@ -47,7 +47,7 @@ class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 
     steps: int = 1_500  # 200,000
 
 
-PAPER = Settings(48, 48, 1024, 0.1, 1e-3, 1, 1, 1, 0, 0, 0, 10_000, 10_000, 100, 1e-3, 1e-3, 1e-3, 1, 200_000)
+PAPER = Settings(48, 48, 1024, 0.1, 1e-3, 1, 1, 1, 0, 0, 0, 10_000, 10_000, 100, 1, 1e-3, 1e-3, 1e-3, 1, 200_000)
 
 
 def linear(n_in: int, n_out: int, std: float = 0.0) -> nn.Linear:  # W ~ N(0, 1 / sqrt(d)) of d elements, b = 0: Sec 3.2
@@ -151,7 +151,7 @@ def train(program: PaperInPyro, v: Tensor, N: Tensor, s: Settings) -> None:  # m
         for name, parameter in program.dynamics.named_parameters():
             parameter.requires_grad_(step >= (s.learn_noise if name in ("root_H", "root_A") else s.learn_dynamics))
         batch = torch.randint(len(v), (20,), device=v.device)
-        loss = svi.step(v[batch].float(), N[batch], s.beta ** (1 - step / s.steps))
+        loss = svi.step(v[batch].float(), N[batch], s.beta * (s.beta_last / s.beta) ** (step / s.steps))
         bar.set_postfix_str(f"loss {loss / v[batch, :, 0].numel():.1f} nats a frame", refresh=False)
 
 

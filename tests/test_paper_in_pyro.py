@@ -1,4 +1,4 @@
-"""examples/paper_in_pyro.py has the library's bound and gradients and the paper's settings, and finds a ball."""
+"""examples/paper_in_pyro.py: the library's bound and gradients, the paper's settings, and (slow) one ball found."""
 
 import os
 import re
@@ -121,7 +121,7 @@ def test_the_papers_settings_are_those_of_the_librarys_paper_preset():
         Sigma_A=d.position_noise, Sigma_k=d.start_variance, mu_position=d.start_spread,
         mu_velocity=d.start_velocity_spread, W_std=0.0, b_v=config.background_logit,
         learn_dynamics=schedule.learn_from["model.dynamics"], learn_noise=schedule.learn_from["model.dynamics"],
-        beta=schedule.kl_start, rate_phi=schedule.learning_rate, rate_theta=schedule.learning_rate,
+        beta=schedule.kl_start, beta_last=1.0, rate_phi=schedule.learning_rate, rate_theta=schedule.learning_rate,
         rate_u=schedule.learning_rate, decay=1.0, steps=schedule.steps,
     )  # fmt: skip
     assert wanted == PAPER
