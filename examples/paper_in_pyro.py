@@ -176,7 +176,7 @@ def main() -> None:
     try:
         pyro.set_rng_seed(args.seed)
         world = CannonballConfig(height=s.H, width=s.W, n_objects=tuple(args.n_objects))
-        data, test = simulate(world, 3_000, seed=args.seed), simulate(world, 300, seed=1_000_003)
+        data, test = simulate(world, 3_000, seed=args.seed), simulate(world, 300, seed=2_000_003)
         program = PaperInPyro(s, max(args.n_objects)).to(args.device)
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, RuntimeError, AssertionError, OSError) as error:
