@@ -3,13 +3,10 @@
 import inspect
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike
 from sphinx.util.typing import stringify_annotation
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 project = "pyro_pixels"
 author = "the pyro_pixels authors"
@@ -18,7 +15,12 @@ html_theme = "furo"
 language = "en_GB"
 exclude_patterns = ["_build"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
+mathjax_path = "mathjax/tex-chtml.js"  # within _static, where sphinx-mathjax-offline puts it: no network is needed
+nb_execution_mode = "force"  # notebooks run at every build, with small sizes
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 

@@ -1,5 +1,7 @@
-"""The code in README and docs runs as it stands, and their links lead somewhere."""
+"""The code in README and docs runs or is quoted from the sources, and links, names and paths lead somewhere."""
 
+import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -10,13 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", *(p for p in ROOT.rglob("*.py") if p.parts[len(ROOT.parts)][0] != ".")]
+BLOCK = re.compile(r"^```(?:python|\{code-cell\})\n(.*?)^```", re.DOTALL | re.MULTILINE)
+QUOTE = re.compile(r"^```py\n(.*?)^```", re.DOTALL | re.MULTILINE)
+ROOMS = sorted(path.parent.name for path in (ROOT / "pyro_pixels").glob("*/__init__.py"))
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.stem)
 def test_code_blocks_run(page, tmp_path):
-    """All blocks of a page, top to bottom, in one process."""
-    (tmp_path / "page.py").write_text("\n".join(BLOCK.findall(page.read_text())))
+    """All blocks of a page, top to bottom, in one process; of notebooks without the lines that only Jupyter knows."""
+    code = "\n".join(BLOCK.findall(page.read_text()))
+    (tmp_path / "page.py").write_text(re.sub(r"^%.*$", "", code, flags=re.MULTILINE))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "page.py"],
@@ -38,14 +44,65 @@ def test_links_to_files_resolve(page):
             assert any(p.exists() for p in places), f"{page.name} links to {target}"
 
 
-def test_reference_has_every_module_after_those_that_it_imports():
-    listed = re.findall(r"^\.\. automodule:: pyro_pixels\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
-    modules = {path.stem: path.read_text() for path in (ROOT / "pyro_pixels").glob("*.py") if path.stem != "__init__"}
-    assert sorted(listed) == sorted(modules)
-    for i, name in enumerate(listed):
-        imported = set(re.findall(r"^from pyro_pixels\.(\w+) import", modules[name], re.MULTILINE))
-        imported |= set(re.findall(r"^from pyro_pixels import (\w+)", modules[name], re.MULTILINE))
-        assert imported <= set(listed[:i]), f"{name} imports {imported - set(listed[:i])}, which stand after it"
+@pytest.mark.parametrize("page", [p for p in PAGES if QUOTE.search(p.read_text())], ids=lambda p: p.stem)
+def test_quoted_lines_are_in_the_code(page):
+    """Every line of a block marked ``py`` stands in the package or an example, comments and spaces aside."""
+
+    def bare(line):
+        return re.sub(r"\s", "", re.sub(r"(^|\s+)# .*", "", line))
+
+    sources = [*(ROOT / "pyro_pixels").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    lines = {bare(line) for path in sources for line in path.read_text().splitlines()}
+    for block in QUOTE.findall(page.read_text()):
+        for line in block.splitlines():
+            assert bare(line) in lines | {"..."}, f"{page.name} quotes a line that is nowhere in the code: {line}"
+
+
+def test_modules_and_names_with_a_dotted_path_exist():
+    for text in TEXTS:
+        for found in re.finditer(r"\bpyro_pixels((?:\.[A-Za-z_]\w*)+)", text.read_text()):
+            parts = found[1].strip(".").split(".")
+            thing = importlib.import_module("pyro_pixels")
+            for i, part in enumerate(parts):
+                if not hasattr(thing, part):
+                    name = ".".join(("pyro_pixels", *parts[: i + 1]))
+                    assert importlib.util.find_spec(name), f"{text.relative_to(ROOT)} speaks of {found[0]}"
+                    importlib.import_module(name)
+                thing = getattr(thing, part)
+
+
+def test_files_that_pages_name_exist():
+    for page in PAGES:
+        for name in re.findall(
+            r"\b((?:pyro_pixels|examples|benchmarks|tests|docs)/[\w/]+\.(?:py|json|md|svg))", page.read_text()
+        ):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_reference_has_every_room_after_those_that_it_imports():
+    listed = re.findall(r"^\.\. automodule:: pyro_pixels\.([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert set(ROOMS) | {"data", "config", "presets", "runs"} <= set(listed)
+    order = [name for name in listed if name in ROOMS]
+    assert sorted(order) == ROOMS
+    for i, room in enumerate(order):
+        code = "\n".join(path.read_text() for path in (ROOT / "pyro_pixels" / room).glob("*.py"))
+        imported = set(re.findall(r"^ *from pyro_pixels\.(\w+)[. ]", code, re.MULTILINE)) & set(ROOMS) - {room}
+        assert imported <= set(order[:i]), f"{room} imports {imported - set(order[:i])}, which are listed after it"
+
+
+def test_the_reading_path_is_short():
+    """Seven files, fewer than 1,200 lines."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    files = re.findall(r"^\d\. `([\w/.]+)`", page, re.MULTILINE)
+    assert len(files) == 7
+    assert sum(len((ROOT / name).read_text().splitlines()) for name in files) < 1_200
+
+
+def test_the_site_needs_no_network():
+    """Equations are set by the MathJax that the site ships."""
+    conf = (ROOT / "docs/conf.py").read_text()
+    assert re.search(r'^mathjax_path = "(?!https?:)', conf, re.MULTILINE)
+    assert importlib.util.find_spec("sphinx-mathjax-offline")
 
 
 def test_every_page_is_in_the_index_and_has_its_pictures():

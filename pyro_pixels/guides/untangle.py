@@ -26,7 +26,8 @@ Departures from the paper: it has nothing of the kind. The posterior of the mode
 """
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import pyro.distributions as dist
 import torch
@@ -37,10 +38,20 @@ from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm.dynamics import Dynamics
-from pyro_pixels.model.pixel_model import PixelModel
 
 MOST_EXCHANGES = 30
 LEAST_GAIN = 1e-6  # nats
+
+
+class ImageModel(Protocol):
+    """The parts of a `PixelModel` that `resample_labels` uses; guides do not import the model."""
+
+    @property
+    def dynamics(self) -> Dynamics: ...
+    @property
+    def renderer(self) -> Callable[..., Tensor]: ...
+    @property
+    def likelihood(self) -> Callable[[Tensor], Any]: ...
 
 
 class Untangled(NamedTuple):
@@ -163,7 +174,7 @@ def untangle(
 
 @torch.no_grad()
 def resample_labels(
-    model: PixelModel,
+    model: ImageModel,
     a: Tensor,
     n_objects: Tensor,
     images: Tensor | None = None,
