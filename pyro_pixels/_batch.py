@@ -14,7 +14,9 @@ def object_mask(n_objects: Tensor, max_objects: int) -> Tensor:
     return torch.arange(max_objects, device=n_objects.device) < n_objects.unsqueeze(-1)
 
 
-def counts(n_objects: Tensor | int | Sequence[int], n_sequences: int | None = None, like: Tensor | None = None) -> Tensor:
+def counts(
+    n_objects: Tensor | int | Sequence[int], n_sequences: int | None = None, like: Tensor | None = None
+) -> Tensor:
     """``n_objects`` as a tensor (B,): one number stands for every sequence, and lists are converted.
 
     Args:

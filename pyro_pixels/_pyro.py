@@ -17,7 +17,7 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
     """Tells Pyro which parameters a program has, so that ``pyro.infer.SVI`` trains them.
 
     `pyro.module` would do so through the one parameter store of the process, where models of equal names share values.
-    The store is told names alone, which `pyro.optim` asks for. A parameter of both model and guide has the model's name.
+    The store is told names alone, which `pyro.optim` asks for; what model and guide share has the model's name.
 
     Raises:
         ValueError: in half precision, under autocast, or while ``torch.jit`` traces: none of these is supported.

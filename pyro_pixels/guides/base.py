@@ -102,9 +102,7 @@ class Guide(nn.Module, ABC):
         """The type of the guide's parameters."""
         return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
-    def forward(
-        self, images: Tensor, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None
-    ) -> Tensor:
+    def forward(self, images: Tensor, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None) -> Tensor:
         """The Pyro guide: samples the site ``a`` (B, N, T, 2). Takes the arguments of the model, as Pyro asks."""
         announce_parameters("guide", self)
         n_objects = counts(n_objects, len(images), images)

@@ -35,6 +35,8 @@ CLUTTER_LEAST = 0.05  # white pixels of nobody in a frame; fewer are not looked 
 BACKGROUND_LEAST = 0.02  # grey value; a background below it is black
 SPREAD_LEAST = 1e-4  # grey value
 OBJECT_LEAST = 0.5  # probability below which a pixel is background
+Floats = NDArray[Any]  # float32 or float64
+Floats = NDArray[Any]  # float32 or float64
 KERNEL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
 
 
@@ -72,7 +74,12 @@ class PixelEvidence(nn.Module):
 
     def _reset(self) -> None:
         self._shown: FilmStatistics | None = None
-        for name, size in (("background", (0, 0)), ("scalars", (5,)), ("by_height", (Z_BINS,)), ("by_neighbours", (9,))):
+        for name, size in (
+            ("background", (0, 0)),
+            ("scalars", (5,)),
+            ("by_height", (Z_BINS,)),
+            ("by_neighbours", (9,)),
+        ):
             self.register_buffer(name, torch.ones(size), persistent=False)
 
     @property
@@ -92,7 +99,7 @@ class PixelEvidence(nn.Module):
         excess = images - self.background.to(images) if found.has_background else images
         weights = (excess / found.contrast).clamp(0, 1)
         if found.noise:
-            noise, _, _, centre, spread = self.scalars.to(images.dtype).unbind()
+            centre, spread = self.scalars.to(images.dtype)[3:].unbind()
             smooth = _convolved(excess, self.kernel.to(images))
             bins = ((smooth - centre) / (spread * Z_STEP)).clamp(0, Z_BINS - 1).nan_to_num().long()
             weights = weights * self.by_height.to(images.dtype)[bins]
@@ -165,13 +172,13 @@ class _Null(NamedTuple):
 class _Evidence(NamedTuple):
     """What is made of frames without their background."""
 
-    table: NDArray[np.float64]  # (Z_BINS,), P(object) by the height of the smoothed image above the null
+    table: Floats  # (Z_BINS,), P(object) by the height of the smoothed image above the null
     null: _Null
     contrast: float
-    weights: NDArray[np.float64]  # (F, H, W)
+    weights: Floats  # (F, H, W)
 
 
-def _some_frames(images: Tensor, n_objects: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _some_frames(images: Tensor, n_objects: Tensor) -> tuple[Floats, NDArray[np.int64]]:
     """At most FRAMES frames (F, H, W), evenly from all sequences, and how many objects each shows."""
     n, T = images.shape[:2]
     each = np.unique(np.linspace(0, n * T - 1, min(n * T, FRAMES)).round().astype(np.int64))
@@ -181,15 +188,15 @@ def _some_frames(images: Tensor, n_objects: Tensor) -> tuple[NDArray[np.float32]
     return frames[seen], counts[seen].astype(np.int64)
 
 
-def _smoothed(x: NDArray[np.float32]) -> NDArray[np.float32]:
+def _smoothed(x: Floats) -> Floats:
     return ndimage.convolve(x, KERNEL[None].astype(np.float32), mode="constant")
 
 
-def _bins(smooth: NDArray[np.float32], null: _Null) -> NDArray[np.int64]:
+def _bins(smooth: Floats, null: _Null) -> NDArray[np.int64]:
     return np.clip((smooth - null.centre) / (null.spread * Z_STEP), 0, Z_BINS - 1).astype(np.int64)
 
 
-def _evidence(excess: NDArray[np.float32]) -> _Evidence:
+def _evidence(excess: Floats) -> _Evidence:
     """The empirical null of the smoothed pixels, and P(object) by the local false discovery rate above it."""
     smooth, top, table = _smoothed(excess), float(excess.max()), np.ones(Z_BINS)
     low, centre, high = (float(q) for q in np.quantile(smooth[:: max(1, len(smooth) // 500)], (0.3, 0.5, 0.7)))
@@ -217,7 +224,7 @@ def _count_error(found: _Evidence, counts: NDArray[np.int64]) -> float:
     return float(np.abs(_components(found.weights > 0.5) - counts).mean())
 
 
-def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float, NDArray[np.float64]]:
+def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float, Floats]:
     """The share of white pixels of nobody, and P(object) of a white pixel by its number of white neighbours."""
     all_objects = np.ones(9)
     kernel = np.ones((1, 3, 3), np.int8)

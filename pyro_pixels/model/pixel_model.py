@@ -52,7 +52,7 @@ class PixelModel(nn.Module):
                 another shape; in half precision and under ``torch.jit``.
         """
         announce_parameters("model", self)
-        n_objects = counts(n_objects, None if images is None else len(images), self.renderer.theta_x0)
+        n_objects = counts(n_objects, None if images is None else len(images), next(self.parameters(), None))
         B, N, T = self._sizes(images, n_objects, n_frames)
         present = object_mask(n_objects, N)
         with pyro.plate("sequences", B, dim=-1):
@@ -65,7 +65,7 @@ class PixelModel(nn.Module):
     ) -> Tensor:
         """The same model before h and z are summed out (Eq 5): sites z, h, a, v. Arguments as in `forward`."""
         announce_parameters("model", self)
-        n_objects = counts(n_objects, None if images is None else len(images), self.renderer.theta_x0)
+        n_objects = counts(n_objects, None if images is None else len(images), next(self.parameters(), None))
         B, N, T = self._sizes(images, n_objects, n_frames)
         present = object_mask(n_objects, N)
         lgssm = self.dynamics.lgssm()

@@ -59,9 +59,7 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def infer(
-    guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int], *, n_samples: int = 0
-) -> Inference:
+def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int], *, n_samples: int = 0) -> Inference:
     """Positions from images (Sec 3.3).
 
     Args:
@@ -78,9 +76,7 @@ def infer(
 
 
 @torch.no_grad()
-def reconstruct(
-    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int]
-) -> Tensor:
+def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
     """Pixel probabilities (B, T, H, W) rendered from the inferred means. Arguments and errors as in `infer`."""
     return render(model, infer(guide, images, n_objects).mean, n_objects)
 
