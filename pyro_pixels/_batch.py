@@ -1,6 +1,6 @@
 """Checks of a batch (images, n_objects), the mask of its objects, and what a recording may know of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -12,6 +12,51 @@ from torch import Tensor
 def object_mask(n_objects: Tensor, max_objects: int) -> Tensor:
     """(B, max_objects) bool: which objects are there, for ``n_objects`` (B,)."""
     return torch.arange(max_objects, device=n_objects.device) < n_objects.unsqueeze(-1)
+
+
+def counts(
+    n_objects: Tensor | int | Sequence[int], n_sequences: int | None = None, like: Tensor | None = None
+) -> Tensor:
+    """``n_objects`` as a tensor (B,): one number stands for every sequence, and lists are converted.
+
+    Args:
+        n_sequences: B, if it is known; like: a tensor whose device it is to be on.
+    """
+    if isinstance(n_objects, Tensor) and n_objects.dim() > 0:
+        return n_objects
+    device = None if like is None else like.device
+    try:
+        found = torch.as_tensor(n_objects, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"n_objects is {n_objects!r}; wanted whole numbers, one a sequence, or one for all") from None
+    return found.expand(n_sequences or 1) if found.dim() == 0 else found
+
+
+def unseen_frames(images: Tensor) -> Tensor:
+    """(..., T) bool: frames (..., T, H, W) that are NaN, which mark what was not seen."""
+    if not images.is_floating_point():
+        return torch.zeros(images.shape[:-2], dtype=torch.bool, device=images.device)
+    return images[..., 0, 0].isnan()
+
+
+def check_values(images: Tensor, observed: Tensor | None = None, what: str = "images") -> None:
+    """Raises ValueError unless pixels lie within [0, 1]; frames may be NaN as a whole, which means not seen.
+
+    Args:
+        images: (B, T, H, W); observed: broadcastable to (B, T), frames that are looked at; default all.
+    """
+    if images.dtype == torch.bool or images.dim() != 4 or _KNOWN.get() is not None:
+        return
+    looked_at = ~unseen_frames(images)
+    if observed is not None:
+        looked_at = looked_at & observed
+    pixels = images[looked_at.expand(images.shape[:2])]
+    if pixels.numel() and not bool((pixels.min() >= 0) & (pixels.max() <= 1)):  # false for NaN too
+        low, high = float(pixels.min()), float(pixels.max())
+        if low != low:
+            raise ValueError(f"{what} have NaN among the pixels of a frame; only whole frames may be NaN, as not seen")
+        advice = "divide them by 255" if low >= 0 else "scale them"
+        raise ValueError(f"{what} have values from {low:g} to {high:g}; wanted 0 for black to 1 for white, so {advice}")
 
 
 def check_objects(n_objects: Tensor) -> None:

@@ -1,18 +1,124 @@
-"""What the package does to Pyro's parameter messages."""
+"""What the package does to Pyro's parameter and sample messages."""
 
+import sys
 import weakref
+from typing import Any, ClassVar
 
+import pyro
+import torch
+from pyro.distributions import TorchDistribution, constraints
 from pyro.poutine.runtime import am_i_wrapped, effectful
-from torch import nn
+from torch import Tensor, nn
+
+from pyro_pixels.lgssm.kalman import exact_dtype
 
 
 def announce_parameters(prefix: str, module: nn.Module) -> None:
-    """Tells Pyro which parameters a program has, so that ``pyro.infer.SVI`` trains them; nothing is stored globally.
+    """Tells Pyro which parameters a program has, so that ``pyro.infer.SVI`` trains them.
 
     `pyro.module` would do so through the one parameter store of the process, where models of equal names share values.
+    The store is told names alone, which `pyro.optim` asks for; what model and guide share has the model's name.
+
+    Raises:
+        ValueError: in half precision, under autocast, or while ``torch.jit`` traces: none of these is supported.
     """
+    _check_precision(prefix, module)
     if am_i_wrapped():
+        names = pyro.get_param_store()._param_to_name
         for name, parameter in module.named_parameters(prefix):
+            known = names.get(parameter)
+            if known is None or (known != name and prefix == "model"):
+                names[_WeakKey(parameter, names)] = name  # type: ignore[index]
             alias = parameter.detach()
             alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # what SVI asks of a param site
-            effectful(lambda _name, value=alias: value, type="param")(name, name=name)
+            effectful(lambda *_, value=alias, **__: value, type="param")(
+                name, alias, constraint=constraints.real, event_dim=alias.dim(), name=name
+            )
+
+
+def _check_precision(prefix: str, module: nn.Module) -> None:
+    parameter = next(module.parameters(), None)
+    if torch._C._get_tracing_state() is not None or _called_from("pyro.ops.jit"):
+        raise ValueError("torch.jit is not supported; use Trace_ELBO in the place of JitTrace_ELBO")
+    if parameter is None:
+        return
+    check_precision(f"the {prefix}'s weights", parameter)
+
+
+def _called_from(module: str) -> bool:
+    frame = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != module:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None
+
+
+def check_precision(what: str, x: Tensor) -> None:
+    """Raises ValueError unless x is float32 or float64 and autocast is off."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{what} are {x.dtype}; wanted float32 or float64, as half precision does not hold exact inference"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("torch.autocast is on, and half precision does not hold exact inference; leave it off")
+
+
+class _WeakKey:
+    """Stands for a parameter in a dict without keeping it alive; goes when it goes."""
+
+    def __init__(self, parameter: Tensor, names: dict[Any, str]) -> None:
+        self._hash = hash(parameter)
+        self._ref = weakref.ref(parameter, lambda _: names.pop(self, None))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, _WeakKey):
+            return other is self or (self._ref() is not None and self._ref() is other._ref())
+        return self._ref() is other
+
+
+class ExactDensity(TorchDistribution):
+    """A distribution whose log-probabilities are in `lgssm.exact_dtype`: those of all sites are of one type.
+
+    Objectives that contract log-probabilities of several sites, such as ``TraceEnum_ELBO``, need that.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+
+    def __init__(self, distribution: TorchDistribution) -> None:
+        self._distribution = distribution
+        super().__init__(distribution.batch_shape, distribution.event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_p = self._distribution.log_prob(value)
+        return log_p.to(exact_dtype(log_p.device))
+
+    def expand(self, batch_shape: Any, _instance: None = None) -> "ExactDensity":
+        return ExactDensity(self._distribution.expand(torch.Size(batch_shape)))
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self._distribution.sample(sample_shape)
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        return self._distribution.rsample(sample_shape)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return self._distribution.has_rsample
+
+    @property
+    def support(self) -> Any:  # type: ignore[override]
+        return self._distribution.support
+
+    @property
+    def base_dist(self) -> Any:
+        return self._distribution.base_dist  # type: ignore[attr-defined]
+
+    @property
+    def mean(self) -> Tensor:
+        return self._distribution.mean
+
+    @property
+    def variance(self) -> Tensor:
+        return self._distribution.variance

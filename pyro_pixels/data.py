@@ -4,16 +4,20 @@
 Positions are in pixels, (column, row), with pixel centres at whole numbers and rows counted downwards.
 """
 
+import dataclasses
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_pixels._batch import unseen_frames
+from pyro_pixels._convert import PREPARE, as_counts, as_images, as_positions
 from pyro_pixels._files import atomic_write
 from pyro_pixels.lgssm.kalman import LGSSM
 
@@ -31,7 +35,7 @@ class ImageSequences:
     """A set of image sequences, all of one size. Only the images and the numbers of objects are needed for learning."""
 
     images: Tensor
-    """(n, T, H, W) uint8, 0 or 1; or float32 within [0, 1] where pixels are grey."""
+    """(n, T, H, W) uint8, 0 or 1; or float32 within [0, 1] where pixels are grey, NaN in frames that were not seen."""
     n_objects: Tensor
     """(n,) int64, at least 1."""
     positions: Tensor | None = None
@@ -42,26 +46,104 @@ class ImageSequences:
     """(n, N_max) int64: 0 launched from the left, 1 from the right, -1 where there is no object."""
     dynamics: TrueDynamics | None = None
 
+    def __post_init__(self) -> None:
+        """Checks and converts, once: see `_convert`. Arrays, lists of sequences of unequal length, and one number of
+        objects for all will do.
+
+        Raises:
+            ValueError: where values, shapes or types are not certain to mean what is wanted.
+        """
+        images = as_images(self.images)
+        n_objects = as_counts(self.n_objects, len(images))
+        values: dict[str, object] = {"images": images, "n_objects": n_objects}
+        for name in ("positions", "paths"):
+            if getattr(self, name) is not None:
+                values[name] = as_positions(name, getattr(self, name), images, n_objects)
+        if isinstance(self.sides, np.ndarray):
+            values["sides"] = torch.from_numpy(self.sides.astype(np.int64))
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     def __len__(self) -> int:
         return len(self.images)
+
+    def __iter__(self) -> Iterator["ImageSequences"]:
+        """One sequence after the other, each a set of one."""
+        return (self[i] for i in range(len(self)))
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W)."""
         return self.images.shape[2], self.images.shape[3]
 
-    def __getitem__(self, index: Tensor | slice) -> "ImageSequences":
-        """The sequences picked by a slice or an index tensor."""
+    @property
+    def seen(self) -> Tensor:
+        """(n, T) bool: frames that were seen; the others are NaN."""
+        return ~unseen_frames(self.images)
 
+    def __getitem__(self, index: "Tensor | slice | int | Sequence[int]") -> "ImageSequences":
+        """The sequences picked by a slice, a number (a set of one), a list or an index tensor.
+
+        Raises:
+            IndexError: if there is no such sequence.
+        """
+        if isinstance(index, int | np.integer):
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"there are {len(self)} sequences, and none has the index {index}")
+            index = slice(int(index), int(index) + 1 or None)
+        elif not isinstance(index, slice):
+            index = torch.as_tensor(index)
+            index = index.reshape(1) if index.dim() == 0 and index.dtype != torch.bool else index
         n_objects = self.n_objects[index]
         most = int(n_objects.max()) if len(n_objects) else 0
 
         def pick(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[index][:, :most]
 
-        return ImageSequences(
+        return _checked(
             self.images[index], n_objects, pick(self.positions), pick(self.paths), pick(self.sides), self.dynamics
         )
+
+
+def _checked(*fields: object) -> ImageSequences:
+    """Sequences that need no check, as they are part of some that were checked."""
+    new = object.__new__(ImageSequences)
+    for field, value in zip(dataclasses.fields(ImageSequences), fields):
+        object.__setattr__(new, field.name, value)
+    return new
+
+
+def join_sequences(parts: Sequence[ImageSequences]) -> ImageSequences:
+    """Sets of sequences as one, for example ``DataLoader(data, batch_size=20, collate_fn=join_sequences)``.
+
+    Shorter sequences are padded with frames that were not seen. What some sets do not have - positions, dynamics - the
+    whole does not have either.
+
+    Raises:
+        ValueError: if there are none, or they differ in their size.
+    """
+    if not parts:
+        raise ValueError("there are no sequences to join; wanted at least one set")
+    most, T = max(int(p.n_objects.max()) for p in parts), max(p.images.shape[1] for p in parts)
+
+    def join(name: str, fill: float) -> Tensor | None:
+        tensors = [getattr(p, name) for p in parts]
+        if any(x is None for x in tensors):
+            return None
+        padded = []
+        for x in tensors:
+            frames = T - x.shape[2] if x.dim() == 4 else 0
+            x = torch.nn.functional.pad(x, (0, 0, 0, frames), value=fill) if frames else x
+            rest = x.new_full((len(x), most - x.shape[1], *x.shape[2:]), fill)
+            padded.append(torch.cat([x, rest], 1))
+        return torch.cat(padded)
+
+    images = as_images([x for p in parts for x in p.images])
+    dynamics = parts[0].dynamics if all(p.dynamics is parts[0].dynamics for p in parts) else None
+    return _checked(
+        images, torch.cat([p.n_objects for p in parts]), join("positions", torch.nan), join("paths", torch.nan),
+        join("sides", -1), dynamics,
+    )  # fmt: skip
 
 
 def save_sequences(path: str | Path, data: ImageSequences) -> None:
@@ -99,72 +181,42 @@ def load_sequences(path: str | Path) -> ImageSequences:
         raise ValueError(
             f"there is no file {path}; make one with examples/simulate.py, or see its docs for the format"
         ) from None
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except ValueError as error:
+        objects = "allow_pickle" in str(error)
+        advice = "it holds objects, such as sequences of unequal length: make ImageSequences(list_of_arrays, n_objects)"
+        raise ValueError(
+            f"{path} cannot be read as an .npz of arrays ({advice if objects else error}); "
+            f"write it with {'save_sequences' if objects else 'numpy.savez_compressed'}"
+        ) from None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(
             f"{path} cannot be read as an .npz of arrays ({error}); write it with numpy.savez_compressed"
         ) from None
 
     for name in ("images", "n_objects"):
         if name not in arrays:
-            raise ValueError(f"{path} has no array '{name}', only {sorted(arrays)}; wanted images and n_objects")
+            raise ValueError(
+                f"{path} has no array '{name}', only {sorted(arrays)}; wanted images and n_objects"
+                + (f": give --n-objects to {PREPARE}" if name == "n_objects" else "")
+            )
     images, n_objects = arrays["images"], arrays["n_objects"]
-    if images.dtype not in (np.uint8, np.float32):
-        raise ValueError(
-            f"{path}: images have type {images.dtype}; wanted uint8 with 0 for black and 1 for white, "
-            "or float32 within [0, 1] for grey values"
-        )
-    if images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"{path}: images have shape {images.shape}; wanted (n, T, H, W), none of them 0")
-    if images.shape[1] < 2:
+    if images.ndim == 4 and images.shape[1] < 2 and images.size:
         raise ValueError(f"{path}: sequences have {images.shape[1]} frame; wanted at least 2, as one shows no motion")
-    if images.dtype == np.uint8 and images.max() > 1:
-        raise ValueError(
-            f"{path}: images have the value {images.max()}; wanted 0 and 1 only (divide grey values by the largest "
-            "possible one, in float32, or threshold them)"
-        )
-    if not (images.min() >= 0 and images.max() <= 1):  # false for NaN too
-        raise ValueError(f"{path}: images have values from {images.min()} to {images.max()}; wanted [0, 1]")
-    if n_objects.shape != images.shape[:1] or not np.issubdtype(n_objects.dtype, np.integer):
-        raise ValueError(
-            f"{path}: n_objects has shape {n_objects.shape} and type {n_objects.dtype}; "
-            f"wanted integers ({len(images)},)"
-        )
-    if n_objects.min() < 1:
-        raise ValueError(f"{path}: n_objects has the value {n_objects.min()}; every sequence needs at least 1 object")
-
-    optional: dict[str, Tensor] = {}
-    for name in ("positions", "paths"):
-        if name in arrays:
-            optional[name] = _checked_positions(path, name, arrays[name], images, n_objects)
-    if "sides" in arrays:
-        sides = arrays["sides"]
+    try:
+        given: dict[str, Any] = {name: arrays.get(name) for name in ("images", "n_objects", "positions", "paths")}
+        found = ImageSequences(**given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    sides = arrays.get("sides")
+    if sides is not None:
         if sides.shape != (len(images), int(n_objects.max())) or not np.issubdtype(sides.dtype, np.integer):
             raise ValueError(
                 f"{path}: sides have shape {sides.shape} and type {sides.dtype}; wanted integers (n, N_max)"
             )
-        optional["sides"] = torch.from_numpy(sides.astype(np.int64))
+        sides = torch.from_numpy(sides.astype(np.int64))
     names = [f"true_{field}" for field in LGSSM._fields] + ["true_pi"]
     dynamics = None
     if all(name in arrays for name in names):
         values = [torch.from_numpy(arrays[name].astype(np.float64)) for name in names]
         dynamics = TrueDynamics(LGSSM(*values[:-1]), values[-1])
-    return ImageSequences(
-        torch.from_numpy(images), torch.from_numpy(n_objects.astype(np.int64)), dynamics=dynamics, **optional
-    )
-
-
-def _checked_positions(
-    path: Path, name: str, positions: NDArray[np.generic], images: NDArray[np.generic], n_objects: NDArray[np.integer]
-) -> Tensor:
-    wanted = (len(images), int(n_objects.max()), images.shape[1], 2)
-    if positions.shape != wanted or not np.issubdtype(positions.dtype, np.floating):
-        raise ValueError(
-            f"{path}: {name} have shape {positions.shape} and type {positions.dtype}; "
-            f"wanted floats (n, N_max, T, 2) = {wanted}, in pixels (column, row)"
-        )
-    present = np.arange(wanted[1]) < n_objects[:, None]
-    if not np.isfinite(positions[present]).all():
-        raise ValueError(
-            f"{path}: {name} of objects that are there are not finite; NaN only fills slots beyond n_objects"
-        )
-    return torch.from_numpy(np.where(present[:, :, None, None], positions, np.nan).astype(np.float64))
+    return _checked(found.images, found.n_objects, found.positions, found.paths, sides, dynamics)

@@ -197,14 +197,14 @@ def format_health(health: Health) -> str:
 def _bound_measures(
     model: PixelModel, guide: Guide, data: ImageSequences, batch_size: int, seed: int
 ) -> dict[str, float]:
-    nats = bound(model, guide, data, batch_size=batch_size, seed=seed).bound / data.images.shape[1]
+    nats = bound(model, guide, data, batch_size=batch_size, seed=seed).bound / data.seen.sum(1)
     measures = {"bound_per_frame_nats": float(nats.mean())}
     if model.likelihood.is_density:
         return measures
     ratios = []
     for n in data.n_objects.unique():
         images = data.images[data.n_objects == n]
-        grey = nll_per_frame(images, images.double().mean().expand(images.shape)).mean()
+        grey = nll_per_frame(images, images.double().nanmean().expand(images.shape)).mean()
         ratios.append(-nats[data.n_objects == n].mean() / grey)
     return measures | {"bound_ratio": float(torch.stack(ratios).mean())}
 

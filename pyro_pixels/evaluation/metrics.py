@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pyro_pixels._batch import object_mask
+from pyro_pixels import lgssm as exact
+from pyro_pixels._batch import object_mask, unseen_frames
 from pyro_pixels.data import TrueDynamics
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM
@@ -56,15 +57,16 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
         )
     x = latent[alone, 0].reshape(-1, 2).double()
     y = positions[alone, 0].reshape(-1, 2).double()
+    x, y = (p[y.isfinite().all(-1)] for p in (x, y))  # there are no true positions in frames that were not seen
     design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     solution = torch.linalg.lstsq(design, y, driver="gelsd").solution
     residual = (y - design @ solution).square().sum() / (y - y.mean(0)).square().sum()
     return Affine(solution[:2].mT, solution[2], 1.0 - float(residual))
 
 
-def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the mean distance over time (B, N, N) between object i of ``a`` and object j of ``b``, (B, N, T, 2)."""
-    return (a.unsqueeze(2) - b.unsqueeze(1)).norm(dim=-1).mean(-1)
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """(B, N, N) mean over time of the distance between object i of ``a`` and object j of ``b``, both (B, N, T, 2)."""
+    return (a.unsqueeze(2) - b.unsqueeze(1)).norm(dim=-1).nanmean(-1)
 
 
 def assign(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
@@ -109,12 +111,14 @@ def switches(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 
 
 def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
-    """Returns -log p (B,) of binary images (B, T, H, W) under pixel probabilities, in nats per frame.
+    """(B,) -log p of binary images (B, T, H, W) under pixel probabilities, in nats per frame that was seen.
 
-    Probabilities are clamped to [1e-6, 1 - 1e-6].
+    Probabilities are kept 1e-6 away from 0 and 1. NaN where no frame was seen.
     """
     p = probabilities.clamp(1e-6, 1 - 1e-6)
-    return F.binary_cross_entropy(p, images.to(p.dtype), reduction="none").sum((2, 3)).mean(1)
+    seen = ~unseen_frames(images)
+    loss = F.binary_cross_entropy(p, images.to(p.dtype).nan_to_num(), reduction="none").sum((2, 3))
+    return loss.mean(1) if bool(seen.all()) else torch.where(seen, loss, torch.nan).nanmean(1)
 
 
 def paper_style_loss(images: Tensor, probabilities: Tensor) -> Tensor:
@@ -123,9 +127,9 @@ def paper_style_loss(images: Tensor, probabilities: Tensor) -> Tensor:
     A perfect frame then scores about 0.689 and a black one ln 2 = 0.693. This reading is a guess; see
     docs/reproduction.md.
     """
-    return F.binary_cross_entropy_with_logits(probabilities, images.to(probabilities.dtype), reduction="none").mean(
-        (1, 2, 3)
-    )
+    seen, targets = ~unseen_frames(images), images.to(probabilities.dtype).nan_to_num()
+    loss = F.binary_cross_entropy_with_logits(probabilities, targets, reduction="none")
+    return loss.mean((1, 2, 3)) if bool(seen.all()) else torch.where(seen, loss.mean((2, 3)), torch.nan).nanmean(1)
 
 
 def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tensor) -> Tensor:

@@ -103,8 +103,8 @@ def _query(
             losses.setdefault(name, []).append(value.double())
     inferred, generated, interpolated = (torch.cat(p) for p in positions)
     values = {name: torch.cat(parts) for name, parts in losses.items()}
-    values["bound_per_frame_nats"] = bound(model, guide, data, batch_size=batch_size).bound / T
-    grey = data.images[:, n_seen:].double().mean()
+    values["bound_per_frame_nats"] = bound(model, guide, data, batch_size=batch_size).bound / data.seen.sum(1)
+    grey = data.images[:, n_seen:].double().nanmean()
     values["constant_image_nll_per_frame_nats"] = metrics.nll_per_frame(
         data.images[:, n_seen:], grey.expand(data.images[:, n_seen:].shape)
     )
@@ -140,7 +140,7 @@ def errors_in_pixels(
         matched(interpolated, ends),
     )
     values = {
-        "position_error_px": metrics.errors(inferred, truth, n_objects).mean(-1),
+        "position_error_px": metrics.errors(inferred, truth, n_objects).nanmean(-1),
         "switch_rate": torch.where(n_objects > 1, metrics.switches(inferred, truth, n_objects).double(), torch.nan),
     }
     targets = {"": truth} if data.paths is None else {"": truth, "path_": data.paths}

@@ -10,18 +10,28 @@ are a linear function of the object's place in the image (docs/decisions.md).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_pixels._batch import check_batch, most_objects, object_mask
-from pyro_pixels._pyro import announce_parameters
+from pyro_pixels._batch import check_batch, counts, most_objects, object_mask
+from pyro_pixels._pyro import ExactDensity, announce_parameters, check_precision
+from pyro_pixels.guides.pixel_evidence import FilmStatistics, PixelEvidence
 
 
 class Guide(nn.Module, ABC):
-    """The base class of guides q(a | v); a subclass only has to implement `encode`."""
+    """q(a | v). Subclasses implement `encode`; everything else in the library needs nothing more.
+
+    `encode` is given what `see` makes of the images: the images as they are, or, once `fit` (or `look_at`) found noise,
+    a background or clutter in the film, the weights of `PixelEvidence`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixel_evidence = PixelEvidence()
 
     @abstractmethod
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
@@ -52,18 +62,15 @@ class Guide(nn.Module, ABC):
         """
         return None
 
-    def q(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
-        """Returns `encode` of images of any type, with the shapes checked.
-
-        Args:
-            images: (B, T, H, W).
-            n_objects: (B,).
+    def q(self, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> dist.TorchDistribution:
+        """What `encode` gives for images of any type, its shape checked.
 
         Raises:
             ValueError: if the arguments do not fit together, or `encode` returns a distribution of another shape.
         """
+        n_objects = counts(n_objects, len(images), images)
         check_batch(images, n_objects)
-        q_a = self.encode(images.to(self.dtype), n_objects)
+        q_a = self.encode(self.see(images), n_objects)
         batch, event = (len(images), most_objects(n_objects)), (images.shape[1], 2)
         if q_a.batch_shape != batch or q_a.event_shape != event:
             raise ValueError(
@@ -73,14 +80,32 @@ class Guide(nn.Module, ABC):
             )
         return q_a
 
+    def look_at(self, images: Tensor, n_objects: Tensor) -> FilmStatistics:
+        """Estimates noise, background and clutter of a film (n, T, H, W), which `see` then takes out. `fit` does it."""
+        return self.pixel_evidence.estimate(images, n_objects)
+
+    def see(self, images: Tensor) -> Tensor:
+        """What `encode` reads of images of any type: floats in [0, 1]; frames that are NaN, not seen, are black.
+
+        Raises:
+            ValueError: in half precision, or under autocast.
+        """
+        for p in self.parameters():
+            check_precision("the guide's weights", p)
+            break
+        if images.is_floating_point():
+            images = images.nan_to_num()
+        return self.pixel_evidence(images.to(self.dtype))
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the guide's parameters."""
         return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
-    def forward(self, images: Tensor, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
-        """Runs the Pyro guide, which samples the site ``a`` (B, N, T, 2); the arguments are those of the model."""
+    def forward(self, images: Tensor, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None) -> Tensor:
+        """The Pyro guide: samples the site ``a`` (B, N, T, 2). Takes the arguments of the model, as Pyro asks."""
         announce_parameters("guide", self)
+        n_objects = counts(n_objects, len(images), images)
         q_a = self.q(images, n_objects)
         with pyro.plate("sequences", len(images), dim=-1):
-            return pyro.sample("a", q_a.mask(object_mask(n_objects, q_a.batch_shape[1])).to_event(1))
+            return pyro.sample("a", ExactDensity(q_a.mask(object_mask(n_objects, q_a.batch_shape[1])).to_event(1)))

@@ -123,6 +123,7 @@ class StructuredGuide(Guide):
     ) -> tuple[ConditionedTracks, dist.Categorical]:
         observed = observed.expand(len(images), int(n_objects.max()), images.shape[1])
         frames_seen = observed.any(1)  # (B, T)
+        images = torch.where(images.isnan() & ~frames_seen[..., None, None], 0.0, images)
         seen = images * frames_seen[..., None, None]  # identities are not to depend on what was only imagined
         first = int(frames_seen.any(0).nonzero().min())  # before it the network has nothing to go by
         s = F.pad(self.rnn(images[:, first:], n_objects), (0, 0, first, 0))

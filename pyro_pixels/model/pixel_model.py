@@ -7,12 +7,15 @@ components z are integrated out exactly. `PixelModel.joint` is the same model wi
 Departures from the paper: none.
 """
 
+from collections.abc import Sequence
+
 import pyro
 import pyro.distributions as dist
+import torch
 from torch import Tensor, nn
 
-from pyro_pixels._batch import check_batch, check_objects, most_objects, object_mask
-from pyro_pixels._pyro import announce_parameters
+from pyro_pixels._batch import check_batch, check_objects, counts, most_objects, object_mask
+from pyro_pixels._pyro import ExactDensity, announce_parameters
 from pyro_pixels.lgssm.distributions import StatePath
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.likelihoods import BernoulliPixels, PixelLikelihood
@@ -33,44 +36,59 @@ class PixelModel(nn.Module):
         self.dynamics, self.renderer = dynamics, renderer
         self.likelihood = BernoulliPixels() if likelihood is None else likelihood
 
-    def forward(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
-        """Runs the Pyro program and returns v (B, T, H, W).
+    def forward(
+        self, images: Tensor | None, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None
+    ) -> Tensor:
+        """The Pyro program. Returns v (B, T, H, W).
 
         Args:
-            images: (B, T, H, W), the observed v, in {0, 1} or as the likelihood has it, or None to sample it.
-            n_objects: (B,) int, the number of objects N of each sequence.
-            n_frames: T; needed only if ``images`` is None.
+            images: (B, T, H, W), the observed v in {0, 1} (or [0, 1], as the likelihood has it), or None to draw it.
+                Frames that are NaN were not seen, and count for nothing.
+            n_objects: (B,) int, the number of objects N of each sequence; a list, or one number for all, will do.
+            n_frames: T; needed where ``images`` is None.
 
         Raises:
-            ValueError: if the shapes do not fit each other or the renderer.
+            ValueError: if the shapes do not fit each other or the renderer, or a site is conditioned on a value of
+                another shape; in half precision and under ``torch.jit``.
         """
         announce_parameters("model", self)
+        n_objects = counts(n_objects, None if images is None else len(images), next(self.parameters(), None))
         B, N, T = self._sizes(images, n_objects, n_frames)
         present = object_mask(n_objects, N)
         with pyro.plate("sequences", B, dim=-1):
             p_a = self.dynamics.positions(T).expand([B, N])
-            a = pyro.sample("a", p_a.mask(present).to_event(1))  # type: ignore[attr-defined]
-            return self._draw(a, present, images)
+            a = pyro.sample("a", ExactDensity(p_a.mask(present).to_event(1)))  # type: ignore[attr-defined]
+            return self._draw(_of_shape("a", a, (B, N, T, 2)), present, images)
 
-    def joint(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None = None) -> Tensor:
-        """Runs the same model with h and z as sites (Eq 5): z, h, a, v. The arguments are those of `forward`."""
+    def joint(
+        self, images: Tensor | None, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None
+    ) -> Tensor:
+        """The same model before h and z are summed out (Eq 5): sites z, h, a, v. Arguments as in `forward`."""
         announce_parameters("model", self)
+        n_objects = counts(n_objects, None if images is None else len(images), next(self.parameters(), None))
         B, N, T = self._sizes(images, n_objects, n_frames)
         present = object_mask(n_objects, N)
         lgssm = self.dynamics.lgssm()
         with pyro.plate("sequences", B, dim=-1):
             p_z = dist.Categorical(logits=self.dynamics.log_pi.to(lgssm.mu.dtype)).expand([B, N])
-            z = pyro.sample("z", p_z.mask(present).to_event(1))  # type: ignore[attr-defined]
+            z = _of_shape("z", pyro.sample("z", p_z.mask(present).to_event(1)), (B, N))  # type: ignore[attr-defined]
             h = pyro.sample("h", StatePath(select_component(lgssm, z), T).mask(present).to_event(1))
+            h = _of_shape("h", h, (B, N, T, h.shape[-1]))
             p_a = dist.MultivariateNormal(h @ lgssm.B.mT, lgssm.Sigma_A).to_event(1)
             a = pyro.sample("a", p_a.mask(present).to_event(1))
-            return self._draw(a, present, images)
+            return self._draw(_of_shape("a", a, (B, N, T, 2)), present, images)
 
     def _draw(self, a: Tensor, present: Tensor, images: Tensor | None) -> Tensor:
         """Samples or observes v given positions."""
         logits = self.renderer(a, present)
-        obs = None if images is None else images.to(logits.dtype)
-        return pyro.sample("v", self.likelihood(logits), obs=obs)
+        p_v, obs = self.likelihood(logits), None
+        if images is not None:
+            obs = images.to(logits.dtype)
+            if images.is_floating_point() and isinstance(p_v, dist.Independent):
+                seen, obs = ~obs.isnan(), obs.nan_to_num()  # before the density, whose gradient would be NaN
+                p_v = p_v.base_dist.mask(seen).to_event(3)  # type: ignore[attr-defined]
+        v = pyro.sample("v", ExactDensity(p_v), obs=obs)
+        return _of_shape("v", v, tuple(logits.shape[-4:]))
 
     def _sizes(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None) -> tuple[int, int, int]:
         """Checks the arguments and returns B, N, T."""
@@ -84,3 +102,10 @@ class PixelModel(nn.Module):
         if n_frames is None or n_frames < 1:
             raise ValueError(f"n_frames is {n_frames}; without images give the number of frames to sample, at least 1")
         return len(n_objects), most_objects(n_objects), n_frames
+
+
+def _of_shape(site: str, value: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """The value of a site, which `poutine.condition` or `do` may have set: what would broadcast is refused."""
+    if value.shape[-len(wanted) :] != torch.Size(wanted):
+        raise ValueError(f"site '{site}' has the value's shape {tuple(value.shape)}; wanted {wanted}, samples in front")
+    return value

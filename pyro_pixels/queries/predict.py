@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels import lgssm as exact
-from pyro_pixels._batch import check_batch, object_mask
+from pyro_pixels._batch import check_batch, check_values, counts, object_mask, unseen_frames
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
@@ -59,30 +59,33 @@ class Prediction(NamedTuple):
 
 
 @torch.no_grad()
-def infer(guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 0) -> Inference:
+def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int], *, n_samples: int = 0) -> Inference:
     """Positions from images (Sec 3.3).
 
     Args:
-        images: (B, T, H, W) in [0, 1] or uint8; n_objects: (B,); n_samples: S, 0 for none.
+        images: (B, T, H, W) in [0, 1] or uint8; frames that are NaN as a whole were not seen, here and in every query.
+        n_objects: (B,), or a list, or one number for every sequence; n_samples: S, 0 for none.
 
     Raises:
-        ValueError: if the images do not fit the guide.
+        ValueError: if the images do not fit the guide, or have values outside [0, 1].
     """
+    check_values(images)
     q_a = guide.q(images, n_objects)
     mean, variance = _moments(q_a)
     return Inference(mean, variance.sqrt(), q_a.sample(torch.Size((n_samples,))).to(mean.dtype) if n_samples else None)
 
 
 @torch.no_grad()
-def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor) -> Tensor:
+def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
     """Pixel probabilities (B, T, H, W) rendered from the inferred means. Arguments and errors as in `infer`."""
     return render(model, infer(guide, images, n_objects).mean, n_objects)
 
 
 @torch.no_grad()
-def render(model: PixelModel, a: Tensor, n_objects: Tensor) -> Tensor:
+def render(model: PixelModel, a: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
     """Pixel probabilities (..., B, T, H, W) of positions (..., B, N, T, 2), Eqs (1)-(2); means for grey pixels."""
-    return model.likelihood.mean(model.renderer(a, object_mask(n_objects, a.shape[-3])))
+    present = object_mask(counts(n_objects, a.shape[-4], a), a.shape[-3])
+    return model.likelihood.mean(model.renderer(a, present))
 
 
 @torch.no_grad()
@@ -102,7 +105,13 @@ def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> Sta
 
 @torch.no_grad()
 def generate(
-    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_frames: int, n_samples: int = 0
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor | int | Sequence[int],
+    *,
+    n_frames: int,
+    n_samples: int = 0,
 ) -> Prediction:
     """The frames that follow (Sec 3.4).
 
@@ -118,18 +127,31 @@ def generate(
     Raises:
         ValueError: if tau >= T, or as in `infer`.
     """
+    n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects)
+    check_values(images)
     tau = images.shape[1]
     if n_frames <= tau:
         raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more than {tau}")
     unseen = images.new_zeros(len(images), n_frames - tau, *images.shape[2:])
     observed = torch.arange(n_frames, device=images.device) < tau
+    unknown = unseen_frames(images)
+    if bool(unknown.any()):  # the frames of each sequence that were seen
+        observed = (observed & ~F.pad(unknown, (0, n_frames - tau))).unsqueeze(1)
+        if not bool(observed.any(-1).all()):
+            raise ValueError("a sequence has no frame that was seen, all are NaN; leave it out")
     return _predict(model, guide, torch.cat([images, unseen], 1), n_objects, observed, n_samples)
 
 
 @torch.no_grad()
 def interpolate(
-    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, *, n_samples: int = 0
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor | int | Sequence[int],
+    observed: Tensor,
+    *,
+    n_samples: int = 0,
 ) -> Prediction:
     """Missing frames (Sec 3.5), anywhere: between seen ones, before the first, after the last; or hidden objects.
 
@@ -151,9 +173,11 @@ def interpolate(
     Raises:
         ValueError: if ``observed`` is not such a mask, or as in `infer`.
     """
+    n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects)
     observed = _checked_mask(observed, images, n_objects)
     patterns = _frames_seen(observed)  # (T,) or (B, T)
+    check_values(images, patterns)
     images = images.to(guide.dtype)
     if patterns.dim() == 1:
         return _interpolate(model, guide, images, n_objects, observed, patterns, n_samples)
@@ -176,7 +200,7 @@ def _interpolate(
     n_samples: int,
 ) -> Prediction:
     """`interpolate` for sequences of which the same frames (T,) are seen."""
-    filled = images * frames_seen[:, None, None]
+    filled = torch.where(frames_seen[:, None, None], images, 0.0)  # what is not seen may be NaN
     for start, stop in _gaps(frames_seen):
         so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
         prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far)
@@ -189,7 +213,7 @@ def _predict(
 ) -> Prediction:
     """All frames from the observed ones; ``images`` are filled where they are not observed."""
     samples, known = None, observed.unsqueeze(-1)
-    knows_dynamics = guide.encode_observed(images.to(guide.dtype), n_objects, observed)
+    knows_dynamics = guide.encode_observed(guide.see(images), n_objects, observed)
     if knows_dynamics is not None:
         q_a, p_z = knows_dynamics
         mean, cov, k = q_a.mean, q_a.frame_covariance, p_z.logits.argmax(-1)  # type: ignore[attr-defined]
@@ -241,6 +265,9 @@ def _checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor
             f"wanted bool, (T,) = ({T},), (B, T) = {(B, T)} or (B, N, T) = {(B, N, T)}"
         )
     observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
+    unknown = unseen_frames(images)  # marked by NaN, whatever the mask says
+    if bool((unknown & _frames_seen(observed)).any()):
+        observed = observed & ~unknown.unsqueeze(1)
     if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects see nothing
         observed = observed & object_mask(n_objects, N).unsqueeze(-1)
     unseen = ~_frames_seen(observed).any(-1)

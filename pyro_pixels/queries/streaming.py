@@ -132,8 +132,8 @@ def step_image(model: PixelModel, guide: Guide, stream: ImageStream, image: Tens
     n_objects, seen = stream.n_objects, image is not None
     ahead = forecast(lgssm, stream.tracks)
     frame = render(model, ahead.mean.unsqueeze(2), n_objects) if image is None else image.unsqueeze(1)
-    frame = frame.to(guide.dtype)  # (B, 1, H, W)
     check_batch(frame, n_objects, (rnn.height, rnn.width))
+    frame = guide.see(frame)  # (B, 1, H, W)
     s = rnn.advance(stream.s, frame)
     if seen:
         mean, std = (x.squeeze(2) for x in head(s, frame, n_objects))

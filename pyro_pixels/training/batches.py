@@ -27,7 +27,8 @@ class Batches:
         if schedule.single_object_steps and not len(single):
             raise ValueError("single_object_steps is set but no sequence has N = 1; set it to 0 or add such sequences")
         self._pools = {True: [single], False: by_n if schedule.one_n_per_batch else [torch.arange(len(data))]}
-        self._most_white = max(int((x > 0).flatten(2).sum(-1).max()) for x in data.images.split(500))
+        self.most_white = data.images.shape[2] * data.images.shape[3]
+        """At least as many pixels as are not black in any frame, as the guide sees it (`Known`)."""
         self._epoch: tuple[bool, int] | None = None
         self._order: list[Tensor] = []
 
@@ -51,4 +52,4 @@ class Batches:
     def known(self, index: Tensor) -> Known:
         """What a recording of the step on these sequences may know of them, and of any other batch of its kind."""
         n_objects = self.n_objects[index] if self.schedule.one_n_per_batch else self.n_objects
-        return Known(int(n_objects.max()), self._most_white)
+        return Known(int(n_objects.max()), self.most_white)

@@ -53,13 +53,16 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 def load_weights(module: torch.nn.Module, weights: dict[str, Any], path: str | Path) -> None:
     """`load_state_dict` whose complaint is a ValueError that names what does not fit."""
     own = module.state_dict()
+    free = tuple(f"{name}." for name, part in module.named_modules() if getattr(part, "any_state", False))
+    own = {k: x for k, x in own.items() if not k.startswith(free)}
+    fixed = {k: x for k, x in weights.items() if not k.startswith(free)}
     wrong = [
         f"{k}: {tuple(weights[k].shape)} for {tuple(own[k].shape)}"
-        for k in own.keys() & weights.keys()
+        for k in own.keys() & fixed.keys()
         if weights[k].shape != own[k].shape
     ]
-    wrong += [f"{k}: missing" for k in sorted(own.keys() - weights.keys())] + [
-        f"{k}: unknown" for k in sorted(weights.keys() - own.keys())
+    wrong += [f"{k}: missing" for k in sorted(own.keys() - fixed.keys())] + [
+        f"{k}: unknown" for k in sorted(fixed.keys() - own.keys())
     ]
     if wrong:
         raise ValueError(

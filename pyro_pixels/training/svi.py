@@ -19,6 +19,7 @@ from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.training.batches import Batches
 from pyro_pixels.training.checkpoints import load_weights
 from pyro_pixels.training.elbo import AnnealedELBO, bound
+from pyro_pixels.training.film import look_at_film, most_weights
 from pyro_pixels.training.loop import Loop
 from pyro_pixels.training.processes import is_first_process, n_processes
 from pyro_pixels.training.schedule import Schedule, by_longest_prefix
@@ -109,6 +110,9 @@ class Training(Loop):
         self.steps.seed(self.seed)
         self._rng = torch.get_rng_state()
         super().begin(resume)
+        if not resume:
+            look_at_film(self.model, self.guide, self.data)
+        self.batches.most_white = most_weights(self.guide, self.images)
 
     def advance(self, until: int, stop: threading.Event) -> Iterator[None]:
         learned = {name: p.requires_grad for name, p in self.parameters.items()}

@@ -1,0 +1,262 @@
+"""Which pixels show an object: weights from a likelihood ratio of object against background.
+
+Guides read images as weights: a white pixel speaks for an object, a black one for none (Secs 2.2.1 and 3.1, where
+images are binary). In a film from a camera the background has structure and every pixel has noise, and brightness
+is no measure of evidence any more. `PixelEvidence` estimates from a film, once, before training:
+
+- the background image, the median of every pixel over all frames of all sequences, and whether to subtract it: only
+  where the number of connected components then agrees better with the known numbers of objects;
+- the noise: smoothed with a 3 x 3 kernel, the background is a bulk with a centre and a spread, the empirical null of
+  Efron (Large-Scale Inference, 2010), and the local false discovery rate says how likely a pixel above it is object;
+- clutter, white pixels of nobody: the share of white pixels among those whose neighbours are all black, and with it the
+  probability that a white pixel with so many white neighbours belongs to an object.
+
+The weight of a pixel is the product of these probabilities and of its brightness relative to an object's. Where a film
+has no noise, no background and no clutter nothing is done, and images reach the guide as they are, to the bit.
+
+Not in the paper, whose images have none of the three.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.stats import binom, norm
+from torch import Tensor, nn
+
+FRAMES = 2_000  # that the estimates are made from
+Z_STEP, Z_BINS = 0.25, 80  # the grid on which the probability of an object is kept, in standard deviations of the noise
+Z_LEAST = 2.0  # below it the noise explains a pixel
+WORSE = 0.1  # objects a frame
+CLUTTER_LEAST = 0.05  # white pixels of nobody in a frame; fewer are not looked for
+BACKGROUND_LEAST = 0.02  # grey value; a background below it is black
+SPREAD_LEAST = 1e-4  # grey value
+OBJECT_LEAST = 0.5  # probability below which a pixel is background
+Floats = NDArray[Any]  # float32 or float64
+Floats = NDArray[Any]  # float32 or float64
+KERNEL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
+
+
+class FilmStatistics(NamedTuple):
+    """What `PixelEvidence` found in a film, in grey values from 0 to 1."""
+
+    has_background: bool
+    """Whether the background is subtracted."""
+    noise: float
+    """Standard deviation of the background's pixels; 0 if they do not move."""
+    clutter: float
+    """Share of the background's pixels that are white."""
+    contrast: float
+    """How much brighter than the background an object is."""
+
+
+class PixelEvidence(nn.Module):
+    """Images (B, T, H, W) -> weights of the same shape in [0, 1]; the images themselves until `estimate` found noise.
+
+    What was found is kept in buffers, and goes into checkpoints only where there is something to keep.
+    """
+
+    background: Tensor  # (H, W)
+    scalars: Tensor  # (5,): noise, clutter, contrast, the null's centre and spread
+    by_height: Tensor  # (Z_BINS,), P(object) by how far the smoothed pixel is above the null
+    by_neighbours: Tensor  # (9,), P(object) of a white pixel by its number of white neighbours
+    kernel: Tensor  # (3, 3)
+    any_state = True
+    """A checkpoint need not have its buffers, and may have them of any size (`load_weights`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.from_numpy(KERNEL).float(), persistent=False)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._shown: FilmStatistics | None = None
+        for name, size in (
+            ("background", (0, 0)),
+            ("scalars", (5,)),
+            ("by_height", (Z_BINS,)),
+            ("by_neighbours", (9,)),
+        ):
+            self.register_buffer(name, torch.ones(size), persistent=False)
+
+    @property
+    def active(self) -> bool:
+        """Whether images are changed."""
+        return self._shown is not None
+
+    @property
+    def statistics(self) -> FilmStatistics:
+        """What was found; all zeros, and a contrast of 1, where images are left alone."""
+        return FilmStatistics(False, 0.0, 0.0, 1.0) if self._shown is None else self._shown
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self._shown
+        if found is None:
+            return images
+        excess = images - self.background.to(images) if found.has_background else images
+        weights = (excess / found.contrast).clamp(0, 1)
+        if found.noise:
+            centre, spread = self.scalars.to(images.dtype)[3:].unbind()
+            smooth = _convolved(excess, self.kernel.to(images))
+            bins = ((smooth - centre) / (spread * Z_STEP)).clamp(0, Z_BINS - 1).nan_to_num().long()
+            weights = weights * self.by_height.to(images.dtype)[bins]
+        if found.clutter:
+            white = (weights > 0.5).to(images.dtype)
+            neighbours = _convolved(white, images.new_ones(3, 3)) - white
+            weights = weights * self.by_neighbours.to(images.dtype)[neighbours.round().clamp(0, 8).long()]
+        return weights
+
+    @torch.no_grad()
+    def estimate(self, images: Tensor, n_objects: Tensor) -> FilmStatistics:
+        """Looks at images (n, T, H, W) with ``n_objects`` (n,), and keeps what it finds.
+
+        Returns:
+            What was found, in words of the film.
+        """
+        device = self.background.device
+        self._reset()
+        frames, counts = _some_frames(images, n_objects)
+        if not len(frames):
+            return self.statistics
+        background = np.median(frames, 0)
+        plain, without = _evidence(frames), None
+        # A background is one if what is left without it looks more like the objects that are known to be there.
+        if background.max() > BACKGROUND_LEAST:
+            without = _evidence(frames - background)
+            if _count_error(without, counts) > _count_error(plain, counts) + WORSE:
+                without = None
+        has_background, found = without is not None, without or plain
+        noise, contrast, null = found.null.noise, found.contrast, found.null
+        clutter, by_neighbours = _clutter(found.weights > 0.5, counts)
+        if not (has_background or noise or clutter):
+            self.to(device)
+            return self.statistics
+        self.background = torch.from_numpy(background).float()
+        self.by_height = torch.from_numpy(found.table).float()
+        self.by_neighbours = torch.from_numpy(by_neighbours).float()
+        self.scalars = torch.tensor([noise, clutter, contrast, null.centre, null.spread])
+        self._persist(has_background)
+        self.to(device)
+        return self.statistics
+
+    def _persist(self, has_background: bool) -> None:
+        """Makes the buffers part of the state, and their numbers known without asking the device."""
+        noise, clutter, contrast, _, _ = self.scalars.tolist()
+        self._shown = FilmStatistics(has_background, noise, clutter, contrast)
+        for name in ("background", "scalars", "by_height", "by_neighbours"):
+            x = getattr(self, name)
+            if name == "background" and not has_background:
+                x = torch.zeros_like(x)
+            self.register_buffer(name, x, persistent=True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        mine = {name: state_dict.get(prefix + name) for name in ("background", "scalars", "by_height", "by_neighbours")}
+        device = self.background.device
+        self._reset()
+        if all(x is not None for x in mine.values()):
+            for name, x in mine.items():
+                setattr(self, name, x)
+            self._persist(bool(self.background.any()))
+        self.to(device)
+
+
+class _Null(NamedTuple):
+    centre: float
+    spread: float
+    noise: float
+
+
+class _Evidence(NamedTuple):
+    """What is made of frames without their background."""
+
+    table: Floats  # (Z_BINS,), P(object) by the height of the smoothed image above the null
+    null: _Null
+    contrast: float
+    weights: Floats  # (F, H, W)
+
+
+def _some_frames(images: Tensor, n_objects: Tensor) -> tuple[Floats, NDArray[np.int64]]:
+    """At most FRAMES frames (F, H, W), evenly from all sequences, and how many objects each shows."""
+    n, T = images.shape[:2]
+    each = np.unique(np.linspace(0, n * T - 1, min(n * T, FRAMES)).round().astype(np.int64))
+    frames = images.flatten(0, 1)[torch.from_numpy(each).to(images.device)].float().cpu().numpy()
+    counts = n_objects.cpu().numpy()[each // T]
+    seen = np.isfinite(frames).all((1, 2))
+    return frames[seen], counts[seen].astype(np.int64)
+
+
+def _smoothed(x: Floats) -> Floats:
+    return ndimage.convolve(x, KERNEL[None].astype(np.float32), mode="constant")
+
+
+def _bins(smooth: Floats, null: _Null) -> NDArray[np.int64]:
+    return np.clip((smooth - null.centre) / (null.spread * Z_STEP), 0, Z_BINS - 1).astype(np.int64)
+
+
+def _evidence(excess: Floats) -> _Evidence:
+    """The empirical null of the smoothed pixels, and P(object) by the local false discovery rate above it."""
+    smooth, top, table = _smoothed(excess), float(excess.max()), np.ones(Z_BINS)
+    low, centre, high = (float(q) for q in np.quantile(smooth[:: max(1, len(smooth) // 500)], (0.3, 0.5, 0.7)))
+    spread = max(centre - low, high - centre) / float(norm.ppf(0.7))
+    if spread < SPREAD_LEAST:  # the background does not move
+        bright = excess[excess > 0.5 * top] if top > 0 else excess[:0]
+        contrast = float(np.quantile(bright, 0.9)) if bright.size else 1.0
+        return _Evidence(table, _Null(0.0, 0.0, 0.0), contrast, np.clip(excess / contrast, 0, 1))
+    null = _Null(centre, spread, spread / float(np.sqrt((KERNEL**2).sum())))
+    bins = _bins(smooth, null)
+    observed = np.bincount(bins.ravel(), minlength=Z_BINS).astype(float)
+    z = np.arange(Z_BINS + 1) * Z_STEP
+    expected = np.diff(norm.cdf(z)) * smooth.size
+    table -= np.divide(expected, observed, out=np.zeros(Z_BINS), where=observed > 0)
+    table[z[:-1] < Z_LEAST] = 0.0
+    table = np.maximum.accumulate(np.clip(table, 0, 1))
+    table[table < OBJECT_LEAST] = 0.0
+    there = excess[table[bins] > 0]
+    contrast = float(np.quantile(there, 0.9)) if there.size else 1.0
+    return _Evidence(table, null, contrast, np.clip(excess / contrast, 0, 1) * table[bins])
+
+
+def _count_error(found: _Evidence, counts: NDArray[np.int64]) -> float:
+    """How far the number of connected components of the object pixels is from that of the objects, mean over frames."""
+    return float(np.abs(_components(found.weights > 0.5) - counts).mean())
+
+
+def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float, Floats]:
+    """The share of white pixels of nobody, and P(object) of a white pixel by its number of white neighbours."""
+    all_objects = np.ones(9)
+    kernel = np.ones((1, 3, 3), np.int8)
+    neighbours = ndimage.convolve(white.astype(np.int8), kernel, mode="constant") - white
+    alone = neighbours == 0
+    rate = float(white[alone].mean()) if alone.any() else 0.0
+    if rate * white[0].size < CLUTTER_LEAST:
+        return 0.0, all_objects
+    blobs = _components(white)
+    if (np.minimum(blobs, counts)).sum() < 0.5 * counts.sum():  # single pixels may be the objects
+        return 0.0, all_objects
+    observed = np.bincount(neighbours[white], minlength=9).astype(float)
+    expected = rate * binom.pmf(np.arange(9), 8, rate) * white.size
+    table = 1 - np.divide(expected, observed, out=np.zeros(9), where=observed > 0)
+    table = np.maximum.accumulate(np.clip(table, 0, 1))
+    table[table < OBJECT_LEAST] = 0.0
+    table[4:] = 1.0
+    return rate, table
+
+
+def _components(white: NDArray[np.bool_], least: int = 2) -> NDArray[np.int64]:
+    """How many connected components (8 neighbours) of at least so many pixels each frame (F, H, W) has."""
+    flat = np.zeros((3, 3, 3), bool)
+    flat[1] = True
+    labels, n = ndimage.label(white, flat)  # type: ignore[misc]
+    sizes = np.bincount(labels.ravel(), minlength=n + 1)
+    first = ndimage.find_objects(labels)
+    frame = np.array([s[0].start for s in first if s is not None], np.int64)
+    large = sizes[1:] >= least
+    return np.bincount(frame[large], minlength=len(white))
+
+
+def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
+    """x (B, T, H, W) with a kernel (3, 3), zeros outside."""
+    return F.conv2d(x.flatten(0, 1).unsqueeze(1), kernel[None, None], padding=1).squeeze(1).unflatten(0, x.shape[:2])

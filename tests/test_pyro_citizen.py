@@ -1,0 +1,127 @@
+"""What a user of Pyro may ask of a Pyro program: named parameters, other objectives, inspection, conditioning."""
+
+import copy
+import gc
+import warnings
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.inspect import get_model_relations
+
+from pyro_pixels import AnnealedELBO, infer, load_pretrained, simulate
+
+
+@pytest.fixture(scope="module")
+def run():
+    return load_pretrained()
+
+
+@pytest.fixture(scope="module")
+def data(run):
+    return simulate(run.config.data, 3, seed=0)
+
+
+def svi(run, optim):
+    model, guide = copy.deepcopy((run.model, run.guide))
+    return SVI(model, guide, optim, loss=AnnealedELBO())
+
+
+def test_pyros_optimisers_know_every_parameter_by_its_name(run, data):
+    first = pyro.optim.Adam({"lr": 1e-4})
+    kept = svi(run, first)
+    kept.step(data.images, data.n_objects)
+    state = first.get_state()
+    assert len(state) == len(first.optim_objs) == 22
+    names = {name for name, _ in AnnealedELBO()(run.model, run.guide).named_parameters()}
+    assert set(state) == names  # those of `Schedule` and of its learning rates
+
+    again = pyro.optim.Adam({"lr": 1e-4})
+    again.set_state(state)
+    svi(run, again).step(data.images, data.n_objects)
+    assert not again._state_waiting_to_be_consumed
+    steps = [x["state"][0]["step"] for x in again.get_state().values()]
+    assert all(float(step) == 2 for step in steps)
+
+
+def test_learning_rates_by_name(run, data):
+    rates = {}
+
+    def options(name):
+        rates[name] = 1e-3 if "dynamics" in name else 1e-4
+        return {"lr": rates[name]}
+
+    trained = svi(run, pyro.optim.Adam(options))
+    before = copy.deepcopy(dict(trained.model.named_parameters()))
+    trained.step(data.images, data.n_objects)
+    assert {name.split(".")[1] for name, rate in rates.items() if rate == 1e-3} == {"dynamics"}
+    moved = {name: float((p - before[name]).abs().max()) for name, p in trained.model.named_parameters()}
+    assert moved["dynamics.mu"] == pytest.approx(1e-3, rel=0.01)  # Adam's first step
+    assert moved["renderer.to_v.bias"] == pytest.approx(1e-4, rel=0.01)
+
+
+def test_names_keep_no_parameter_alive(run, data):
+    pyro.clear_param_store()
+    trained = svi(run, pyro.optim.Adam({"lr": 1e-4}))
+    trained.step(data.images, data.n_objects)
+    known = pyro.get_param_store()._param_to_name
+    assert len(known) == 22
+    assert not list(pyro.get_param_store().keys())  # no value is shared
+    del trained
+    gc.collect()
+    assert not known
+
+
+def test_the_objective_with_enumeration_is_the_same_bound(run, data):
+    values = []
+    for elbo in (Trace_ELBO(), TraceEnum_ELBO(max_plate_nesting=1)):
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there is nothing to enumerate
+            values.append(float(elbo(run.model, run.guide)(data.images, data.n_objects).detach()))
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_pyro_sees_the_structure_of_the_model(run, data):
+    found = get_model_relations(run.model, (data.images, data.n_objects))
+    assert found["sample_sample"] == {"a": [], "v": ["a"]}
+    assert found["observed"] == ["v"]
+    assert found["plate_sample"] == {"sequences": ["a", "v"]}
+    assert set(found["param_constraint"].values()) == {"Real()"}
+    pytest.importorskip("graphviz")
+    assert "sequences" in pyro.render_model(run.model, model_args=(data.images, data.n_objects)).source
+
+
+def test_what_is_not_supported_is_said_in_one_line(run, data):
+    def first_line(error):
+        return str(error.value).splitlines()[0]
+
+    with pytest.raises(ValueError) as error:
+        JitTrace_ELBO(ignore_jit_warnings=True)(run.model, run.guide)(data.images, data.n_objects)
+    assert first_line(error) == "torch.jit is not supported; use Trace_ELBO in the place of JitTrace_ELBO"
+    with pytest.raises(ValueError) as error, torch.autocast("cpu", dtype=torch.bfloat16):
+        infer(run.guide, data.images, data.n_objects)
+    assert first_line(error).startswith("torch.autocast is on, and half precision")
+    with pytest.raises(ValueError, match=r"weights are torch\.bfloat16; wanted float32 or float64"):
+        infer(copy.deepcopy(run.guide).bfloat16(), data.images, data.n_objects)
+    with pytest.raises(ValueError, match=r"model's weights are torch\.float16; wanted float32"):
+        copy.deepcopy(run.model).half()(data.images, data.n_objects)
+
+
+@pytest.mark.parametrize("handler", [poutine.condition, poutine.do])
+@pytest.mark.parametrize("site, shape", [("a", s) for s in ((3, 1, 30, 2), (1, 3, 30, 2), (3, 3, 30, 1), (30, 2))])
+def test_values_that_would_broadcast_over_objects_are_refused(run, data, handler, site, shape):
+    with pytest.raises(ValueError, match=r"site 'a' has the value's shape .*; wanted \(3, 3, 30, 2\)"):
+        handler(run.model, {site: torch.zeros(shape)})(data.images, data.n_objects)
+    handler(run.model, {"a": torch.zeros(3, 3, 30, 2)})(data.images, data.n_objects)
+
+
+@pytest.mark.parametrize(
+    "site, shape", [("z", (3, 1)), ("h", (3, 1, 30, 4)), ("a", (3, 1, 30, 2)), ("v", (1, 30, 32, 32))]
+)
+def test_the_joint_model_refuses_them_too(run, data, site, shape):
+    value = torch.zeros(shape, dtype=torch.long if site == "z" else torch.float64)
+    with pytest.raises(ValueError, match=f"site '{site}' has the value's shape"):
+        poutine.condition(run.model.joint, {site: value})(None, data.n_objects, 30)
