@@ -26,7 +26,7 @@ from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.table import evaluate
 from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
-from pyro_pixels.guides.untangle import untangle
+from pyro_pixels.guides.untangling import untangle
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import infer
 from pyro_pixels.runs import Run, build, load_run, save_config
