@@ -26,7 +26,7 @@ from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.table import evaluate
 from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
-from pyro_pixels.guides.untangle import untangle
+from pyro_pixels.guides.untangling import untangle
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import infer
 from pyro_pixels.runs import Run, build, load_run, save_config
@@ -198,7 +198,7 @@ def one_run(args: Arguments, name: str, config: RunConfig, folder: Path) -> None
     elif args.suite == "seeds":
         others = [build(replace(config, seed=config.seed + 1_000 * i)) for i in range(1, CANDIDATES)]
         options["candidates"] = [(other.model.to(device), other.guide.to(device)) for other in others]
-        options["candidate_steps"] = CANDIDATE_STEPS
+        options["candidate_steps"] = max(1, min(CANDIDATE_STEPS, config.schedule.steps - 1))
     result = fit(
         run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, validation=validation,
         resume=(folder / "checkpoint.pt").exists(), progress=False, on_evaluation=curve.take, **options,

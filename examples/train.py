@@ -40,7 +40,7 @@ JUDGES = 60  # sequences for the health check
 class Arguments:
     run: Path = Path("runs/quick")
     """Folder of the run."""
-    preset: Literal["quick", "paper"] = "quick"
+    preset: Literal["quick", "recurrent", "paper", "paper_learned"] = "quick"
     guide: str | None = None
     """Name of a guide, if not the preset's."""
     likelihood: str | None = None

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
     "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz", "other_worlds", "ask",
-    "gallery", "teach",
+    "gallery", "teach", "sweep_recurrent", "latent_space",
 }  # fmt: skip
 
 
@@ -71,6 +71,7 @@ def test_help(name, tmp_path):
     for option in {
         "simulate": ["--seed"],
         "sweep": ["--seeds", "--device"],
+        "sweep_recurrent": ["--suite", "--seeds", "--device"],
         "export_pretrained": ["--run"],
         "custom_guide": ["--steps", "--seed"],
         "compare_guides": ["--guides", "--custom", "--seeds", "--device"],
@@ -336,6 +337,28 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_the_papers_network_is_swept_on_its_own(tmp_path):
+    options = ("--seeds", 1, "--steps", 2, "--n-test", 12, "--out", "r")
+    for suite in ("seeds", "own", "ceiling"):
+        done = script("sweep_recurrent", "--suite", suite, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    own = json.loads((tmp_path / "r/own.json").read_text())["variants"]
+    assert own.keys() == {"own draws, untangled", "the bound alone"}
+    run = own["own draws, untangled"][0]
+    assert run["by_n_objects"]["2"]["untangled_switch_rate"] is not None
+    assert run["by_n_objects"]["1"]["untangled_position_error_px"] == run["by_n_objects"]["1"]["position_error_px"]
+    assert [point["step"] for point in run["curve"]] == [1, 2]
+    ceiling = json.loads((tmp_path / "r/ceiling.json").read_text())["variants"]["ceiling"][0]
+    assert len(ceiling["test"]["error_px"]) == 3
+    done = script("sweep_recurrent", "--suite", "ablation", "--only", "no such row", *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no row 'no such row'" in done.stderr
+    done = script("latent_space", "--run", "r/seeds/recurrent/seed10", "--n-sequences", 12, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "R^2 of the best affine map" in done.stdout
+    assert (tmp_path / "r/seeds/recurrent/seed10/latent_space.png").stat().st_size > 0
+
+
 def test_a_run_of_a_sweep_that_is_killed_is_begun_again(tmp_path):
     command = [
         sys.executable,

@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import SMALL
 
 from pyro_pixels.config import RunConfig
-from pyro_pixels.guides import ConvolutionalFrontEnd, InferenceRNN
+from pyro_pixels.guides import ConvolutionalFrontEnd, InferenceRNN, LinearHead, RecurrentGuide
 from pyro_pixels.guides.network_starts import start_alike, start_as_ramps, start_with_memory
+from pyro_pixels.presets import PRESETS
 from pyro_pixels.runs import build
 
 
@@ -97,3 +100,18 @@ def test_a_configuration_can_ask_for_both():
         for name, r in (("own", paper), ("alike", run))
     }
     assert float(spread["alike"]) < 0.2 * float(spread["own"])
+
+
+@pytest.mark.parametrize("name", ["recurrent", "paper_learned"])
+def test_presets_of_the_papers_network_have_nothing_else_in_them(name):
+    config = PRESETS[name]
+    small = replace(config, state_size=16, data=SMALL)
+    guide = build(small).guide
+    assert type(guide) is RecurrentGuide
+    assert type(guide.rnn) is InferenceRNN
+    assert type(guide.head) is LinearHead
+    assert config.schedule.single_object_steps == 0
+    held = [config.schedule.learn_from[f"model.dynamics.root_Sigma_{noise}"] for noise in "HA"]
+    assert min(held) > config.schedule.steps
+    assert [config.schedule.kl_weight(step) for step in (0, config.schedule.steps - 1)] == [3.0, 1.0]
+    assert PRESETS["paper"].image_ramps is PRESETS["paper"].memory is PRESETS["paper"].common_s0 is None

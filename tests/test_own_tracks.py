@@ -5,7 +5,7 @@ from conftest import make_guide, make_model
 from test_untangle import make_dynamics
 
 from pyro_pixels.guides import Guide
-from pyro_pixels.guides.untangle import untangle
+from pyro_pixels.guides.untangling import untangle
 from pyro_pixels.model import PixelModel, Renderer
 from pyro_pixels.training import AnnealedELBO
 from pyro_pixels.training.distillation import log_prob_in_best_order

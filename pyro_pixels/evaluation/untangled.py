@@ -1,4 +1,4 @@
-"""How good a trained model is when the names of its objects are put right by p(a) (`guides.untangle`)."""
+"""How good a trained model is when the names of its objects are put right by p(a) (`guides.untangling`)."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.table import N_SEEN, evaluate, means_by_n
 from pyro_pixels.guides.base import Guide
-from pyro_pixels.guides.untangle import UntangledGuide, can_be_untangled, untangle
+from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled, untangle
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.predict import infer
 

@@ -4,10 +4,12 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead, LinearHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
 from pyro_pixels.guides.joint import JointGuide
+from pyro_pixels.guides.network_starts import start_alike, start_as_ramps, start_with_memory
 from pyro_pixels.guides.other_networks import BidirectionalRNN, ConvolutionalFrontEnd
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide
 from pyro_pixels.guides.tracking_head import TrackingHead
+from pyro_pixels.guides.untangling import Untangled, UntangledGuide, resample_labels, untangle
 
 __all__ = [
     "AttentionHead",
@@ -22,4 +24,11 @@ __all__ = [
     "StateNetwork",
     "StructuredGuide",
     "TrackingHead",
+    "Untangled",
+    "UntangledGuide",
+    "resample_labels",
+    "start_alike",
+    "start_as_ramps",
+    "start_with_memory",
+    "untangle",
 ]

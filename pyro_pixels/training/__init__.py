@@ -5,6 +5,7 @@ from pyro_pixels.training.distillation import GivenTracks, draw_tracks
 from pyro_pixels.training.elbo import AnnealedELBO, BoundTerms, bound
 from pyro_pixels.training.fitting import fit, fit_together
 from pyro_pixels.training.loop import FitResult
+from pyro_pixels.training.own_tracks import OwnTracks
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.training.start_mixture import fit_starts
 from pyro_pixels.training.svi import Training, TrainingOptions
@@ -14,6 +15,7 @@ __all__ = [
     "BoundTerms",
     "FitResult",
     "GivenTracks",
+    "OwnTracks",
     "Schedule",
     "Training",
     "TrainingOptions",

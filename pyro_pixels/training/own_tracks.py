@@ -24,7 +24,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_pixels.guides.untangle import UntangledGuide, untangle
+from pyro_pixels.guides.untangling import UntangledGuide, untangle
 from pyro_pixels.training.distillation import log_prob_in_best_order
 from pyro_pixels.training.elbo import AnnealedELBO
 
