@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask, unseen_frames
 from pyro_pixels.data import TrueDynamics
 from pyro_pixels.lgssm import kalman
@@ -64,8 +63,11 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
     return Affine(solution[:2].mT, solution[2], 1.0 - float(residual))
 
 
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """(B, N, N) mean over time of the distance between object i of ``a`` and object j of ``b``, both (B, N, T, 2)."""
+def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the mean distance over time (B, N, N) between object i of ``a`` and object j of ``b``, (B, N, T, 2).
+
+    Frames where either is NaN do not count.
+    """
     return (a.unsqueeze(2) - b.unsqueeze(1)).norm(dim=-1).nanmean(-1)
 
 
@@ -111,9 +113,9 @@ def switches(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 
 
 def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
-    """(B,) -log p of binary images (B, T, H, W) under pixel probabilities, in nats per frame that was seen.
+    """Returns -log p (B,) of binary images (B, T, H, W) under pixel probabilities, in nats per frame that was seen.
 
-    Probabilities are kept 1e-6 away from 0 and 1. NaN where no frame was seen.
+    Probabilities are clamped to [1e-6, 1 - 1e-6]. The value is NaN where no frame was seen.
     """
     p = probabilities.clamp(1e-6, 1 - 1e-6)
     seen = ~unseen_frames(images)

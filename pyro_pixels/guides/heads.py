@@ -17,7 +17,7 @@ class LinearHead(nn.Module):
     """The linear head of Eq (9): mu = W s + b, sigma = softplus(W' s + b') + 1e-4.
 
     The paper does not say how sigma is kept positive. With exp, training with the paper preset collapses within 15
-    steps: a step of Adam moves W' s by about 1e-3 times the sum of abs(s), and sigma falls to 1e-20 (docs/decisions.md).
+    steps: a step of Adam moves W' s by about 1e-3 times the sum of abs(s), so sigma falls to 1e-20 (docs/decisions.md).
     """
 
     def __init__(self, state_size: int) -> None:
