@@ -46,7 +46,7 @@ def test_a_path_is_inferred_and_drawn(world):
 
 def test_futures_and_gaps_are_filled(world):
     run, _, images, n_objects = world
-    future = generate(run.model, run.guide, images[:, :5], n_objects, 11, n_samples=3)
+    future = generate(run.model, run.guide, images[:, :5], n_objects, n_frames=11, n_samples=3)
     assert on_device(averaged(run.model, future, n_objects).mean)
     observed = torch.arange(11, device=images.device) % 3 != 1
     assert on_device(interpolate(run.model, run.guide, images, n_objects, observed, n_samples=3).mean)
@@ -65,9 +65,7 @@ def test_states(world):
 def test_what_if(world):
     run, _, images, n_objects = world
     change = Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5))
-    assert on_device(
-        what_if(run.model, run.guide, images, n_objects, change, frame=4, n_frames=11, n_samples=3).mean
-    )
+    assert on_device(what_if(run.model, run.guide, images, n_objects, change, frame=4, n_frames=11, n_samples=3).mean)
 
 
 def test_evidence(world):
@@ -100,8 +98,8 @@ def test_calibration(world):
 
 
 def test_arviz(world):
-    run, data, _, _ = world
-    to_inference_data(run.model, run.guide, data[:3], n_samples=4)
+    run, _, images, n_objects = world
+    to_inference_data(run.model, run.guide, images[:3], n_objects[:3], n_samples=4)
 
 
 def test_learning_from_draws(world):
