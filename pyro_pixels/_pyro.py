@@ -2,6 +2,9 @@
 
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import pyro
@@ -11,6 +14,18 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
 from pyro_pixels.lgssm.kalman import exact_dtype
+
+_KNOWN: ContextVar[bool] = ContextVar("parameters_known", default=False)
+
+
+@contextmanager
+def parameters_known() -> Iterator[None]:
+    """Within it parameters are not announced: whoever trains has them from a module, and the messages take time."""
+    token = _KNOWN.set(True)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
 
 
 def announce_parameters(prefix: str, module: nn.Module) -> None:
@@ -23,7 +38,7 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
         ValueError: in half precision, under autocast, or while ``torch.jit`` traces: none of these is supported.
     """
     _check_precision(prefix, module)
-    if am_i_wrapped():
+    if am_i_wrapped() and not _KNOWN.get():
         names = pyro.get_param_store()._param_to_name
         for name, parameter in module.named_parameters(prefix):
             known = names.get(parameter)

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 
 from pyro_pixels import lgssm as exact
 from pyro_pixels.guides.heads import WhitePixels
-from pyro_pixels.guides.tracking_head import TRACK_NOISE, TrackingHead, Tracks, follow, frame_orders, log_density, share
+from pyro_pixels.guides.tracking_head import (
+    TRACK_NOISE,
+    Pixels,
+    TrackingHead,
+    Tracks,
+    absent_penalty,
+    follow,
+    frame_orders,
+    log_density,
+    share,
+)
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, collapse_components
 from pyro_pixels.worlds.drawing import render_disks
 
@@ -121,8 +131,8 @@ def test_following_forward_is_the_kalman_filter_and_smoothing_the_smoother():
     unseen = torch.arange(9) >= 6  # weightless pixels far off: what follow gives there is its forecast
     white = one_pixel_frames(y)
     white = white._replace(v=white.v.double() * ~unseen[:, None])
-    claim, absent = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.bool)
-    followed = follow(tracks, white, claim, absent, torch.arange(9).unsqueeze(0))[:, 0, 0]
+    claim, penalty = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(3, 1)
+    followed = follow(tracks, Pixels.of(white), claim, penalty, torch.arange(9).unsqueeze(0))[:, 0, 0]
     forecast = exact.rollout(measured, filtered.mean[:, 5], filtered.cov[5], 3).mean @ lgssm.B.mT
     torch.testing.assert_close(followed[:, :6], y[:, :6], rtol=0, atol=1e-9)
     torch.testing.assert_close(followed[:, 6:], forecast, rtol=0, atol=1e-3)  # the least mass, 1e-4, pulls a little
@@ -139,8 +149,8 @@ def test_any_order_forecasts_from_what_it_has_passed():
         white = one_pixel_frames(y)
         v = white.v.double()
         v[:, hidden] = 0
-        claim, absent = torch.zeros(2, 3, 1, 1, 1, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.bool)
-        followed = follow(tracks, white._replace(v=v), claim, absent, orders)[:, 0, :, hidden]
+        claim, penalty = torch.zeros(2, 3, 1, 1, 1, dtype=torch.float64), torch.zeros(2, 1)
+        followed = follow(tracks, Pixels.of(white._replace(v=v)), claim, penalty, orders)[:, 0, :, hidden]
         known = torch.arange(18) // 2 != hidden
         e = (y - tracks.mean).flatten(1)[:, known]
         C = tracks.cov
@@ -165,7 +175,7 @@ def test_shares_add_up():
     torch.manual_seed(0)
     v, place, l = torch.rand(2, 5, 7), torch.randn(2, 5, 7, 2), torch.randn(2, 5, 3, 7)
     l[:, :, 2] = -1e30
-    centroid, mass = (x.squeeze(3) for x in share(WhitePixels(v, place, v).weighed, l.unsqueeze(3)))
+    centroid, mass = (x.squeeze(3) for x in share(Pixels.of(WhitePixels(v, place, v)).weighed, l.unsqueeze(3)))
     torch.testing.assert_close(mass[:, :, :2].sum(2), v.sum(-1, keepdim=True))
     whole = (v.unsqueeze(-1) * place).sum(-2)
     torch.testing.assert_close((centroid * mass)[:, :, :2].sum(2), whole)
@@ -177,8 +187,9 @@ def test_shares_are_those_of_the_densities():
     place, centre = torch.randn(4, 7, 2), torch.randn(4, 3, 2)
     root = torch.randn(2, 2)
     cov = root @ root.mT + torch.eye(2)
-    absent = torch.tensor([False, False, True]).expand(4, 3)
-    l = log_density(F.pad(place, (0, 1), value=1.0), centre.unsqueeze(2), torch.linalg.inv(cov), absent).squeeze(2)
+    penalty = absent_penalty(torch.tensor([True, True, False]).expand(4, 3))
+    pixels = F.pad(place, (0, 1), value=1.0).mT
+    l = log_density(pixels, centre.unsqueeze(2), torch.linalg.inv(cov), penalty).squeeze(2)
     normal = torch.distributions.MultivariateNormal(centre.unsqueeze(2), cov)
     expected = normal.log_prob(place.unsqueeze(1))
     torch.testing.assert_close(l[:, :2].softmax(1), expected[:, :2].softmax(1))
@@ -227,8 +238,9 @@ def test_pixels_far_from_every_object_are_nobodys():
     tracks = Tracks.of(head.dynamics, head.blob, T, torch.float32, head.clutter)
     place, centre = torch.rand(7, 2) * 2 - 1, torch.rand(3, 2) * 2 - 1
     place[:3] = centre + 0.05
-    pixels, nobody = F.pad(place, (0, 1), value=1.0), tracks.log_clutter(place, tracks.blob_precision)
-    l = log_density(pixels, centre.unsqueeze(1), tracks.blob_precision, torch.zeros(3, dtype=torch.bool))
+    pixels = F.pad(place, (0, 1), value=1.0).mT
+    nobody = tracks.log_clutter(pixels, tracks.blob_precision)
+    l = log_density(pixels, centre.unsqueeze(1), tracks.blob_precision, torch.zeros(3))
     _, mass = share(pixels, l, nobody)
     blobs = torch.distributions.MultivariateNormal(centre, precision_matrix=tracks.blob_precision)
     per_object, background = 4 * torch.pi, 0.02 * W * W / 4  # white pixels, and white pixels in a unit of area

@@ -95,15 +95,9 @@ class WhitePixels(NamedTuple):
     place: Tensor  # (B, T, k, 2), (column, row), each in [-1, 1]
     index: Tensor  # (B, T, k), index into the flattened image
 
-    @property
     def homogeneous(self) -> Tensor:
-        """Homogeneous coordinates (column, row, 1), (B, T, k, 3)."""
-        return F.pad(self.place, (0, 1), value=1.0)
-
-    @property
-    def weighed(self) -> Tensor:
-        """Weighted homogeneous coordinates v (column, row, 1), (B, T, k, 3), whose sums are moments and masses."""
-        return self.v.unsqueeze(-1) * self.homogeneous
+        """Returns the homogeneous coordinates as rows: column, row and 1, (B, T, 3, k)."""
+        return torch.cat([self.place.mT, torch.ones_like(self.v).unsqueeze(-2)], -2)
 
     def at(self, frames: Tensor) -> "WhitePixels":
         """Returns the white pixels of the given frames only."""

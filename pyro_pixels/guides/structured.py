@@ -28,7 +28,8 @@ from torch.autograd.function import once_differentiable
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import StateNetwork
 from pyro_pixels.guides.tracking_head import TrackingHead
-from pyro_pixels.lgssm.dynamics import Dynamics, TrackMixture, dense_components
+from pyro_pixels.lgssm.distributions import DenseTracks
+from pyro_pixels.lgssm.dynamics import Dynamics, dense_components
 from pyro_pixels.lgssm.small_matrices import categorical_sample, cholesky_inverse, cholesky_solve
 
 UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
@@ -49,10 +50,11 @@ class ConditionedTracks(TorchDistribution):
 
     def __init__(self, dynamics: Dynamics, y: Tensor, R: Tensor) -> None:
         super().__init__(y.shape[:-2], y.shape[-2:], validate_args=False)
-        components = dense_components(dynamics.lgssm(), y.shape[-2])
+        self._prior = dynamics.positions(y.shape[-2])
+        z, components = self._prior.mixture_distribution, self._prior.component_distribution
+        if not isinstance(components, DenseTracks):
+            components = dense_components(dynamics.lgssm(), y.shape[-2])
         self._m, self._C, self._prior_L = components.stacked_moments  # (K, 2T), (K, 2T, 2T), (K, 2T, 2T)
-        z = dist.Categorical(logits=dynamics.log_pi.to(self._m.dtype), validate_args=False)
-        self._prior = TrackMixture(z, components, validate_args=False)
         self._y, self._R = (x.to(self._m.dtype).flatten(-2) for x in (y, R))  # (..., 2T)
         e = self._y.unsqueeze(-2) - self._m  # (..., K, 2T)
         self._L = factor_sum(self._C, self._R)

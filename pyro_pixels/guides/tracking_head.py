@@ -27,6 +27,7 @@ through the claims in the starting frames.
 """
 
 import math
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.heads import AttentionHead, WhitePixels
 from pyro_pixels.lgssm.dynamics import Dynamics, collapse_components
-from pyro_pixels.lgssm.marginal import marginal_moments
+from pyro_pixels.lgssm.marginal import response, start_moments
 from pyro_pixels.lgssm.small_matrices import cholesky_solve, det_2x2, inverse_2x2
 
 CLAIM_BOUND = 3.0  # largest claim of the network, in nats; it weighs about as much as a distance of 3 pixels
@@ -98,33 +99,48 @@ class TrackingHead(AttentionHead):
             n_objects: (B,).
         """
         N, white = s.shape[1], self.white_pixels(images)
-        absent = ~object_mask(n_objects, N)  # (B, N)
+        pixels = Pixels.of(white)
+        penalty = absent_penalty(object_mask(n_objects, N))  # (B, N)
         orders = frame_orders(white, self.n_starts)
         start = orders[:, 0]
         claim = self.claims(s[:, :, start], white.at(start)).transpose(1, 2).unsqueeze(3)  # (B, S, N, 1, k)
-        claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + _absent_penalty(absent)[:, None, :, None, None]
-        with torch.no_grad():
-            log_r, background = self._associate(white, claim, absent, orders)  # (B, T, N, 1, k), (B, T, k)
+        claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + penalty[:, None, :, None, None]
+        log_r, background = torch.zeros_like(pixels.v)[:, :, None, None], None  # a single object has all the pixels
+        if N > 1 or self.clutter:
+            tracks = Tracks.of(self.dynamics, self.blob, pixels.v.shape[1], claim.dtype, self.clutter)
+            with torch.no_grad():
+                log_r, background = self._associate(tracks, pixels, claim, penalty, orders)
         same = (start.unsqueeze(1) == start).sum(1)  # a frame in which several tracks start counts once
         log_r = log_r.index_add(1, start, claim / same[:, None, None, None])
-        y, mass = (x.squeeze(3).transpose(1, 2) for x in share(white.weighed, log_r, background))
+        y, mass = (x.squeeze(3).transpose(1, 2) for x in share(pixels.weighed, log_r, background))
         return y, (self.to_log_sigma(s).exp().square() * (1 + 1 / mass)).sqrt()
 
     def _associate(
-        self, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor
+        self, tracks: "Tracks", pixels: "Pixels", claim: Tensor, penalty: Tensor, orders: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Returns log r (B, T, N, 1, k) around the chosen paths, up to a constant per pixel, and the background's."""
-        if claim.shape[2] == 1 and not self.clutter:
-            return torch.zeros_like(white.v)[:, :, None, None], None  # a single object has all the pixels
-        tracks = Tracks.of(self.dynamics, self.blob, white.v.shape[1], claim.dtype, self.clutter)
-        background = tracks.log_clutter(white.place, tracks.blob_precision)  # (B, T, k)
-        path = tracks.smooth(follow(tracks, white, claim, absent, orders))  # (B, N, S, T, 2)
+        background = tracks.log_clutter(pixels.homogeneous, tracks.blob_precision)  # (B, T, k)
+        path = tracks.smooth(follow(tracks, pixels, claim, penalty, orders))  # (B, N, S, T, 2)
         for keep, n_sweeps in ((2, FIRST_SWEEPS), (1, LAST_SWEEPS)):
             for _ in range(n_sweeps):
-                y, mass = share(white.weighed, tracks.log_density(white, path, absent), background)  # (B, T, N, S, ...)
+                y, mass = share(pixels.weighed, tracks.log_density(pixels, path, penalty), background)  # (B, T, N, ...)
                 path = tracks.smooth(_shrink(path, y.movedim(1, 3), mass.movedim(1, 3)))
-            path = tracks.likeliest(white, path, absent, background, keep)
-        return tracks.log_density(white, path, absent), background
+            path = tracks.likeliest(pixels, path, penalty, background, keep)
+        return tracks.log_density(pixels, path, penalty), background
+
+
+class Pixels(NamedTuple):
+    """The white pixels of each frame, laid out as the rows that products read."""
+
+    v: Tensor  # (B, T, k), their values; 0 for padding
+    homogeneous: Tensor  # (B, T, 3, k), rows: column, row and 1
+    weighed: Tensor  # (B, T, 3, k), the same times v; their sums are moments and masses
+
+    @classmethod
+    def of(cls, white: WhitePixels) -> "Pixels":
+        """The pixels that a head found."""
+        homogeneous = white.homogeneous()
+        return cls(white.v, homogeneous, white.v.unsqueeze(-2) * homogeneous)
 
 
 class Tracks(NamedTuple):
@@ -140,40 +156,43 @@ class Tracks(NamedTuple):
     @classmethod
     def of(cls, dynamics: Dynamics, blob: Tensor, T: int, dtype: torch.dtype, clutter: float = 0.0) -> "Tracks":
         """Makes the approximation for T frames, in ``dtype``."""
-        lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
-        mean, C = marginal_moments(lgssm, T)
-        S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
-        W = cholesky_solve(C, torch.linalg.cholesky_ex(S).L)
-        precision = inverse_2x2(blob + lgssm.Sigma_A)
-        return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype), clutter)
+        lgssm = dynamics.lgssm()
+        answer = response(lgssm, T)  # with their graph, which model and guide share
+        with torch.no_grad():
+            lgssm = collapse_components(lgssm, dynamics.pi)
+            mean, C = start_moments(answer, lgssm.mu, lgssm.Sigma)
+            S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
+            W = cholesky_solve(C, torch.linalg.cholesky_ex(S).L)
+            precision = inverse_2x2(blob + lgssm.Sigma_A)
+            return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype), clutter)
 
     def smooth(self, y: Tensor) -> Tensor:
         """Returns the smoothed path E[a | y] (..., T, 2)."""
         return self.mean + ((y - self.mean).flatten(-2) @ self.W).unflatten(-1, self.mean.shape)
 
-    def log_density(self, white: WhitePixels, path: Tensor, absent: Tensor) -> Tensor:
+    def log_density(self, pixels: Pixels, path: Tensor, penalty: Tensor) -> Tensor:
         """Returns log r (B, T, N, S, k), the `log_density` of the white pixels around paths (B, N, S, T, 2)."""
-        return log_density(white.homogeneous, path.movedim(3, 1), self.blob_precision, absent.unsqueeze(1))
+        return log_density(pixels.homogeneous, path.movedim(3, 1), self.blob_precision, penalty.unsqueeze(1))
 
-    def log_clutter(self, place: Tensor, precision: Tensor) -> Tensor | None:
+    def log_clutter(self, homogeneous: Tensor, precision: Tensor) -> Tensor | None:
         """Returns log r (..., k) of the background, on the scale of `log_density`; None without clutter."""
         if not self.clutter:
             return None
         normaliser = 0.5 * det_2x2(precision).log() - math.log(2 * math.pi)
-        left_out = 0.5 * ((place @ precision) * place).sum(-1)
+        place = homogeneous[..., :2, :]
+        left_out = 0.5 * ((precision @ place) * place).sum(-2)
         return math.log(self.clutter) + left_out - normaliser.unsqueeze(-1)
 
-    def likeliest(
-        self, white: WhitePixels, path: Tensor, absent: Tensor, background: Tensor | None, keep: int
-    ) -> Tensor:
+    def likeliest(self, pixels: Pixels, path: Tensor, penalty: Tensor, background: Tensor | None, keep: int) -> Tensor:
         """Returns the ``keep`` of the S paths (B, N, S, T, 2) with the highest likelihood of the white pixels."""
-        log_r = _append_background(self.log_density(white, path, absent), background)
-        likelihood = torch.einsum("btk,btsk->bs", white.v, log_r.logsumexp(2))
+        log_r = _append_background(self.log_density(pixels, path, penalty), background)
+        log_mixture = reduce(torch.logaddexp, log_r.unbind(2))  # (B, T, S, k)
+        likelihood = (log_mixture @ pixels.v.unsqueeze(-1)).sum((1, 3))
         best = likelihood.topk(keep, 1).indices
         return path.take_along_dim(best[:, None, :, None, None], 2)
 
 
-def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, orders: Tensor) -> Tensor:
+def follow(tracks: Tracks, pixels: Pixels, claim: Tensor, penalty: Tensor, orders: Tensor) -> Tensor:
     """Follows the objects along S orders of the frames and returns the measurements (B, N, S, T, 2).
 
     With L the Cholesky factor of the covariance of all measurements in their order, the forecast of the i-th is
@@ -182,9 +201,9 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
 
     Args:
         tracks: the prior over paths.
-        white: the white pixels.
+        pixels: the white pixels.
         claim: (B, S, N, 1, k), the network's claims on the pixels in the first frame of each order.
-        absent: (B, N) bool.
+        penalty: (B, N), `absent_penalty`.
         orders: (S, T), each a permutation of the frames.
     """
     (B, S, N, _, _), T, dtype = claim.shape, orders.shape[1], claim.dtype
@@ -195,25 +214,26 @@ def follow(tracks: Tracks, white: WhitePixels, claim: Tensor, absent: Tensor, or
     precision = inverse_2x2(L_ii @ L_ii.mT + tracks.blob).to(dtype)
     whiten, L_T = inverse_2x2(L_ii).mT.to(dtype), L.mT.to(dtype)
     mean = tracks.mean[orders].transpose(0, 1).unsqueeze(2)  # (T, S, 1, 2)
-    pixels, homogeneous = (
-        x[:, orders.mT].permute(1, 2, 0, 3, 4).contiguous() for x in (white.weighed, white.homogeneous)
-    )
+    weighed, homogeneous = (
+        x.transpose(0, 1).contiguous().index_select(0, orders.mT.flatten()).unflatten(0, (T, S))
+        for x in (pixels.weighed, pixels.homogeneous)
+    )  # (T, S, B, 3, k)
 
     log_r, background = claim.transpose(0, 1), None  # from here on S is the first dimension
     for narrow in (i / (DETECTION_ROUNDS - 1) for i in range(DETECTION_ROUNDS)):
-        y, _ = share(pixels[0], log_r, background)  # (S, B, N, 1, 2)
+        y, _ = share(weighed[0], log_r, background)  # (S, B, N, 1, 2)
         blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
-        log_r = log_density(homogeneous[0], y, blob_precision, absent)
-        background = tracks.log_clutter(homogeneous[0, ..., :2], blob_precision)
+        log_r = log_density(homogeneous[0], y, blob_precision, penalty)
+        background = tracks.log_clutter(homogeneous[0], blob_precision)
     e = claim.new_zeros(S, B * N, 2 * T)
     ys = []
     for i in range(T):
         now = slice(2 * i, 2 * i + 2)
         forecast = (mean[i] + e[..., : 2 * i] @ L_T[:, : 2 * i, now]).view(S, B, N, 1, 2)
         if i > 0:
-            log_r = log_density(homogeneous[i], forecast, precision[i, :, None, None, None], absent)
-            background = tracks.log_clutter(homogeneous[i, ..., :2], precision[i, :, None])
-        y = _shrink(forecast, *share(pixels[i], log_r, background))
+            log_r = log_density(homogeneous[i], forecast, precision[i, :, None, None, None], penalty)
+            background = tracks.log_clutter(homogeneous[i], precision[i, :, None])
+        y = _shrink(forecast, *share(weighed[i], log_r, background))
         e[..., now] = (y - forecast).view(S, B * N, 2) @ whiten[i]
         ys.append(y)
     in_time = orders.argsort(1)[:, None, None, :, None]
@@ -224,7 +244,7 @@ def share(weighed: Tensor, log_r: Tensor, background: Tensor | None = None) -> t
     """Assigns white pixels to objects with responsibilities proportional to exp(log_r).
 
     Args:
-        weighed: (..., k, 3), `WhitePixels.weighed`.
+        weighed: (..., 3, k), `Pixels.weighed`.
         log_r: (..., N, S, k), log-responsibilities for each of S independent hypotheses about all objects.
         background: (..., k), the log-responsibilities of the background, if it has white pixels of its own.
 
@@ -234,26 +254,29 @@ def share(weighed: Tensor, log_r: Tensor, background: Tensor | None = None) -> t
     """
     N, S = log_r.shape[-3:-1]
     r = _append_background(log_r, background).softmax(-3)[..., :N, :, :]
-    moment = (r.flatten(-3, -2) @ weighed).unflatten(-2, (N, S))  # of x, y, 1
+    moment = (weighed @ r.flatten(-3, -2).mT).mT.unflatten(-2, (N, S))  # of x, y, 1
     mass = moment[..., 2:].clamp(min=1e-4)
     return moment[..., :2] / mass, mass
 
 
-def log_density(homogeneous: Tensor, centre: Tensor, precision: Tensor, absent: Tensor) -> Tensor:
+def log_density(homogeneous: Tensor, centre: Tensor, precision: Tensor, penalty: Tensor) -> Tensor:
     """Returns log N(x; centre, precision^-1) (..., N, S, k) up to terms that depend on the pixel x alone.
 
     Those terms cancel in the responsibilities.
 
     Args:
-        homogeneous: (..., k, 3), the pixels' (x, y, 1).
+        homogeneous: (..., 3, k), the pixels' x, y and 1.
         centre: (..., N, S, 2), for S tracks of every object.
         precision: (2, 2), or any shape that broadcasts against (..., N, S, 2, 2).
-        absent: (..., N) bool, objects to which no pixel is assigned.
+        penalty: (..., N), `absent_penalty`: no pixel is assigned to absent objects.
     """
     slope = centre[..., :1] * precision[..., 0, :] + centre[..., 1:] * precision[..., 1, :]
-    constant = -0.5 * (slope * centre).sum(-1, keepdim=True) + _absent_penalty(absent)[..., None, None]
+    constant = -0.5 * (slope * centre).sum(-1, keepdim=True) + penalty[..., None, None]
+    if centre.shape[-2] == 1:  # many products of three terms take longer than the sums themselves
+        x, y = homogeneous[..., None, None, 0, :], homogeneous[..., None, None, 1, :]
+        return torch.addcmul(torch.addcmul(constant, slope[..., :1], x), slope[..., 1:], y)
     plane = torch.cat([slope, constant], -1)
-    return (plane.flatten(-3, -2) @ homogeneous.mT).unflatten(-2, centre.shape[-3:-1])
+    return (plane.flatten(-3, -2) @ homogeneous).unflatten(-2, centre.shape[-3:-1])
 
 
 def frame_orders(white: WhitePixels, n_starts: int) -> Tensor:
@@ -270,9 +293,9 @@ def frame_orders(white: WhitePixels, n_starts: int) -> Tensor:
     return orders.gather(1, black[orders].int().argsort(dim=1, stable=True))
 
 
-def _absent_penalty(absent: Tensor) -> Tensor:
-    """Returns a penalty that, added to log r, removes absent objects from the assignment."""
-    return -1e30 * absent.float()
+def absent_penalty(present: Tensor) -> Tensor:
+    """Returns a penalty that, added to log r, removes absent objects from the assignment; ``present`` is bool."""
+    return -1e30 * (~present).float()
 
 
 def _append_background(log_r: Tensor, background: Tensor | None) -> Tensor:

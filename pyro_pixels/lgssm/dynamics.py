@@ -28,6 +28,7 @@ from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import BlockTracks, DenseTracks
 from pyro_pixels.lgssm.kalman import LGSSM
 from pyro_pixels.lgssm.marginal import marginal_moments
+from pyro_pixels.lgssm.sharing import once
 
 DENSE_FRAMES = 64  # up to this many frames `exact_components` are dense
 
@@ -78,9 +79,16 @@ class TrackMixture(dist.MixtureSameFamily):
 
     support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]  # torch's own has no bijection
 
+    _origin: "TrackMixture | None" = None  # what this is an expansion of: it has the same densities
+
+    def expand(self, batch_shape: torch.Size, _instance: None = None) -> "TrackMixture":
+        new = super().expand(batch_shape, self._get_checked_instance(TrackMixture, _instance))
+        new._origin = self._origin or self
+        return new
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns log p(a_{1:T}) (...) in float64 for positions (..., T, 2)."""
-        return self._log_joint(value).logsumexp(-1)
+        return once("log_prob", lambda: self._log_joint(value).logsumexp(-1), self._origin or self, value)
 
     def component_posterior(self, value: Tensor) -> dist.Categorical:
         """Returns p(z | a_{1:T}), a Categorical over K, for positions (..., T, 2)."""
@@ -181,6 +189,10 @@ class Dynamics(nn.Module):
         self.root_Sigma.copy_(L.tril(-1) + torch.diag_embed(L.diagonal(dim1=-2, dim2=-1).log()))
 
     def lgssm(self) -> LGSSM:
+        """The parameters of Eq (3) as `_lgssm` makes them, once where model and guide share them (`sharing`)."""
+        return once("lgssm", self._lgssm, self)
+
+    def _lgssm(self) -> LGSSM:
         """Returns the parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
         dtype, device = kalman.exact_dtype(self.mu.device), self.mu.device
         I = torch.eye(4, dtype=dtype, device=device)
@@ -199,6 +211,9 @@ class Dynamics(nn.Module):
 
     def positions(self, n_frames: int) -> TrackMixture:
         """Returns p(a_{1:T}) of one object, Eq (10), with batch shape () and event shape (T, 2)."""
+        return once("positions", lambda: self._positions(n_frames), self, n_frames)
+
+    def _positions(self, n_frames: int) -> TrackMixture:
         lgssm = self.lgssm()
         z = dist.Categorical(logits=self.log_pi.to(lgssm.mu.dtype), validate_args=False)
         return TrackMixture(z, self.components(lgssm, n_frames), validate_args=False)

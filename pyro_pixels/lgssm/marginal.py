@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.lgssm.sharing import once
 
 
 class Response(NamedTuple):
@@ -26,6 +27,10 @@ def response(lgssm: LGSSM, n_steps: int) -> Response:
     written by hand; second derivatives do not exist.
     """
     A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
+    return once("response", lambda: _response(A, B, u, Sigma_H, Sigma_A, n_steps), A, u, Sigma_H, Sigma_A, n_steps)
+
+
+def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor, n_steps: int) -> Response:
     F = _after(B, A, n_steps)  # (T, p, d)
     drift, V = _Response.apply(F, u, Sigma_H, Sigma_A)
     return Response(F.flatten(0, 1), drift, V)
@@ -72,8 +77,13 @@ def on_diagonal(block: Tensor, n: int) -> Tensor:
 
 def marginal_moments(lgssm: LGSSM, n_steps: int) -> tuple[Tensor, Tensor]:
     """Mean (..., T p) and covariance (..., T p, T p) of the stacked a_{1:T}: Eq (3) with h integrated out."""
-    F, drift, V = response(lgssm, n_steps)
-    return lgssm.mu @ F.mT + drift, F @ lgssm.Sigma @ F.mT + V
+    return start_moments(response(lgssm, n_steps), lgssm.mu, lgssm.Sigma)
+
+
+def start_moments(response: Response, mu: Tensor, Sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the moments of `marginal_moments` for starts h_1 ~ N(mu (..., d), Sigma (..., d, d))."""
+    F, drift, V = response
+    return mu @ F.mT + drift, F @ Sigma @ F.mT + V
 
 
 def _after(B: Tensor, A: Tensor, n: int) -> Tensor:

@@ -64,7 +64,6 @@ class Renderer(nn.Module):
         a = a.to(self.theta_x0.dtype)
         x = self.theta_x0.tanh()
         for n in range(a.shape[-3]):
-            alpha = torch.sigmoid(self.to_alpha(a[..., n, :, :]))
-            update = alpha * (torch.tanh(self.to_x(a[..., n, :, :])) - x)
-            x = x + torch.where(present[..., n, None, None], update, 0.0)
+            alpha = torch.sigmoid(self.to_alpha(a[..., n, :, :])) * present[..., n, None, None]
+            x = torch.lerp(x, torch.tanh(self.to_x(a[..., n, :, :])), alpha)
         return self.to_v(x).unflatten(-1, (self.height, self.width))

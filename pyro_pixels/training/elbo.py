@@ -16,8 +16,10 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_pixels._pyro import parameters_known
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm.sharing import sharing
 from pyro_pixels.model.pixel_model import PixelModel
 
 
@@ -52,7 +54,7 @@ class AnnealedELBO(Trace_ELBO):
         self.terms: BoundTerms | None = None
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        with ScaleLatents(self.kl_weight):
+        with ScaleLatents(self.kl_weight), sharing():
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         for name in guide_trace.stochastic_nodes:
             site: Any = guide_trace.nodes[name]
@@ -67,8 +69,9 @@ class AnnealedELBO(Trace_ELBO):
         """Minus the weighed bound, summed over sequences. Every latent site is sampled with gradients, so that it is
         its own surrogate; unlike `Trace_ELBO`'s it is computed without waiting for the device."""
         loss = torch.zeros(())
-        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
-            loss = loss + _log_prob_sum(guide_trace) - _log_prob_sum(model_trace)
+        with parameters_known():  # the trainer has them from `ELBOModule`; SVI takes another way
+            for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+                loss = loss + _log_prob_sum(guide_trace) - _log_prob_sum(model_trace)
         return loss / self.num_particles
 
 

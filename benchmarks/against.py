@@ -1,0 +1,121 @@
+"""The quick preset's training step beside the same step at an earlier commit, in turn (A B A B ...).
+
+Each version runs in a process of its own, from its own files, and takes a step when it is asked to; so that whatever
+else the machine does falls on both alike.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "478dc58"  # before the step was made faster
+WORKER = """
+import json, sys, time
+tree, n_threads = sys.argv[1], int(sys.argv[2])
+sys.path[:0] = [tree, tree + "/benchmarks", tree + "/examples"]
+import torch
+torch.set_num_threads(n_threads)
+import pyro_pixels
+assert pyro_pixels.__file__.startswith(tree), pyro_pixels.__file__
+from steps import PRESETS, OurStep, make_step, with_objects
+config, device = PRESETS["quick"], torch.device("cpu")
+steps = {N: make_step(OurStep, with_objects(config, N), device) for N in config.data.n_objects}
+for step in steps.values():
+    for _ in range(3):
+        step()
+print("ready", flush=True)
+for line in sys.stdin:
+    step, wall, busy = steps[int(line)], time.perf_counter(), time.process_time()
+    step()
+    print(json.dumps([time.perf_counter() - wall, time.process_time() - busy]), flush=True)
+"""
+
+
+class Version:
+    """A process that takes steps of the package in a folder."""
+
+    def __init__(self, tree: Path, n_threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads), "PYTHONPATH": str(tree)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(tree), str(n_threads)],
+            cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._process.stdout is not None
+        if self._process.stdout.readline().strip() != "ready":
+            raise ValueError(f"the package in {tree} takes no steps; is it a commit with benchmarks/steps.py?")
+
+    def step(self, N: int) -> tuple[float, float]:
+        """Takes a step on sequences with N objects; returns its seconds by the clock, and of processor time."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(N, file=self._process.stdin, flush=True)
+        wall, busy = json.loads(self._process.stdout.readline())
+        return wall, busy
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def checkout(commit: str, folder: Path) -> Path:
+    """The files of a commit, in a folder. Raises ValueError where this is no clone that has it."""
+    done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=False)
+    if done.returncode:
+        raise ValueError(f"there is no commit {commit} here; run this in a clone with its whole history")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def compare(commit: str = COMMIT, rounds: int = 15, n_threads: int = 1) -> dict[str, Any]:
+    """Seconds of each round's steps with N = 1, 2, 3 of the commit ("before") and of these files ("now")."""
+    with tempfile.TemporaryDirectory() as folder:
+        versions = {"before": Version(checkout(commit, Path(folder)), n_threads), "now": Version(ROOT, n_threads)}
+        seconds = {name: {"wall": [], "busy": []} for name in versions}
+        for _ in range(rounds):
+            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in versions}
+            for N in (1, 2, 3):
+                for name, version in versions.items():
+                    taken[name].append(version.step(N))
+            for name, each in taken.items():
+                for kind, times in zip(("wall", "busy"), zip(*each)):
+                    seconds[name][kind].append(list(times))
+        for version in versions.values():
+            version.close()
+    return {"commit": commit, "threads": n_threads, "seconds": seconds, "ratio": ratios(seconds)}
+
+
+def ratios(seconds: dict[str, dict[str, list[list[float]]]]) -> dict[str, float]:
+    """How many times as fast the step has become: medians over rounds, of the mean over N and for each N."""
+    before, now = seconds["before"], seconds["now"]
+    found = {}
+    for kind in before:
+        pairs = list(zip(before[kind], now[kind]))
+        found[f"mean over N, {kind}"] = statistics.median(sum(b) / sum(n) for b, n in pairs)
+        for i in range(3):
+            found[f"N = {i + 1}, {kind}"] = statistics.median(b[i] / n[i] for b, n in pairs)
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", default=COMMIT)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    found = compare(arguments.commit, arguments.rounds, arguments.threads)
+    for name, times in found["seconds"].items():
+        for kind, rounds in times.items():
+            ms = [1e3 * statistics.median(r[i] for r in rounds) for i in range(3)]
+            print(name, kind, " / ".join(f"{x:.1f}" for x in ms), "ms for N = 1 / 2 / 3")
+    print(json.dumps(found["ratio"], indent=2))
