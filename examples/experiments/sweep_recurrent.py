@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import TEST_SEED, device_of, environment, markdown, start, write_json
+from examples._common import device_of, environment, start, write_json
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
@@ -29,6 +29,8 @@ from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
 from pyro_pixels.guides.untangle import untangle
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import infer
+from pyro_pixels.result_tables import markdown
+from pyro_pixels.run_sequences import TEST_SEED, VALIDATION_SEED
 from pyro_pixels.runs import Run, build, load_run, save_config
 from pyro_pixels.training.distillation import GivenTracks
 from pyro_pixels.training.fitting import fit
@@ -36,7 +38,6 @@ from pyro_pixels.training.own_tracks import OwnTracks
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.worlds.base import simulate
 
-VALIDATION_SEED = TEST_SEED - 1
 N_VALIDATION = 300
 CANDIDATES, CANDIDATE_STEPS = 3, 250  # of the suite `seeds`
 FAR = 10**9  # a step that never comes
@@ -275,7 +276,9 @@ def main(args: Arguments) -> int:
         options = ["--suite", args.suite, "--out", args.out, "--n-test", args.n_test, "--weight", args.weight]
         options += ["--device", args.device, "--job", f"{job[0]}/{job[1]}"]
         options += [] if args.steps is None else ["--steps", args.steps]
-        done = subprocess.run([sys.executable, __file__, *map(str, options)], check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "examples.experiments.sweep_recurrent", *map(str, options)], check=False
+        )
         print(f"{job[0]}, seed {job[1]}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
         return done.returncode == 0
 
