@@ -35,8 +35,9 @@ JUDGES = 60  # sequences for the health check
 class Arguments:
     run: Path = Path("runs/quick")
     """Folder of the run."""
-    preset: Literal["quick", "paper"] = "quick"
-    """Where the configuration starts from: quick learns in minutes, paper is Secs 3.1-3.2 to the letter."""
+    preset: Literal["quick", "recurrent", "paper"] = "quick"
+    """Where the configuration starts from: quick learns in minutes, recurrent is the paper's network with starting
+    values that make it learn, paper is Secs 3.1-3.2 to the letter."""
     guide: str | None = None
     """Name of a guide in `GUIDES`, such as recurrent, attentive or structured. By default the preset's."""
     likelihood: str | None = None

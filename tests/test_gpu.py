@@ -17,7 +17,6 @@ from typing import get_args
 import pyro
 import pytest
 import torch
-import train_edlstm
 from rehearsal import RehearsedSteps, rehearse
 from test_census import CASES, small
 
@@ -25,6 +24,7 @@ import ask as asking
 import gallery
 import teach
 import to_arviz
+from examples.experiments import train_edlstm
 from pyro_pixels._batch import Known
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.table import evaluate

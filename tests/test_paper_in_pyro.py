@@ -13,10 +13,10 @@ import pyro
 import pytest
 import torch
 from conftest import SMALL
-from paper_weights import in_paper_names, paper_program
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
+from benchmarks.paper_weights import in_paper_names, paper_program
 from examples import paper_in_pyro
 from examples.paper_in_pyro import PAPER, PaperInPyro, Settings
 from pyro_pixels import PRESETS, AnnealedELBO, InferenceRNN, RecurrentGuide, Renderer, build, simulate

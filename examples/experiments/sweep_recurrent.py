@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from pyro_pixels.worlds.base import simulate
 
 N_VALIDATION = 300
 CANDIDATES, CANDIDATE_STEPS = 3, 250  # of the suite `seeds`
+PROGRAM = [sys.executable, "-m", "examples.experiments.sweep_recurrent"]
 FAR = 10**9  # a step that never comes
 
 Change = Callable[[RunConfig], RunConfig]
@@ -256,7 +257,7 @@ def table(result: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-def _spread(values: list[float], digits: int) -> str:
+def _spread(values: Sequence[float], digits: int) -> str:
     low, middle, high = (f"{f(values):.{digits}f}" for f in (min, np.median, max))
     return middle if len(values) == 1 else f"{middle} ({low}-{high})"
 
@@ -276,9 +277,7 @@ def main(args: Arguments) -> int:
         options = ["--suite", args.suite, "--out", args.out, "--n-test", args.n_test, "--weight", args.weight]
         options += ["--device", args.device, "--job", f"{job[0]}/{job[1]}"]
         options += [] if args.steps is None else ["--steps", args.steps]
-        done = subprocess.run(
-            [sys.executable, "-m", "examples.experiments.sweep_recurrent", *map(str, options)], check=False
-        )
+        done = subprocess.run([*PROGRAM, *map(str, options)], check=False)
         print(f"{job[0]}, seed {job[1]}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
         return done.returncode == 0
 
