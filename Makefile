@@ -19,7 +19,7 @@ test-gpu: $(STAMP)  ## the tests that need CUDA
 	$(PY) -m pytest -q -m gpu $(ARGS)
 
 bench: $(STAMP)  ## measures speed and memory; results land in benchmarks/results
-	$(PY) benchmarks/bench.py $(ARGS)
+	$(PY) -m benchmarks.bench $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.timing import Stopwatch
 from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.runs import load_pretrained
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
-from timing import Stopwatch
 
 N_SEEN = 5  # frames at the start, and for interpolation at the end
 

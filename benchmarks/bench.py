@@ -9,7 +9,6 @@ import datetime
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +17,12 @@ from typing import Any, Literal
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import asking
-import densities
-import growth
-import memory
-import report
-import steps
-from common import device_of, environment, new_folder, save, start
+from benchmarks import asking, densities, growth, memory, report, steps
+from benchmarks.timing import Stopwatch
+from examples._common import device_of, environment, new_folder, say_where, start, write_json
 from pyro_pixels._files import atomic_write
-from reproduce_paper import insert
-from timing import Stopwatch
+from pyro_pixels.plots.paper import save_figure
+from pyro_pixels.result_tables import insert
 
 PARTS: dict[str, Callable[[Stopwatch], dict[str, Any]]] = {
     "step": partial(steps.measure, preset="quick"),
@@ -93,7 +87,7 @@ def fill(page: Path, name: str, found: dict[str, Any]) -> None:
         shown = report.describe(part, result)
         if part == "growth":
             figure = page.parent / "figures" / "performance" / f"{name}_growth.png"
-            save(report.plot_growth(result, found.get("density"), found.get("memory_growth")), figure)
+            save_figure(report.plot_growth(result, found.get("density"), found.get("memory_growth")), figure)
             shown += f"\n\n![growth]({figure.relative_to(page.parent)})"
         text = insert(text, f"{name} {part}", shown)
     with atomic_write(page) as out:
@@ -117,13 +111,14 @@ def main(args: Arguments) -> None:
         with_what = measured_with(watch.device)
         result = {**PARTS[part](watch), "environment": with_what}
         found[part] = json.loads(json.dumps(result))  # sizes become strings, as they are in the file
-        with atomic_write(file) as out:
-            out.write(json.dumps(found, indent=1).encode() + b"\n")
+        write_json(file, found)
         print(f"\n{report.describe(part, found[part])}\n")
-    print(f"  {file}")
+    paths = [file]
     if "growth" in found:
         figure = report.plot_growth(found["growth"], found.get("density"), found.get("memory_growth"))
-        save(figure, args.out / f"{name}_growth.png")
+        paths.append(args.out / f"{name}_growth.png")
+        save_figure(figure, paths[-1])
+    say_where(paths)
     if args.page is not None:
         fill(args.page, name, found)
 

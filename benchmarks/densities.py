@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Stopwatch
 from pyro_pixels import lgssm as exact
 from pyro_pixels.lgssm.dynamics import Components, Dynamics, block_components, dense_components, hmm_components
 from pyro_pixels.presets import PRESETS
-from timing import Stopwatch
 
 FRAMES = (30, 100, 200, 500, 1000)
 TRACKS = (20, 3)  # B, N

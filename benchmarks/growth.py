@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from benchmarks.steps import OurStep, make_step, with_objects
+from benchmarks.timing import Stopwatch
 from pyro_pixels.config import RunConfig
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.worlds.cannonballs import CannonballConfig
-from steps import OurStep, make_step, with_objects
-from timing import Stopwatch
 
 BASE = RunConfig(
     state_size=128,

@@ -1,5 +1,8 @@
-"""Peak memory of training steps, each program in a process of its own: `python memory.py PRESET PROGRAM DEVICE`, or
-`python memory.py AXIS SIZE DEVICE` for the small step of `growth` with one of its sizes changed."""
+"""Peak memory of training steps, each program in a process of its own.
+
+`python -m benchmarks.memory PRESET PROGRAM DEVICE` measures a step of a preset, and `python -m benchmarks.memory AXIS
+SIZE DEVICE` the small step of `growth` with one of its sizes changed.
+"""
 
 import json
 import re
@@ -11,9 +14,9 @@ from typing import Any
 
 import torch
 
-from growth import AXES, BASE
-from steps import LITERAL, OURS, STRUCTURED, OurStep, Step, make_step, programs
-from timing import Stopwatch
+from benchmarks.growth import AXES, BASE
+from benchmarks.steps import LITERAL, OURS, STRUCTURED, OurStep, Step, make_step, programs
+from benchmarks.timing import Stopwatch
 
 STEPS = 3
 GROWING = ("frames", "frames, one sequence at a time", "objects", "batch")
@@ -31,7 +34,7 @@ def measure_growth(watch: Stopwatch) -> dict[str, Any]:
 
 
 def _elsewhere(what: str, which: str, watch: Stopwatch) -> dict[str, int]:
-    command = [sys.executable, __file__, what, which, str(watch.device)]
+    command = [sys.executable, "-m", "benchmarks.memory", what, which, str(watch.device)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from paper_in_pyro import PaperInPyro, Settings
+from examples.paper_in_pyro import PaperInPyro, Settings
 from pyro_pixels.guides.heads import LinearHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide

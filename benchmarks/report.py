@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from common import markdown
+from benchmarks.steps import LITERAL, OURS, PRODUCT, STRUCTURED
+from benchmarks.timing import Times, exponent, quartiles, ratio
 from pyro_pixels.plots.style import FONT, OBJECTS
-from steps import LITERAL, OURS, PRODUCT, STRUCTURED
-from timing import Times, exponent, quartiles, ratio
+from pyro_pixels.result_tables import markdown
 
 Results = dict[str, Any]
 MEGA, GIGA = 1e6, 1e9
@@ -168,7 +168,7 @@ def _panel(ax: Axes, name: str, curves: Curves, factor: float, unit: str) -> Non
     ax.legend(fontsize=FONT - 1, frameon=False, loc="upper left")
 
 
-def _axes(r: Results) -> dict[str, dict[str, Times]]:
+def _axes(r: Results) -> dict[str, dict[str, Any]]:
     return {name: sweep for name, sweep in r.items() if name != "environment"}
 
 

@@ -11,7 +11,8 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
-from paper_weights import paper_program
+from benchmarks.paper_weights import paper_program
+from benchmarks.timing import MatrixProduct, Stopwatch, product_flops
 from pyro_pixels._batch import Known, most_white
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
@@ -21,7 +22,6 @@ from pyro_pixels.runs import Run, build
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.step_runners import Batch, CapturedSteps, Steps
 from pyro_pixels.worlds.base import simulate
-from timing import MatrixProduct, Stopwatch, product_flops
 
 KL_WEIGHT = 2.0  # not 1, so that the work of weighing is not left out
 LITERAL, OURS, STRUCTURED, PRODUCT = "literal Pyro", "pyro_pixels", "pyro_pixels, quick preset", "matrix product"

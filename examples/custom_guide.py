@@ -1,7 +1,7 @@
 """A guide of your own, start to finish: write it, train it, measure it, ask it. About a minute on a CPU.
 
-Copy this file and change `CentroidGuide`. docs/write_a_guide.md explains each part; examples/compare_guides.py sets the
-result beside the guides of the library.
+Copy this file and change `CentroidGuide`. docs/write_a_guide.md explains each part;
+examples/experiments/compare_guides.py sets the result beside the guides of the library.
 """
 
 import time
@@ -11,12 +11,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from common import TEST_SEED, shortened, start
+from _common import start
 from pyro_pixels._batch import object_mask
 from pyro_pixels.evaluation.table import evaluate, format_table
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import generate, infer
+from pyro_pixels.run_sequences import TEST_SEED
 from pyro_pixels.runs import GUIDES, build
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.worlds.base import simulate
@@ -52,19 +53,20 @@ GUIDES["centroid"] = lambda config, model: CentroidGuide(config.data.height, con
 @dataclass
 class Arguments:
     steps: int = 400
-    """Training steps."""
+    """How many training steps to take; the schedule is shortened in proportion."""
     n_sequences: int = 2_000
     """How many sequences to learn from."""
     n_test: int = 150
-    """Fresh sequences that it is measured on."""
+    """How many fresh sequences to measure on."""
     seed: int = 0
+    """Seed of the data, the starting weights and training."""
 
 
 def main(args: Arguments) -> int:
     torch.set_num_threads(1)
     quick, small = PRESETS["quick"], CannonballConfig(height=24, width=24)
     config = replace(quick, guide="centroid", state_size=128, data=small, seed=args.seed)
-    run = build(replace(config, schedule=shortened(quick.schedule, args.steps)))
+    run = build(replace(config, schedule=quick.schedule.shortened(args.steps)))
 
     started = time.perf_counter()
     fit(run.model, run.guide, simulate(small, args.n_sequences, seed=args.seed), run.config.schedule, seed=args.seed)

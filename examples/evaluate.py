@@ -3,29 +3,29 @@
 --out is the JSON to write, figures go beside it; default: metrics.json in the run's folder.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from common import QueryArguments, Shown, ask, draw_error_over_time, environment, per_n, start
-from pyro_pixels._files import atomic_write
+from _common import QueryArguments, environment, open_run, say_where, start, write_json
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
 from pyro_pixels.evaluation.table import N_SEEN, evaluate, format_table
 from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
+from pyro_pixels.result_tables import per_n
+from pyro_pixels.run_figures import RunView, draw_error_over_time
 
 
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: int = 300
-    """How many sequences at most."""
+    """How many sequences to measure on; of a file, the first ones."""
     n_seen: int = N_SEEN
-    """Frames seen before generation, and at either end for interpolation."""
+    """How many frames are seen before generation, and at either end for interpolation."""
     untangle: bool = False
     """Measure also what comes out when p(a) renames the objects frame by frame: untangled_... in the JSON."""
 
 
 def main(args: Arguments) -> None:
-    run, data, device = ask(args)
+    run, data, device = open_run(args)
     what = "the pretrained weights" if args.pretrained else args.run
     print(f"evaluating {what} (step {run.step:,}) on {len(data)} sequences")
     result = evaluate(run.model, run.guide, data, n_seen=args.n_seen)
@@ -37,16 +37,15 @@ def main(args: Arguments) -> None:
     if health is not None:
         result["health"] = health._asdict()
     out = args.out or args.home / "metrics.json"
-    with atomic_write(out) as file:
-        file.write(json.dumps(result, indent=2).encode() + b"\n")
+    write_json(out, result, indent=2)
     print(format_table(result))
     if args.untangle:
         print(_untangled(result))
     if health is not None:
         print(format_health(health))
-    print(f"  {out}")
-    shown = Shown(run, data, device, n_seen=args.n_seen)
-    draw_error_over_time(shown, shown.generation(), shown.interpolation(), out.parent)
+    view = RunView(run, data, device, n_seen=args.n_seen)
+    paths = draw_error_over_time(view, view.generation(), view.interpolation(), out.parent)
+    say_where([out, *paths])
 
 
 def _untangled(result: dict[str, Any]) -> str:

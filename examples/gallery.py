@@ -1,7 +1,6 @@
-"""One picture for each question that a trained model answers, in docs/figures/gallery (docs/gallery.md).
+"""One picture for each question that a trained model answers (docs/gallery.md).
 
-positions, velocities, starts, fan, missing and forecast are made here; all others are those of ask.py. The weights that
-come with the package are asked unless --no-pretrained is given.
+The weights that come with the package are asked unless --no-pretrained is given.
 """
 
 import time
@@ -15,14 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-import ask
-from ask import Scene
-from common import draw_forecast, new_folder, save, start
-from pyro_pixels.evaluation.calibration import coverage, mahalanobis_distances
+from _common import QueryArguments, new_folder, open_run, say_where, start
 from pyro_pixels.evaluation.metrics import Affine, assign, reorder
 from pyro_pixels.lgssm.kalman import Gaussians
-from pyro_pixels.plots import answers as query_plots
+from pyro_pixels.plots import answers as plots
+from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.queries.predict import Prediction, smooth
+from pyro_pixels.question_figures import QUESTIONS, Scene
+from pyro_pixels.run_figures import draw_forecast
 
 Picture = Literal[
     "positions", "velocities", "filter", "starts", "fan", "forecast", "missing", "hidden", "stream", "what-if",
@@ -33,20 +32,22 @@ CLOSER = {"positions", "velocities", "fan", "missing", "hidden", "stream"}  # ba
 
 
 @dataclass
-class Arguments(ask.Arguments):
+class Arguments(QueryArguments):
     pretrained: bool = True
-    """Ask the weights that come with the package; with --no-pretrained the run in --run."""
+    """Ask the weights that come with the package; with --no-pretrained ask the run in --run."""
     out: Path = Path("docs/figures/gallery")
     """Folder for the pictures."""
     seed: int = 26
-    """Of simulated sequences and of samples."""
+    """Seed of simulated sequences and of samples."""
     pictures: tuple[Picture, ...] = get_args(Picture)
-    """Which pictures."""
+    """The pictures to make."""
+    n_samples: int = 20
+    """How many samples of q(a | v) to average over."""
 
 
-def closer(figure: Figure, scene: Scene, margin: float = 3.0) -> Figure:
-    """Each sequence fills its axes, in pixels."""
-    if scene.size is None or scene.data.positions is None:
+def closer(figure: Figure, scene: Scene, name: str, margin: float = 3.0) -> Figure:
+    """The picture of that name with each sequence filling its axes where it can, in pixels."""
+    if name not in CLOSER or scene.size is None or scene.data.positions is None:
         return figure
     for ax, tracks in zip(figure.axes, scene.data.positions[scene.rows]):
         places = tracks[~tracks.isnan().any(-1)]
@@ -62,27 +63,27 @@ def closer(figure: Figure, scene: Scene, margin: float = 3.0) -> Figure:
 def names(scene: Scene, found: Prediction) -> Tensor:
     """The order (B, N) that makes object n that of all frames: having seen fewer the guide may name them otherwise."""
     seen = found.observed
-    means = (x[:, :, seen].cpu() for x in (found.mean, scene.inference.mean))
-    return assign(*means, scene.data.n_objects).to(scene.device)
+    few, all_ = (x[:, :, seen].cpu() for x in (found.mean, scene.inference.mean))
+    return assign(few, all_, scene.data.n_objects).to(scene.device)
 
 
-def positions(scene: Scene) -> Figure:
+def draw_positions(scene: Scene) -> Figure:
     found = scene.inference
     regions = Gaussians(found.mean, torch.diag_embed(found.std.square()))
     return scene.picture(regions, torch.zeros(found.mean.shape[:-1], dtype=torch.bool))
 
 
-def velocities(scene: Scene) -> Figure:
+def draw_velocities(scene: Scene) -> Figure:
     rows, h = scene.rows, smooth(scene.dynamics, scene.inference.mean)
     true = scene.true_moves()
-    return query_plots.plot_moves(
+    return plots.plot_moves(
         scene.tracks(h.mean[..., :2])[rows], scene.moves(h).mean[rows],
-        truth=None if true is None else (scene.data.paths[rows], true[rows]),
+        truth=None if true is None or scene.data.paths is None else (scene.data.paths[rows], true[rows]),
         n_objects=scene.data.n_objects[rows], size=scene.size,
     )  # fmt: skip
 
 
-def starts(scene: Scene) -> Figure:
+def draw_starts(scene: Scene) -> Figure:
     """Velocities are expected moves to the next frame, as images show no others."""
     lgssm, h = scene.dynamics.lgssm(), smooth(scene.dynamics, scene.inference.mean)
     to_pixels = scene.to_pixels if isinstance(scene.to_pixels, Affine) else Affine(torch.eye(2), torch.zeros(2), 1.0)
@@ -93,59 +94,60 @@ def starts(scene: Scene) -> Figure:
     sides = scene.data.sides
     if sides is not None and scene.order is not None:  # of true objects; here the order is the guide's
         sides = torch.zeros_like(sides).scatter(1, scene.order, sides)
-    return query_plots.plot_starts(
+    return plots.plot_starts(
         lgssm.mu @ matrix.mT + offset, matrix @ lgssm.Sigma @ matrix.mT,
         h.mean[:, :, 0][there] @ matrix.mT + offset, h.p_z.argmax(-1)[there],
         sides=None if sides is None else sides[there], size=scene.size,
     )  # fmt: skip
 
 
-def fan(scene: Scene) -> Figure:
-    rows, future = scene.rows, scene.generation(n_samples=scene.args.n_samples)
+def draw_fan(scene: Scene) -> Figure:
+    rows, future = scene.rows, scene.generation(n_samples=scene.n_samples)
     assert future.samples is not None
-    known, order = scene.size is not None, names(scene, future)
-    return query_plots.plot_fan(
+    order, positions = names(scene, future), scene.data.positions
+    return plots.plot_fan(
         torch.stack([scene.tracks(reorder(a, order))[rows] for a in future.samples]), n_seen=scene.n_seen,
-        images=scene.data.images[rows] if known else None,
-        truth=scene.data.positions[rows] if known else None, n_objects=scene.data.n_objects[rows],
+        images=None if scene.size is None else scene.data.images[rows],
+        truth=None if scene.size is None or positions is None else positions[rows],
+        n_objects=scene.data.n_objects[rows],
     )  # fmt: skip
 
 
-def missing(scene: Scene) -> Figure:
+def draw_missing(scene: Scene) -> Figure:
     found = scene.interpolation()
     order = names(scene, found)
     return scene.picture(Gaussians(*(reorder(x, order) for x in (found.mean, found.cov))), found.observed)
 
 
-def calibration(scene: Scene) -> Figure:
-    """Without the correction that ask.py fits, which takes minutes."""
-    levels = torch.linspace(0.05, 0.99, 48).tolist()
-    found = mahalanobis_distances(scene.model, scene.guide, scene.data)
-    for kind, x in found.items():
-        print(f"{kind}: the 50 % regions hold {100 * float(coverage(x, (0.5,)).shares):.0f} %")
-    return query_plots.plot_reliability({kind: tuple(coverage(x, levels)[:2]) for kind, x in found.items()})
-
-
-PICTURES: dict[str, Callable[[Scene], Figure]] = {
-    **ask.ASK, "positions": positions, "velocities": velocities, "starts": starts, "fan": fan, "missing": missing,
-    "calibration": calibration,
-}  # fmt: skip
-assert set(PICTURES) | {"forecast"} == set(get_args(Picture))
+OWN: dict[str, Callable[[Scene], Figure]] = {
+    "positions": draw_positions,
+    "velocities": draw_velocities,
+    "starts": draw_starts,
+    "fan": draw_fan,
+    "missing": draw_missing,
+}
+assert OWN.keys() | QUESTIONS.keys() | {"forecast"} == set(get_args(Picture))
 
 
 @torch.no_grad()
 def main(args: Arguments) -> None:
-    out, scenes = new_folder(args.out), {}
+    out = new_folder(args.out)
+    scenes: dict[int, Scene] = {}
     for name in args.pictures:
         began, n = time.perf_counter(), args.n_sequences if name in MANY else min(12, args.n_sequences)
         if n not in scenes:
-            scenes[n] = Scene(replace(args, n_sequences=n), per_n=1)
+            scenes[n] = Scene(*open_run(replace(args, n_sequences=n)), per_n=1, n_samples=args.n_samples)
         torch.manual_seed(args.seed)  # a picture is the same whichever others are made
+        path = out / f"{name}.png"
         if name == "forecast":
-            draw_forecast(scenes[n], scenes[n].generation(), out / "forecast.gif")
+            path = draw_forecast(scenes[n], scenes[n].generation(), out / "forecast.gif")
+        elif name in OWN:
+            save_figure(closer(OWN[name](scenes[n]), scenes[n], name), path)
         else:
-            figure = PICTURES[name](scenes[n])
-            save(closer(figure, scenes[n]) if name in CLOSER else figure, out / f"{name}.png")
+            answer = QUESTIONS[name](scenes[n])
+            save_figure(closer(answer.figure, scenes[n], name), path)
+            print(answer.text, end="\n" if answer.text else "")
+        say_where([path])
         print(f"  in {time.perf_counter() - began:.0f} s")
 
 

@@ -2,29 +2,30 @@
 
 from dataclasses import dataclass
 
-from common import QueryArguments, Shown, ask, draw_generation, new_folder, save_arrays, start
+from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
 from pyro_pixels.evaluation.table import N_SEEN
+from pyro_pixels.run_figures import RunView, draw_generation
 
 
 @dataclass
 class Arguments(QueryArguments):
     n_seen: int = N_SEEN
-    """Frames seen."""
+    """How many frames are seen."""
     n_frames: int | None = None
-    """T, frames in all; default: as many as the sequences have."""
+    """How many frames there are in all, seen and generated. By default as many as the sequences have."""
     n_samples: int = 0
-    """Sampled futures to save as well."""
+    """How many sampled futures to save as well."""
 
 
 def main(args: Arguments) -> None:
-    run, data, device = ask(args)
+    run, data, device = open_run(args)
     out = new_folder(args.out or args.home / "generate")
-    shown = Shown(run, data, device, n_seen=args.n_seen)
-    prediction = shown.generation(args.n_frames, args.n_samples)
+    view = RunView(run, data, device, n_seen=args.n_seen)
+    prediction = view.generation(args.n_frames, args.n_samples)
     last = prediction.mean.shape[2]
     print(f"generated frames {args.n_seen + 1} to {last} of {len(data)} sequences from the first {args.n_seen}")
-    draw_generation(shown, prediction, out)
-    save_arrays(out / "generation.npz", **prediction._asdict())
+    paths = draw_generation(view, prediction, out)
+    say_where([*paths, save_arrays(out / "generation.npz", **prediction._asdict())])
 
 
 if __name__ == "__main__":

@@ -2,28 +2,30 @@
 
 from dataclasses import dataclass
 
-from common import QueryArguments, Shown, ask, draw_inference, new_folder, save_arrays, start
+from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
 from pyro_pixels.queries.predict import infer, smooth
+from pyro_pixels.run_figures import RunView, draw_inference
 
 
 @dataclass
 class Arguments(QueryArguments):
     n_samples: int = 0
-    """Samples of the positions to save as well."""
+    """How many samples of the positions to save as well."""
 
 
 def main(args: Arguments) -> None:
-    run, data, device = ask(args)
+    run, data, device = open_run(args)
     out = new_folder(args.out or args.home / "infer")
     print(f"inferring the positions of {len(data)} sequences {tuple(data.images.shape[1:])}")
-    shown = Shown(run, data, device)
-    inferred = infer(run.guide, shown.images, shown.n_objects, n_samples=args.n_samples)
+    view = RunView(run, data, device)
+    inferred = infer(run.guide, view.images, view.n_objects, n_samples=args.n_samples)
     states = smooth(run.model.dynamics, inferred.mean)
-    draw_inference(shown, out)
-    save_arrays(
+    paths = draw_inference(view, out)
+    arrays = save_arrays(
         out / "positions.npz", mean=inferred.mean, std=inferred.std, samples=inferred.samples, states=states.mean,
-        states_cov=states.cov, component_probabilities=states.p_z, images=shown.reconstruction(),
+        states_cov=states.cov, component_probabilities=states.p_z, images=view.reconstruction(),
     )  # fmt: skip
+    say_where([*paths, arrays])
 
 
 if __name__ == "__main__":

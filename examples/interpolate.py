@@ -2,27 +2,28 @@
 
 from dataclasses import dataclass
 
-from common import QueryArguments, Shown, ask, draw_interpolation, new_folder, save_arrays, start
+from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
 from pyro_pixels.evaluation.table import N_SEEN
+from pyro_pixels.run_figures import RunView, draw_interpolation
 
 
 @dataclass
 class Arguments(QueryArguments):
     n_seen: int = N_SEEN
-    """Frames seen at either end."""
+    """How many frames are seen at either end."""
     n_samples: int = 0
-    """Sampled fillings to save as well."""
+    """How many sampled fillings to save as well."""
 
 
 def main(args: Arguments) -> None:
-    run, data, device = ask(args)
+    run, data, device = open_run(args)
     out = new_folder(args.out or args.home / "interpolate")
-    shown = Shown(run, data, device, n_seen=args.n_seen)
-    prediction = shown.interpolation(args.n_samples)
+    view = RunView(run, data, device, n_seen=args.n_seen)
+    prediction = view.interpolation(args.n_samples)
     last = data.images.shape[1] - args.n_seen
     print(f"filled frames {args.n_seen + 1} to {last} of {len(data)} sequences from {args.n_seen} at either end")
-    draw_interpolation(shown, shown.generation(), prediction, out)
-    save_arrays(out / "interpolation.npz", **prediction._asdict())
+    paths = draw_interpolation(view, view.generation(), prediction, out)
+    say_where([*paths, save_arrays(out / "interpolation.npz", **prediction._asdict())])
 
 
 if __name__ == "__main__":

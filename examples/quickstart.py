@@ -4,76 +4,115 @@ Everything lands in one folder: config.json, metrics.jsonl, checkpoint.pt, metri
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-import evaluate
-import train
-from common import (
-    TEST_SEED,
-    Shown,
-    device_of,
+from _common import device_of, environment, new_folder, say_where, start, write_json
+from pyro_pixels import lgssm
+from pyro_pixels.config import RunConfig
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
+from pyro_pixels.evaluation.table import evaluate, format_table
+from pyro_pixels.plots.paper import plot_start, save_figure
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.run_figures import (
+    RunView,
+    Snapshots,
+    draw_error_over_time,
     draw_generation,
     draw_inference,
     draw_interpolation,
-    new_folder,
-    save,
-    sequences_for,
-    start,
-)  # fmt: skip
-from pyro_pixels import lgssm
-from pyro_pixels.plots import paper as plotting
-from pyro_pixels.runs import build, load_run
+    draw_sequences,
+    draw_training,
+)
+from pyro_pixels.run_sequences import TEST_SEED, run_sequences, sequences_to_ask
+from pyro_pixels.run_training import train_run
+from pyro_pixels.runs import Run, build, load_config
+
+N_TEST, N_DRAWN = 300, 60
 
 
 @dataclass
 class Arguments:
     run: Path = Path("runs/quick")
-    """Folder for everything; a run that is there already is gone on with."""
+    """Folder for everything. A run that is there already is gone on with."""
     data: Path | None = None
-    """An .npz of your own image sequences; default: simulated cannonballs."""
+    """An .npz of your own image sequences. By default cannonballs are simulated."""
     steps: int | None = None
-    """Training steps, if not the preset's."""
+    """How many training steps to take. By default the preset's number; fewer shorten the schedule in proportion."""
     seed: int = 0
+    """Seed of the data, the starting weights and training."""
     device: str = "auto"
+    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
 
 
 def main(args: Arguments) -> int:
     started = time.perf_counter()
     out, device = new_folder(args.run), device_of(args.device)
-    there = (args.run / "checkpoint.pt").exists()
-    print("1. learning from images alone" + (" (a run is there already: going on with it)" if there else ""))
-    code = train.main(
-        train.Arguments(
-            run=args.run, data=args.data, steps=args.steps, seed=args.seed, device=args.device, resume=there
-        )
-    )
-    if code:
-        return code
+    torch.set_num_threads(1)  # the preset's matrix products are too small to share
+    there = (out / "checkpoint.pt").exists()
 
-    run = load_run(args.run, device)
+    print("1. learning from images alone" + (" (a run is there already: going on with it)" if there else ""))
+    training, held_out, config = run_sequences(load_config(out) if there else configure(args))
+    if there and args.steps is not None:
+        config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+    snapshots = Snapshots(out / "snapshots.npz", training if held_out is None else held_out, resume=there)
+    run, result = train_run(config, out, training, device=device, validation=held_out, on_evaluation=snapshots.take)
+    if result.interrupted:
+        print(f"stopped and saved at step {result.step:,}; give the same command again to go on")
+        return 130
+    print(f"trained {result.step:,} steps in {result.seconds:.0f} s")
+    paths = draw_training(out)
+
     print("2. measuring it on fresh sequences" if args.data is None else "2. measuring it on the file's sequences")
-    evaluate.main(evaluate.Arguments(run=args.run, data=args.data, device=args.device))
+    test = sequences_to_ask(config, args.data, N_TEST, TEST_SEED)
+    torch.manual_seed(TEST_SEED)
+    table = evaluate(run.model, run.guide, test)
+    table |= {"step": run.step, "train_seed": config.seed, "test_seed": TEST_SEED if args.data is None else None}
+    table["environment"] = environment(device)
+    print(format_table(table))
+    if test.images.shape[1] > START_FRAMES + 1:
+        health = check_health(run.model, run.guide, test)
+        table["health"] = health._asdict()
+        print(format_health(health))
+    write_json(out / "metrics.json", table, indent=2)
+    view = RunView(run, test, device)
+    paths += draw_error_over_time(view, view.generation(), view.interpolation(), out)
 
     print("3. drawing what it knows")
-    data = sequences_for(run, args.data, 60, TEST_SEED + 1)
-    save(
-        plotting.plot_sequences(data.images[:6], columns=3, titles=[f"N = {n}" for n in data.n_objects[:6].tolist()]),
-        out / "sequences.png",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        h, a = lgssm.sample(build(run.config).model.dynamics.lgssm(), data.images.shape[1], (3,))
-    save(plotting.plot_start(h[:, 0, :, :2].detach(), a[:, 0].detach()), out / "start.png")
-    shown = Shown(run, data, device)
-    generated, interpolated = shown.generation(), shown.interpolation()
-    draw_inference(shown, out)
-    draw_generation(shown, generated, out)
-    draw_interpolation(shown, generated, interpolated, out)
+    paths += draw(run, sequences_to_ask(config, args.data, N_DRAWN, TEST_SEED + 1), args.seed, out, device)
+    say_where([out / "metrics.json", *paths])
     print(f"done in {time.perf_counter() - started:.0f} s; look at {out / 'generation.gif'} first")
     return 0
+
+
+def configure(args: Arguments) -> RunConfig:
+    """The quick preset with what the arguments change."""
+    config = replace(PRESETS["quick"], seed=args.seed)
+    if args.steps is not None:
+        config = replace(config, schedule=config.schedule.with_steps(args.steps))
+    if args.data is not None:
+        config = replace(config, data_file=str(args.data.resolve()))
+    return config
+
+
+def draw(run: Run, data: ImageSequences, seed: int, out: Path, device: torch.device) -> list[Path]:
+    """The sequences, draws from the starting dynamics (Fig 4), and what the run says about the sequences."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        h, a = lgssm.sample(build(run.config).model.dynamics.lgssm(), data.images.shape[1], (3,))
+    save_figure(plot_start(h[:, 0, :, :2].detach(), a[:, 0].detach()), out / "start.png")
+    view = RunView(run, data, device)
+    generated, interpolated = view.generation(), view.interpolation()
+    return [
+        draw_sequences(data, out / "sequences.png"),
+        out / "start.png",
+        *draw_inference(view, out),
+        *draw_generation(view, generated, out),
+        *draw_interpolation(view, generated, interpolated, out),
+    ]
 
 
 if __name__ == "__main__":

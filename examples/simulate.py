@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import save, start
+from _common import say_where, start
 from pyro_pixels.data import save_sequences
-from pyro_pixels.plots import paper as plotting
+from pyro_pixels.run_figures import draw_sequences
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
@@ -31,9 +31,7 @@ def main(args: Arguments) -> None:
     )
     data = simulate(c, args.n_sequences, seed=args.seed)
     save_sequences(args.out, data)
-    print(f"  {args.out}")
-    titles = [f"N = {n}" for n in data.n_objects[:6].tolist()]
-    save(plotting.plot_sequences(data.images[:6], columns=3, titles=titles), args.out.with_suffix(".png"))
+    say_where([args.out, draw_sequences(data, args.out.with_suffix(".png"))])
 
 
 if __name__ == "__main__":

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import torch
 
-from common import TEST_SEED, device_of, new_folder, start
-from pyro_pixels.config import RunConfig
-from pyro_pixels.data import ImageSequences, load_sequences
-from pyro_pixels.runs import GUIDES, Run, build, load_config, load_pretrained, load_run, save_config
-from pyro_pixels.training.distillation import GivenTracks, draw_tracks
-from pyro_pixels.training.fitting import fit
-from pyro_pixels.training.loop import FitResult
-from pyro_pixels.training.schedule import Schedule
+from _common import device_of, new_folder, say_where, start
+from pyro_pixels.data import load_sequences
+from pyro_pixels.run_sequences import MOST_HELD_OUT, VALIDATION_SEED, training_sequences
+from pyro_pixels.run_training import teach_run, teaching_schedule
+from pyro_pixels.runs import GUIDES, load_config, load_pretrained, load_run
 from pyro_pixels.worlds.base import simulate
 
 
@@ -26,58 +23,28 @@ class Arguments:
     teacher: Path = Path("runs/quick")
     """Folder of the run whose guide is the teacher."""
     pretrained: bool = False
-    """The weights that come with the package teach instead."""
+    """Let the weights that come with the package teach instead."""
     data: Path | None = None
-    """An .npz of image sequences to learn from; default: those that the teacher learned from."""
+    """An .npz of image sequences to learn from. By default those that the teacher learned from."""
     guide: str = "attentive"
-    """Who learns, a name in `GUIDES`: recurrent is the paper's, attentive the paper's with an attention head."""
+    """Name of the guide that learns, in `GUIDES`: recurrent is the paper's, attentive the paper's with an attention
+    head."""
     state_size: int = 256
-    """Length of its states."""
+    """Length of the states of the guide that learns."""
     steps: int = 4_000
-    """Training steps; in the second half the learning rate falls."""
+    """How many training steps to take; in the second half the learning rate falls."""
     seed: int = 0
-    """Of the starting weights, the batches and the teacher's draws."""
+    """Seed of the starting weights, the batches and the teacher's draws."""
     out: Path = Path("runs/taught")
     """Folder of the new run."""
     device: str = "auto"
-    """cpu, cuda, mps, or auto."""
+    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
     threads: int = 1
+    """How many CPU threads to use."""
     resume: bool = False
     """Go on with the run in --out, with its own configuration."""
     progress: bool = True
-
-
-def schedule(steps: int) -> Schedule:
-    """Of the guide alone."""
-    return Schedule(
-        steps=steps, learning_rate=1e-3, decay_from=steps // 2, learn_from={"model": steps}, anneal_from=steps,
-        one_n_per_batch=True, clip_norm=30.0, evaluate_every=max(1, steps // 8),
-    )  # fmt: skip
-
-
-def sequences(config: RunConfig) -> ImageSequences:
-    """What a run learned from."""
-    if config.data_file is not None:
-        return load_sequences(config.data_file)
-    return simulate(config.data, config.n_sequences, seed=config.seed)
-
-
-def teach(
-    teacher: Run, config: RunConfig, data: ImageSequences, folder: Path, *, resume: bool, progress: bool
-) -> tuple[Run, FitResult]:
-    """A run of the teacher's model and the guide of ``config``, on the teacher's device."""
-    device = next(teacher.model.parameters()).device
-    run = build(config)
-    run.model.load_state_dict(teacher.model.state_dict())
-    run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
-    save_config(folder, config)
-    held_out = simulate(config.data, 60, seed=TEST_SEED - 1) if config.data_file is None else None
-    tracks = draw_tracks(teacher.guide, data, seed=config.seed)
-    result = fit(
-        run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, validation=held_out,
-        resume=resume, progress=progress, objective=GivenTracks, tracks=tracks,
-    )  # fmt: skip
-    return run._replace(step=result.step), result
+    """Show a progress bar."""
 
 
 def main(args: Arguments) -> int:
@@ -98,18 +65,21 @@ def main(args: Arguments) -> int:
         guide=args.guide,
         guide_state_size=args.state_size,
         seed=args.seed,
-        schedule=schedule(args.steps),
+        schedule=teaching_schedule(args.steps),
     )
     if args.resume:
         config = load_config(args.out)
-    data = sequences(teacher.config) if args.data is None else load_sequences(args.data)
-    _, result = teach(teacher, config, data, new_folder(args.out), resume=args.resume, progress=args.progress)
+    data = training_sequences(teacher.config) if args.data is None else load_sequences(args.data)
+    validation = simulate(config.data, MOST_HELD_OUT, seed=VALIDATION_SEED) if config.data_file is None else None
+    folder = new_folder(args.out)
+    _, result = teach_run(teacher, config, folder, data, validation=validation, progress=args.progress)
     if result.interrupted:
         print(f"stopped and saved at step {result.step:,}; give the same command with --resume to go on")
         return 130
     bound = result.metrics.get("validation_bound_per_frame")
     held_out = "" if bound is None else f"; bound of held-out sequences {bound:.1f} nats per frame"
-    print(f"taught {result.step:,} steps in {result.seconds:.0f} s{held_out}\n  {args.out}")
+    print(f"taught {result.step:,} steps in {result.seconds:.0f} s{held_out}")
+    say_where([args.out])
     print(f"next: python examples/evaluate.py --run {args.out}")
     return 0
 

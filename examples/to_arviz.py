@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from common import QueryArguments, Shown, ask, new_folder, save, start
+from _common import QueryArguments, new_folder, open_run, say_where, start
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
+from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.queries.inference_data import to_inference_data
+from pyro_pixels.run_figures import RunView
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")  # 0.23 announces 1.0 wherever it can
 import arviz as az  # noqa: E402
@@ -29,39 +31,44 @@ SHARE = 0.9  # of the draws that an interval holds
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: int = 30
-    """How many sequences at most."""
+    """How many sequences to ask about; of a file, the first ones."""
     n_samples: int = 100
-    """Draws of the posterior and of the prior."""
+    """How many draws of the posterior and of the prior."""
     n_seen: int = 15
-    """Frames seen; those that follow are predicted."""
+    """How many frames are seen; those that follow are predicted."""
 
 
 def main(args: Arguments) -> None:
     plt.switch_backend("agg")
-    run, data, device = ask(args)
+    run, data, device = open_run(args)
     out = new_folder(args.out or args.home / "arviz")
     T = data.images.shape[1]
     if not 0 < args.n_seen < T:
         raise ValueError(f"n_seen is {args.n_seen}; wanted at least 1 and fewer than the {T} frames that there are")
-    shown = Shown(run, first_frames(data, args.n_seen), device)
-    truth = in_the_models_order(data, shown)
+    view = RunView(run, first_frames(data, args.n_seen), device)
+    truth = in_the_models_order(data, view)
     print(f"drawing {args.n_samples} times what {len(data)} sequences were and will be")
     inference = to_inference_data(
-        run.model, run.guide, shown.images, shown.n_objects, n_samples=args.n_samples, n_frames_ahead=T - args.n_seen,
+        run.model, run.guide, view.images, view.n_objects, n_samples=args.n_samples, n_frames_ahead=T - args.n_seen,
         positions=None if truth is None else first_frames(truth, args.n_seen).positions, seed=args.seed,
     )  # fmt: skip
     inference.to_netcdf(str(out / "posterior.nc"))
-    print(f"  {out / 'posterior.nc'}")
     if hasattr(az, "convert_to_datatree"):
+        say_where([out / "posterior.nc"])
         print("the pictures are drawn with arviz 0.x; arviz 1 reads the file, and has other functions for them")
         return
-    save(draw_launches(inference, shown.to_pixels), out / "launches.png")
-    save(draw_first_steps(inference, shown.to_pixels, truth), out / "first_steps.png")
-    save(draw_futures(inference, shown.to_pixels, truth), out / "futures.png")
-    save(draw_white_pixels(inference), out / "white_pixels.png")
-    save(draw_weights(inference), out / "pareto_k.png")
+    figures = {
+        "launches": draw_launches(inference, view.to_pixels),
+        "first_steps": draw_first_steps(inference, view.to_pixels, truth),
+        "futures": draw_futures(inference, view.to_pixels, truth),
+        "white_pixels": draw_white_pixels(inference),
+        "pareto_k": draw_weights(inference),
+    }
     if truth is not None:
-        save(draw_calibration(inference, shown.to_pixels, truth), out / "calibration.png")
+        figures["calibration"] = draw_calibration(inference, view.to_pixels, truth)
+    for name, figure in figures.items():
+        save_figure(figure, out / f"{name}.png")
+    say_where([out / "posterior.nc", *(out / f"{name}.png" for name in figures)])
 
 
 def first_frames(data: ImageSequences, n: int) -> ImageSequences:
@@ -70,12 +77,12 @@ def first_frames(data: ImageSequences, n: int) -> ImageSequences:
     return dataclasses.replace(data, images=data.images[:, :n], positions=positions)
 
 
-def in_the_models_order(data: ImageSequences, shown: Shown) -> ImageSequences | None:
+def in_the_models_order(data: ImageSequences, view: RunView) -> ImageSequences | None:
     """The data with their objects as the model counts them; None if it is not known where they are."""
-    if shown.size is None or data.positions is None or shown.data.positions is None:
+    if view.size is None or data.positions is None or view.data.positions is None:
         return None
-    found = shown.to_pixels(shown.inference.mean.cpu())
-    order = metrics.assign(shown.data.positions, found, data.n_objects)
+    found = view.to_pixels(view.inference.mean.cpu())
+    order = metrics.assign(view.data.positions, found, data.n_objects)
     paths = None if data.paths is None else metrics.reorder(data.paths, order)
     return dataclasses.replace(data, positions=metrics.reorder(data.positions, order), paths=paths)
 
@@ -125,7 +132,7 @@ def draw_first_steps(inference: Any, to_pixels: ToPixels, truth: ImageSequences 
     figure, panels = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
     for i, (panel, axis) in enumerate(zip(panels, ("x", "y"))):
         az.plot_forest(balls.sel(axis=axis, drop=True).to_dataset(name=axis), combined=True, ax=panel,
-                       hdi_prob=SHARE, labeller=az.labels.NoVarLabeller(), textsize=7)  # fmt: skip
+                       hdi_prob=SHARE, labeller=az.labels.NoVarLabeller(), textsize=7)  # type: ignore[attr-defined]  # fmt: skip
         if truth is not None and truth.paths is not None:
             true = [float(truth.paths[b, n - 1, 1, i] - truth.paths[b, n - 1, 0, i]) for b, n in which]
             panel.plot(true, sorted(panels[0].get_yticks(), reverse=True), "|", color="black", markersize=9)
@@ -175,7 +182,8 @@ def draw_weights(inference: Any) -> Figure:
     n_objects = inference.constant_data.n_objects.values
     _, k = az.psislw(inference.sample_stats.log_weight.stack(__sample__=("chain", "draw")))
     figure, panel = plt.subplots(figsize=(4.5, 3), layout="constrained")
-    az.plot_khat(k.values, ax=panel, show_hlines=True, textsize=8, color=[f"C{n - 1}" for n in n_objects])
+    colours: Any = [f"C{n - 1}" for n in n_objects]
+    az.plot_khat(k.values, ax=panel, show_hlines=True, textsize=8, color=colours)
     for n in sorted(set(n_objects)):
         panel.plot([], [], "+", color=f"C{n - 1}", label=f"N = {n}")
     panel.legend(fontsize=8)

@@ -5,7 +5,6 @@ the folders seed0, seed1, ... of --run. Under PyTorch's launcher the processes s
 `torchrun --nproc-per-node 4 -- examples/train.py ...`.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,26 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as distributed
 
-from common import TEST_SEED, device_of, new_folder, save, start
-from pyro_pixels._files import atomic_write
+from _common import device_of, new_folder, say_where, start
 from pyro_pixels.config import RunConfig
-from pyro_pixels.data import ImageSequences, load_sequences
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
-from pyro_pixels.plots import paper as plotting
 from pyro_pixels.presets import PRESETS
-from pyro_pixels.queries.predict import infer
-from pyro_pixels.runs import Run, build, load_config, save_config
-from pyro_pixels.training.fitting import fit, fit_together
+from pyro_pixels.run_figures import Snapshots, draw_training
+from pyro_pixels.run_sequences import run_sequences
+from pyro_pixels.run_training import build_on, train_run
+from pyro_pixels.runs import build, load_config, save_config
+from pyro_pixels.training.fitting import fit_together
 from pyro_pixels.training.loop import FitResult
 from pyro_pixels.training.svi import Training
-from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.others import WORLDS
 
-SEEDS_APART = 1_000  # between the starting weights of --starts
 JUDGES = 60  # sequences for the health check
 
 
@@ -41,36 +36,45 @@ class Arguments:
     run: Path = Path("runs/quick")
     """Folder of the run."""
     preset: Literal["quick", "recurrent", "paper", "paper_learned"] = "quick"
+    """Where the configuration starts from: quick learns in minutes, recurrent is the paper's network with starting
+    values that make it learn, paper is Secs 3.1-3.2 to the letter, paper_learned is recurrent at the paper's size."""
     guide: str | None = None
-    """Name of a guide, if not the preset's."""
+    """Name of a guide in `GUIDES`, such as recurrent, attentive or structured. By default the preset's."""
     likelihood: str | None = None
-    """Name of a likelihood of the pixels, if not the preset's: bernoulli, continuous_bernoulli or gaussian."""
+    """Name of a likelihood of the pixels: bernoulli, continuous_bernoulli or gaussian. By default the preset's."""
     clutter: float | None = None
-    """Probability that a pixel of the background is white, for structured guides, if not the preset's 0."""
+    """Probability that a pixel of the background is white, which structured guides allow for. By default the preset's,
+    which is 0."""
     world: Literal["cannonballs", "drift", "bouncing"] | None = None
-    """What to simulate, at the preset's size, if not the preset's; examples/simulate.py can change more of it."""
+    """World to simulate, at the preset's size. By default the preset's; examples/simulate.py can change more of it."""
     data: Path | None = None
-    """An .npz of image sequences to learn from, a tenth of them (at most 60) held out; default: simulated."""
+    """An .npz of image sequences to learn from, the last tenth of them (at most 60) held out. By default sequences are
+    simulated."""
     n_sequences: int | None = None
-    """How many sequences to simulate, if not the preset's number."""
+    """How many sequences to simulate. By default the preset's number."""
     steps: int | None = None
-    """Training steps, if not the preset's."""
+    """How many training steps to take. By default the preset's number. Fewer shorten the whole schedule in proportion;
+    more are added at the end."""
     seed: int = 0
+    """Seed of the data, the starting weights and training."""
     seeds: int = 1
-    """Train so many runs at once, from --seed on: on a GPU that one run does not fill, little slower than one."""
+    """How many runs to train at once, from --seed on. On a GPU that one run does not fill this takes little longer than
+    one."""
     starts: int = 1
-    """Train so many starting weights for 200 steps, and go on with the one of the highest bound."""
+    """How many starting weights to train for 200 steps, of which the one with the highest bound is trained on."""
     device: str = "auto"
-    """cpu, cuda, mps, or auto."""
+    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
     precision: Literal["highest", "high", "medium"] = "highest"
-    """Of float32 matrix products on CUDA: float32, TF32, or bfloat16. Exact inference stays in float64."""
+    """Precision of float32 matrix products on CUDA: float32, TF32, or bfloat16. Exact inference stays in float64."""
     parts: int | None = None
-    """Go through each batch in so many parts, to save memory; default: one for each process."""
+    """In how many parts to go through each batch, to save memory. By default one for each process."""
     threads: int | None = None
-    """CPU threads; default: one for states up to 256, whose products are too small to share, else one a core."""
+    """How many CPU threads to use. By default one for states up to 256, whose products are too small to share, else one
+    a core."""
     resume: bool = False
     """Go on with the run in the folder, on its own data and with its own configuration; only --steps may change it."""
     progress: bool = True
+    """Show a progress bar."""
 
 
 def configure(args: Arguments) -> RunConfig:
@@ -85,95 +89,45 @@ def configure(args: Arguments) -> RunConfig:
         world = WORLDS[args.world](n_frames=config.data.n_frames, height=config.data.height, width=config.data.width)
         config = replace(config, data=world)
     if args.steps is not None:
-        config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+        config = replace(config, schedule=config.schedule.with_steps(args.steps))
     if args.data is not None:
         config = replace(config, data_file=str(args.data.resolve()))
     return config
 
 
-def training_data(config: RunConfig) -> tuple[ImageSequences, ImageSequences | None, RunConfig]:
-    """Sequences to learn from, others whose bound is reported, and the configuration fitted to them."""
-    if config.data_file is None:
-        return (
-            simulate(config.data, config.n_sequences, seed=config.seed),
-            simulate(config.data, 60, seed=TEST_SEED - 1),
-            config,
-        )
-    data = load_sequences(config.data_file)
-    (height, width), most = data.size, int(data.n_objects.max())
-    shape = replace(
-        config.data,
-        height=height,
-        width=width,
-        n_frames=data.images.shape[1],
-        radius=min(config.data.radius, (min(height, width) - 2) / 2),
-    )
-    config = replace(config, data=shape, max_objects=max(most, config.max_objects), n_sequences=len(data))
-    if not bool((data.n_objects == 1).any()):
-        config = replace(config, schedule=replace(config.schedule, single_object_steps=0))
-    held_out = min(60, len(data) // 10)
-    return data[: len(data) - held_out], data[len(data) - held_out :] if held_out else None, config
-
-
-class Snapshots:
-    """Inferred means of a few sequences at every evaluation, kept in a file, for a figure like Fig 5(a)."""
-
-    def __init__(self, path: Path, run: Run, data: ImageSequences, device: torch.device, resume: bool) -> None:
-        most = data.n_objects == min(2, int(data.n_objects.max()))
-        chosen = data[most if bool(most.any()) else slice(None)][:20]
-        self.path, self.guide = path, run.guide
-        self.images, self.n_objects = chosen.images.to(device), chosen.n_objects.to(device)
-        self.means: dict[str, np.ndarray] = {}
-        if resume and path.exists():
-            with np.load(path) as file:
-                self.means = dict(file)
-
-    def take(self, metrics: dict[str, float]) -> None:
-        self.means[str(int(metrics["step"]))] = infer(self.guide, self.images, self.n_objects).mean.cpu().numpy()
-        with atomic_write(self.path) as file:
-            np.savez(file, **self.means)  # type: ignore[arg-type]
-
-    def stages(self) -> dict[str, np.ndarray]:
-        """The first, the middle and the last."""
-        steps = sorted(self.means, key=int)
-        return {f"step {int(s):,}": self.means[s] for s in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))}
-
-
 class Job:
     """One run: what it learns from, and what is shown of it."""
 
-    def __init__(self, args: Arguments, folder: Path, config: RunConfig, device: torch.device) -> None:
-        self.data, self.validation, self.config = training_data(config)
-        self.folder, self.device, self.resume = new_folder(folder), device, args.resume
-        run = build(self.config)
-        self.run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
-        save_config(folder, self.config)
-        shown = self.data if self.validation is None else self.validation
-        self.snapshots = Snapshots(folder / "snapshots.npz", self.run, shown, device, args.resume)
-
-    def training(self) -> Training:
-        return Training(
-            self.run.model, self.run.guide, self.data, self.config.schedule, seed=self.config.seed,
-            run_dir=self.folder, validation=self.validation, on_evaluation=self.snapshots.take,
-        )  # fmt: skip
-
-    def fit(self, n_starts: int, progress: bool) -> FitResult:
-        seeds = [self.config.seed + SEEDS_APART * (i + 1) for i in range(n_starts - 1)]
-        others = [build(replace(self.config, seed=seed)) for seed in seeds]
-        return fit(
-            self.run.model, self.run.guide, self.data, self.config.schedule, seed=self.config.seed,
-            run_dir=self.folder, validation=self.validation,
-            candidates=[(other.model.to(self.device), other.guide.to(self.device)) for other in others],
-            candidate_steps=min(200, self.config.schedule.steps), resume=self.resume, progress=progress,
-            on_evaluation=self.snapshots.take,
-        )  # fmt: skip
+    def __init__(self, folder: Path, config: RunConfig, device: torch.device, *, resume: bool) -> None:
+        self.data, self.held_out, self.config = run_sequences(config)
+        self.folder, self.device = new_folder(folder), device
+        shown = self.data if self.held_out is None else self.held_out
+        self.snapshots = Snapshots(folder / "snapshots.npz", shown, resume=resume)
 
     def introduce(self) -> None:
-        n_parameters = sum(p.numel() for module in (self.run.model, self.run.guide) for p in module.parameters())
+        run = build(self.config)
+        n_parameters = sum(p.numel() for module in (run.model, run.guide) for p in module.parameters())
         print(
             f"training {self.folder}: guide '{self.config.guide}', {n_parameters:,} parameters, {len(self.data)} "
             f"sequences {tuple(self.data.images.shape[1:])}, {self.config.schedule.steps:,} steps on {self.device}"
         )
+
+    def train(self, n_starts: int, progress: bool) -> FitResult:
+        self.run, result = train_run(
+            self.config, self.folder, self.data, device=self.device, validation=self.held_out, n_starts=n_starts,
+            progress=progress, on_evaluation=self.snapshots.take,
+        )  # fmt: skip
+        return result
+
+    def beside_others(self) -> Training:
+        """The training of a run that takes turns with others."""
+        self.run = build_on(self.config, self.device)
+        save_config(self.folder, self.config)
+        return Training(
+            self.run.model, self.run.guide, self.data, self.config.schedule, seed=self.config.seed,
+            run_dir=self.folder, validation=self.held_out,
+            on_evaluation=lambda line: self.snapshots.take(self.run, line),
+        )  # fmt: skip
 
     def show(self, result: FitResult) -> None:
         """Numbers, figures, and whether it has worked."""
@@ -181,14 +135,12 @@ class Job:
             f"trained {result.step:,} steps in {result.seconds:.0f} s: "
             + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if "per_frame" in k)
         )
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        save(plotting.plot_training(lines), self.folder / "training.png")
-        if self.snapshots.means:
-            save(plotting.plot_inference_means(self.snapshots.stages()), self.folder / "inference_means.png")
-        held_out = self.validation is not None and len(self.validation) >= JUDGES
-        judges = self.validation if held_out else self.data[:JUDGES]
+        judges = self.held_out
+        if judges is None or len(judges) < JUDGES:
+            judges = self.data[:JUDGES]
         if judges.images.shape[1] > START_FRAMES + 1:
             print(format_health(check_health(self.run.model, self.run.guide, judges)))
+        say_where([self.folder, *draw_training(self.folder)])
 
 
 def main(args: Arguments) -> int:
@@ -204,17 +156,20 @@ def main(args: Arguments) -> int:
         small = jobs[0].config.state_size <= 256
         torch.set_num_threads(args.threads or (1 if small else os.cpu_count() or 1))
         progress = args.progress and first
-        for job in jobs if first else []:
-            job.introduce()
+        if first:
+            for job in jobs:
+                job.introduce()
+            print(end=steps_note(args))
         if len(jobs) == 1:
-            results = [jobs[0].fit(args.starts, progress)]
+            results = [jobs[0].train(args.starts, progress)]
         else:
-            results = fit_together([job.training() for job in jobs], resume=args.resume, progress=progress)
+            results = fit_together([job.beside_others() for job in jobs], resume=args.resume, progress=progress)
+        if not first:
+            return 130 if results[0].interrupted else 0
         if results[0].interrupted:
-            if first:
-                print(f"stopped and saved at step {results[0].step:,}; give the same command with --resume to go on")
+            print(f"stopped and saved at step {results[0].step:,}; give the same command with --resume to go on")
             return 130
-        for job, result in zip(jobs, results) if first else ():
+        for job, result in zip(jobs, results):
             job.show(result)
         return 0
 
@@ -222,16 +177,25 @@ def main(args: Arguments) -> int:
 def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
     """The run of one seed, in a folder of its own where there are several."""
     folder = args.run if args.seeds == 1 else args.run / f"seed{seed}"
-    if not args.resume:
-        if (folder / "checkpoint.pt").exists():
-            raise ValueError(
-                f"{folder} holds a trained run; give --resume to go on with it, or another folder with --run"
-            )
-        return Job(args, folder, configure(replace(args, seed=seed)), device)
-    config = load_config(folder)
-    if args.steps is not None:
-        config = replace(config, schedule=replace(config.schedule, steps=args.steps))
-    return Job(args, folder, config, device)
+    if args.resume:
+        config = load_config(folder)
+        if args.steps is not None:
+            config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+    elif (folder / "checkpoint.pt").exists():
+        raise ValueError(f"{folder} holds a trained run; give --resume to go on with it, or another folder with --run")
+    else:
+        config = configure(replace(args, seed=seed))
+    return Job(folder, config, device, resume=args.resume)
+
+
+def steps_note(args: Arguments) -> str:
+    """A line that says what --steps did to the schedule, or nothing."""
+    usual = PRESETS[args.preset].schedule.steps
+    if args.steps is None or args.resume or args.steps == usual:
+        return ""
+    if args.steps < usual:
+        return f"the whole schedule is shortened from {usual:,} steps to {args.steps:,}, in proportion\n"
+    return f"the {args.steps - usual:,} steps beyond the preset's {usual:,} are added at the end of its schedule\n"
 
 
 @contextmanager

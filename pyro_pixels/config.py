@@ -43,6 +43,8 @@ class RunConfig:
     """What to simulate, one of `WORLDS`; height, width and n_frames are those of the file where there is one."""
     data_file: str | None = None
     """An .npz of sequences to learn from instead."""
+    n_held_out: int | None = None
+    """How many sequences at the end of ``data_file`` are not trained on; None: a tenth, at most 60."""
     n_sequences: int = 9_000
     """How many sequences there are for training."""
     seed: int = 0

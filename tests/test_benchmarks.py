@@ -16,13 +16,10 @@ import pytest
 import torch
 from conftest import SMALL, make_guide, make_model
 
-import asking
-import bench
-import densities
-import growth
-import memory
-import report
-from paper_weights import in_paper_names
+from benchmarks import asking, bench, densities, growth, memory, report
+from benchmarks.paper_weights import in_paper_names
+from benchmarks.steps import KL_WEIGHT, LITERAL, OURS, PRODUCT, STRUCTURED, LiteralStep, OurStep, make_step
+from benchmarks.timing import MatrixProduct, Stopwatch, exponent, product_flops, ratio
 from pyro_pixels.config import RunConfig
 from pyro_pixels.guides import products
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
@@ -30,15 +27,13 @@ from pyro_pixels.runs import Run, build
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.worlds.base import simulate
-from steps import KL_WEIGHT, LITERAL, OURS, PRODUCT, STRUCTURED, LiteralStep, OurStep, make_step
-from timing import MatrixProduct, Stopwatch, exponent, product_flops, ratio
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 
 
 def in_new_process(*command, cwd):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -171,7 +166,8 @@ def test_queries_are_asked():
 def test_peak_memory_is_that_of_the_process_itself(tmp_path):
     """100 MB more, though the process that starts this one has used more than that before."""
     code = """
-import numpy, memory
+import numpy
+from benchmarks import memory
 before = memory.peak_of_process()
 x = numpy.ones(100_000_000, numpy.uint8)
 print((memory.peak_of_process() - before) / 1e6)
@@ -256,7 +252,7 @@ def test_the_page_of_the_documentation_has_a_place_for_every_part():
 
 
 def test_wrong_input_is_one_line(tmp_path):
-    done = in_new_process(str(ROOT / "benchmarks" / "bench.py"), "--rounds", "0", cwd=tmp_path)
+    done = in_new_process("-m", "benchmarks.bench", "--rounds", "0", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: --rounds is 0; wanted at least 1\n"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,23 +20,48 @@ from pyro_pixels.runs import build, save_config
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {
-    "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "train_edlstm", "sweep",
-    "reproduce_paper", "export_pretrained", "custom_guide", "compare_guides", "to_arviz", "other_worlds", "ask",
-    "gallery", "teach", "sweep_recurrent", "latent_space",
+EXPERIMENTS = {
+    "compare_guides", "export_pretrained", "latent_space", "other_worlds", "reproduce_paper", "sweep",
+    "sweep_recurrent", "train_edlstm",
 }  # fmt: skip
+SCRIPTS = EXPERIMENTS | {
+    "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "custom_guide", "to_arviz",
+    "ask", "gallery", "teach",
+}  # fmt: skip
+ELSEWHERE = {"paper_in_pyro"}  # scripts with tests of their own
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+def command_of(name):
+    if name in EXPERIMENTS:
+        return [sys.executable, "-m", f"examples.experiments.{name}"]
+    return [sys.executable, str(ROOT / "examples" / f"{name}.py")]
+
+
 def script(name, *arguments, cwd):
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)]
+    command = [*command_of(name), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 
+def names_in(folder):
+    return {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+
+
 def test_every_script_is_listed():
-    assert {p.stem for p in (ROOT / "examples").glob("*.py")} == SCRIPTS | {"common", "paper_in_pyro"}
+    assert names_in(ROOT / "examples") - ELSEWHERE == SCRIPTS - EXPERIMENTS
+    assert names_in(ROOT / "examples/experiments") == EXPERIMENTS
+
+
+def test_no_script_imports_another_and_none_changes_the_path():
+    """What scripts share is in the library, in `_common`, or in a module that begins with an underscore."""
+    imported = re.compile(r"^\s*(?:from|import) +(?:examples\.(?:experiments\.)?)?(\w+)", re.MULTILINE)
+    for folder in ("examples", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not re.search(r"^\s*sys\.path[.\[]", path.read_text(), re.MULTILINE), path
+            if folder == "examples":
+                assert not (SCRIPTS - {path.stem}) & set(imported.findall(path.read_text())), path
 
 
 @pytest.fixture(scope="module")
@@ -360,18 +386,7 @@ def test_the_papers_network_is_swept_on_its_own(tmp_path):
 
 
 def test_a_run_of_a_sweep_that_is_killed_is_begun_again(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "examples/sweep.py",
-        "--seeds",
-        "1",
-        "--steps",
-        "60",
-        "--n-test",
-        "12",
-        "--out",
-        "s",
-    ]
+    command = [*command_of("sweep"), "--seeds", "1", "--steps", "60", "--n-test", "12", "--out", "s"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as sweep:
         workers = []
         while not workers and sweep.poll() is None:
@@ -459,20 +474,6 @@ def test_guides_are_compared_and_a_comparison_goes_on_where_it_was(tmp_path):
     for wrong in (("--steps", 3), ("--steps", 2, "--guides", "elsewhere"), ("--steps", 2, "--custom", "none.py")):
         done = script(*command, *wrong, cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-
-
-def test_a_shortened_schedule_has_everything_at_the_same_share_of_its_steps(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    from common import shortened
-    from pyro_pixels.presets import PRESETS
-
-    quick = PRESETS["quick"].schedule
-    short = shortened(quick, 200)
-    assert (short.steps, short.decay_from, short.single_object_steps, short.fit_starts_at) == (200, 100, 40, (70, 140))
-    assert set(short.learn_from.values()) == {140}
-    assert [short.kl_weight(step) for step in (0, 139, 140)] == [quick.kl_weight(step) for step in (0, 699, 700)]
-    assert short.learning_rate_at(150) == quick.learning_rate_at(750)
-    assert shortened(quick, quick.steps) == quick
 
 
 def test_other_worlds_are_trained_measured_and_drawn(tmp_path):

@@ -24,7 +24,7 @@ import ask as asking
 import gallery
 import teach
 import to_arviz
-import train_edlstm
+from examples.experiments import train_edlstm
 from pyro_pixels._batch import Known
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.table import evaluate

@@ -16,6 +16,7 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.presets import PRESETS
 from pyro_pixels.training.checkpoints import load_checkpoint, save_checkpoint
 from pyro_pixels.training.elbo import AnnealedELBO, bound
 from pyro_pixels.training.fitting import fit
@@ -394,3 +395,20 @@ def test_two_models_stay_apart(small_data):
     fit(*a, small_data, QUICK, progress=False)
     assert all(torch.equal(before[k], v) for k, v in b[0].state_dict().items())
     assert any(not torch.equal(before[k], v) for k, v in a[0].state_dict().items())
+
+
+def test_a_shortened_schedule_has_everything_at_the_same_share_of_its_steps():
+    quick = PRESETS["quick"].schedule
+    short = quick.shortened(200)
+    assert (short.steps, short.decay_from, short.single_object_steps, short.fit_starts_at) == (200, 100, 40, (70, 140))
+    assert set(short.learn_from.values()) == {140}
+    assert [short.kl_weight(step) for step in (0, 139, 140)] == [quick.kl_weight(step) for step in (0, 699, 700)]
+    assert short.learning_rate_at(150) == quick.learning_rate_at(750)
+    assert quick.shortened(quick.steps) == quick
+
+
+def test_fewer_steps_shorten_the_schedule_and_more_are_added_at_its_end():
+    quick = PRESETS["quick"].schedule
+    assert quick.with_steps(200) == quick.shortened(200)
+    assert quick.with_steps(quick.steps) == quick
+    assert quick.with_steps(15_000) == replace(quick, steps=15_000)

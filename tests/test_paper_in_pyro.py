@@ -16,9 +16,9 @@ from conftest import SMALL
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
-import paper_in_pyro
-from paper_in_pyro import PAPER, PaperInPyro, Settings
-from paper_weights import in_paper_names, paper_program
+from benchmarks.paper_weights import in_paper_names, paper_program
+from examples import paper_in_pyro
+from examples.paper_in_pyro import PAPER, PaperInPyro, Settings
 from pyro_pixels import PRESETS, AnnealedELBO, InferenceRNN, RecurrentGuide, Renderer, build, simulate
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.model.pixel_model import PixelModel

@@ -1,5 +1,6 @@
 """One step: nothing waits for the device, parts add up, several processes and trainings give the same numbers."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -148,14 +149,13 @@ PROGRAM = """
 import sys, torch
 import torch.distributed as processes
 torch.set_num_threads(1)
-sys.path[:0] = [sys.argv[1]]
 from test_steps import SHARED, pair
 from conftest import SMALL
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.worlds.base import simulate
 processes.init_process_group("gloo")
-run = pair(sys.argv[2])
-result = fit(*run, simulate(SMALL, 12, seed=0), SHARED, run_dir=sys.argv[3], progress=False)
+run = pair(sys.argv[1])
+result = fit(*run, simulate(SMALL, 12, seed=0), SHARED, run_dir=sys.argv[2], progress=False)
 assert result.step == SHARED.steps
 processes.destroy_process_group()
 """
@@ -169,8 +169,9 @@ def test_two_processes_give_the_numbers_of_one(kind, small_data, tmp_path):
     tests = Path(__file__).parent
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, str(tmp_path / "program.py"), str(tests), kind, str(tmp_path / "run")],
-        cwd=tests.parent, capture_output=True, text=True, check=False,
+        [*launch, str(tmp_path / "program.py"), kind, str(tmp_path / "run")],
+        cwd=tests.parent, env={**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}"}, capture_output=True, text=True,
+        check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     model, guide = pair(kind)

@@ -1,7 +1,7 @@
 """When what is learned, and how fast: the schedule of Sec 3.2, and departures from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -52,6 +52,31 @@ class Schedule:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted a number above 0")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm is {self.clip_norm}; wanted a number above 0, or None")
+
+    def shortened(self, steps: int) -> "Schedule":
+        """A schedule of ``steps`` steps in which everything happens at the same share of them."""
+
+        def at(step: int) -> int:
+            return round(step * steps / self.steps)
+
+        return replace(
+            self,
+            steps=steps,
+            decay_from=None if self.decay_from is None else at(self.decay_from),
+            learn_from={prefix: at(step) for prefix, step in self.learn_from.items()},
+            anneal_from=at(self.anneal_from),
+            anneal_steps=at(self.anneal_steps),
+            single_object_steps=at(self.single_object_steps),
+            fit_starts_at=tuple(at(step) for step in self.fit_starts_at),
+            evaluate_every=max(1, at(self.evaluate_every)),
+        )
+
+    def with_steps(self, steps: int) -> "Schedule":
+        """The schedule with another number of steps: fewer shorten it in proportion, more go on after its last event.
+
+        A learning rate that falls reaches its end at the last step either way.
+        """
+        return self.shortened(steps) if steps < self.steps else replace(self, steps=steps)
 
     def kl_weight(self, step: int) -> float:
         """beta at a step."""

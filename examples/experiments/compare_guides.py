@@ -14,24 +14,16 @@ from typing import Any
 
 import torch
 
-from common import (
-    TEST_SEED,
-    device_of,
-    environment,
-    markdown,
-    medians,
-    per_n,
-    shortened,
-    start,
-    train_or_resume,
-    write_json,
-)
+from examples._common import device_of, environment, start, write_json
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.mean_field import fit_mean_field
 from pyro_pixels.evaluation.table import evaluate
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.presets import PRESETS
+from pyro_pixels.result_tables import markdown, medians, medians_per_n, per_n
+from pyro_pixels.run_sequences import TEST_SEED
+from pyro_pixels.run_training import train_run
 from pyro_pixels.runs import GUIDES, Run
 from pyro_pixels.training.elbo import bound
 from pyro_pixels.worlds.base import simulate
@@ -43,7 +35,7 @@ BOUND_SAMPLES = 10
 class Arguments:
     guides: tuple[str, ...] = ()
     """Names in `GUIDES`; default: all of the library and of --custom."""
-    custom: Path = Path(__file__).parent / "custom_guide.py"
+    custom: Path = Path("examples/custom_guide.py")
     """A Python file that adds guides to `GUIDES`."""
     steps: int = 300
     """Training steps of each."""
@@ -75,7 +67,8 @@ def load_custom(path: Path) -> None:
 def one_run(args: Arguments, config: RunConfig, folder: Path) -> bool:
     """Trains and measures; the folder's result.json says that it is done. False where Ctrl-C cut it off."""
     device = device_of(args.device)
-    run, result = train_or_resume(config, folder, device)
+    data = simulate(config.data, config.n_sequences, seed=config.seed)
+    run, result = train_run(config, folder, data, device=device, progress=False)
     if result.interrupted:
         return False
     test = simulate(config.data, args.n_test, seed=TEST_SEED)
@@ -115,7 +108,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
               "parameters", "seconds a step", "seconds"]  # fmt: skip
     rows = []
     for name, runs in results.items():
-        middle = {"by_n_objects": {n: medians([r["by_n_objects"][n] for r in runs]) for n in runs[0]["by_n_objects"]}}
+        middle = medians_per_n(runs)
         fitted, cost = (medians([pick(r) for r in runs]) for pick in (lambda r: r["fitted"], _cost))
         rows.append([
             name,
@@ -145,7 +138,7 @@ def main(args: Arguments) -> int:
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; wanted at least 1")
     quick = PRESETS["quick"]
-    base = replace(quick, schedule=shortened(quick.schedule, args.steps), n_sequences=args.n_sequences)
+    base = replace(quick, schedule=quick.schedule.shortened(args.steps), n_sequences=args.n_sequences)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in range(args.seeds):
         for name in names:

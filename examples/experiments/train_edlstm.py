@@ -5,7 +5,6 @@ save first; --resume then goes on as if nothing had happened.
 """
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +12,15 @@ from typing import Literal
 
 import torch
 
-from common import TEST_SEED, device_of, environment, new_folder, save, start
-from pyro_pixels._files import atomic_write
+from examples._common import device_of, environment, new_folder, say_where, start, write_json
 from pyro_pixels.data import ImageSequences, load_sequences
 from pyro_pixels.evaluation.ed_lstm import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm
 from pyro_pixels.evaluation.table import N_SEEN
-from pyro_pixels.plots import paper as plotting
+from pyro_pixels.plots import paper as plots
 from pyro_pixels.presets import PRESETS
+from pyro_pixels.run_sequences import TEST_SEED
 from pyro_pixels.runs import load_config
-from pyro_pixels.worlds.base import simulate
-from pyro_pixels.worlds.cannonballs import CannonballConfig
+from pyro_pixels.worlds.base import WorldConfig, simulate
 
 
 @dataclass
@@ -30,29 +28,33 @@ class Arguments:
     run: Path = Path("runs/edlstm")
     """Folder of the run."""
     preset: Literal["quick", "paper"] = "quick"
-    """Whose data configuration, number of sequences and number of steps."""
+    """Preset that the data, the number of sequences and the number of steps are taken from."""
     state_size: int = 2048
     """Length of the LSTM's state and of the hidden layers."""
     layers: int = 1
-    """Fully connected layers of the encoder, and of the decoder."""
+    """How many fully connected layers the encoder and the decoder each have."""
     own_predictions: bool = False
-    """Train on its own predictions after 5 frames, as it is tested; default: on the true frames, as the paper does."""
+    """Train on its own predictions after 5 frames, as it is tested. By default it is trained on the true frames, as in
+    the paper."""
     data: Path | None = None
-    """An .npz of image sequences to learn from, a tenth (at most 60) held out to measure on; default: simulated."""
+    """An .npz of image sequences to learn from, the last tenth (at most 60) held out to measure on. By default they are
+    simulated."""
     n_sequences: int | None = None
-    """How many sequences to simulate, if not the preset's number."""
+    """How many sequences to simulate. By default the preset's number."""
     n_test: int = 300
     """How many fresh sequences to simulate and measure on."""
     steps: int | None = None
-    """Training steps, if not the preset's."""
+    """How many training steps to take. By default the preset's number."""
     seed: int = 0
+    """Seed of the data, the starting weights and training."""
     device: str = "auto"
-    """cpu, cuda, mps, or auto."""
+    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
     threads: int | None = None
-    """CPU threads; default: one a core."""
+    """How many CPU threads to use. By default one a core."""
     resume: bool = False
     """Go on with the run in the folder, on its own data and with its own configuration; only --steps may change it."""
     progress: bool = True
+    """Show a progress bar."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Config:
 
     net: EDLSTMConfig
     own_predictions: bool
-    data: CannonballConfig
+    data: WorldConfig
     """What to simulate, where there is no file."""
     data_file: str | None
     n_sequences: int
@@ -106,7 +108,7 @@ def draw(net: EDLSTM, data: ImageSequences, path: Path) -> None:
     rows = torch.cat([(data.n_objects == n).nonzero().squeeze(1)[:2] for n in values])
     truth = data.images[rows]
     drawn = net.generate(truth[:, :N_SEEN].to(next(net.parameters())), truth.shape[1]).cpu()
-    save(plotting.plot_generated_images(drawn[:, N_SEEN:], truth[:, N_SEEN:], rows=2), path)
+    plots.save_figure(plots.plot_generated_images(drawn[:, N_SEEN:], truth[:, N_SEEN:], rows=2), path)
 
 
 def main(args: Arguments) -> int:
@@ -128,8 +130,7 @@ def main(args: Arguments) -> int:
         torch.manual_seed(config.seed)
         net = EDLSTM(config.net).to(device)
     folder = new_folder(args.run)
-    with atomic_write(folder / "config.json") as file:
-        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
+    write_json(folder / "config.json", dataclasses.asdict(config), indent=2)
     print(
         f"training {folder}: ED-LSTM, {sum(p.numel() for p in net.parameters()):,} parameters, {len(data)} sequences "
         f"{tuple(data.images.shape[1:])}, {config.steps:,} steps on {device}, after {N_SEEN} frames on "
@@ -142,7 +143,7 @@ def main(args: Arguments) -> int:
     if result.interrupted:
         print(
             f"stopped and saved at step {result.step:,}; "
-            f"go on with: python examples/train_edlstm.py --run {folder} --resume"
+            f"go on with: python -m examples.experiments.train_edlstm --run {folder} --resume"
         )
         return 130
     loss = result.metrics.get("nll_per_frame", float("nan"))
@@ -151,12 +152,11 @@ def main(args: Arguments) -> int:
     table = evaluate_edlstm(net, test, radius=config.data.radius)
     table |= {"step": result.step, "train_seed": config.seed, "own_predictions": config.own_predictions}
     table |= {"test_seed": TEST_SEED if config.data_file is None else None, "environment": environment(device)}
-    with atomic_write(folder / "metrics.json") as file:
-        file.write(json.dumps(table, indent=2).encode() + b"\n")
+    write_json(folder / "metrics.json", table, indent=2)
     for name, row in {**{f"N = {n}": row for n, row in table["by_n_objects"].items()}, "all": table["all"]}.items():
         print(f"{name:<6} " + ", ".join(f"{key} {value:.4g}" for key, value in row.items() if value is not None))
-    print(f"  {folder / 'metrics.json'}")
     draw(net, test, folder / "generated_images.png")
+    say_where([folder / "metrics.json", folder / "generated_images.png"])
     return 0
 
 

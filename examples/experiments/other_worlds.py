@@ -11,25 +11,28 @@ from typing import Any
 
 import torch
 
-from common import TEST_SEED, Shown, device_of, environment, markdown, new_folder, per_n, save, start
-from pyro_pixels._files import atomic_write
+from examples._common import device_of, environment, new_folder, say_where, start, write_json
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.health import EXPECTED, check_health
 from pyro_pixels.evaluation.table import evaluate
-from pyro_pixels.plots import paper as plotting
+from pyro_pixels.plots import paper as plots
 from pyro_pixels.presets import PRESETS
-from pyro_pixels.runs import build, load_config, load_run, save_config
-from pyro_pixels.training.fitting import fit
+from pyro_pixels.result_tables import markdown, per_n
+from pyro_pixels.run_figures import RunView
+from pyro_pixels.run_sequences import TEST_SEED, VALIDATION_SEED
+from pyro_pixels.run_training import train_run
+from pyro_pixels.runs import load_run
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.drawing import Look
 from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
 
 QUICK = PRESETS["quick"]
-SIZE = {"height": QUICK.data.height, "width": QUICK.data.width}
+HEIGHT, WIDTH = QUICK.data.height, QUICK.data.width
 MIXED = Look(shapes=("disk", "square", "cross", "ring"), least_size=0.7)
 SALT_AND_PEPPER = 0.02
-NOISY = replace(QUICK, data=DriftConfig(**SIZE, radius=2.5, look=replace(MIXED, salt_and_pepper=SALT_AND_PEPPER)))
+NOISY_LOOK = replace(MIXED, salt_and_pepper=SALT_AND_PEPPER)
+NOISY = replace(QUICK, data=DriftConfig(height=HEIGHT, width=WIDTH, radius=2.5, look=NOISY_LOOK))
 FACTORS = {**QUICK.schedule.learning_rate_factors, "model.likelihood": 5.0}
 CASES: dict[str, RunConfig] = {
     # half of the pixels that are replaced become white
@@ -40,9 +43,9 @@ CASES: dict[str, RunConfig] = {
         likelihood="gaussian",
         n_sequences=3_000,
         schedule=replace(QUICK.schedule, learning_rate_factors=FACTORS),
-        data=DriftConfig(**SIZE, radius=2.5, look=replace(MIXED, brightness=(0.5, 1.0))),
+        data=DriftConfig(height=HEIGHT, width=WIDTH, radius=2.5, look=replace(MIXED, brightness=(0.5, 1.0))),
     ),
-    "bouncing": replace(QUICK, data=BouncingConfig(**SIZE)),
+    "bouncing": replace(QUICK, data=BouncingConfig(height=HEIGHT, width=WIDTH)),
 }
 JUDGES = 60  # sequences for the health check, as in train.py
 
@@ -50,21 +53,24 @@ JUDGES = 60  # sequences for the health check, as in train.py
 @dataclass
 class Arguments:
     cases: tuple[str, ...] = tuple(CASES)
-    """Which."""
+    """Which cases to do."""
     out: Path = Path("runs/worlds")
-    """A folder for each case's run goes here."""
+    """Folder that each case's run gets a folder in."""
     json: Path = Path("docs/results/worlds.json")
     """Where the numbers go; those of other cases stay."""
     figures: Path = Path("docs/figures/worlds")
+    """Folder for the figures, one for each case."""
     steps: int | None = None
-    """Training steps, if not the quick preset's."""
+    """How many training steps to take. By default the quick preset's number; fewer shorten the schedule in
+    proportion."""
     n_sequences: int | None = None
-    """How many sequences to train on, if not the preset's number."""
+    """How many sequences to train on. By default the preset's number."""
     n_test: int = 300
-    """Fresh sequences that each run is measured on."""
+    """How many fresh sequences to measure each run on."""
     seed: int = 0
-    """Of the training."""
+    """Seed of the data, the starting weights and training."""
     device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
 
 
 def main(args: Arguments) -> int:
@@ -77,41 +83,29 @@ def main(args: Arguments) -> int:
     for name in args.cases:
         config = replace(CASES[name], seed=args.seed)
         if args.steps is not None:
-            config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+            config = replace(config, schedule=config.schedule.with_steps(args.steps))
         if args.n_sequences is not None:
             config = replace(config, n_sequences=args.n_sequences)
-        if not train(args.out / name, config, device):
+        _, result = train_run(
+            config, new_folder(args.out / name), simulate(config.data, config.n_sequences, seed=config.seed),
+            device=device, validation=simulate(config.data, JUDGES, seed=VALIDATION_SEED),
+        )  # fmt: skip
+        if result.interrupted:
             print("stopped and saved; give the same command again to go on")
             return 130
         data = simulate(config.data, args.n_test, seed=TEST_SEED)
         results[name] = measure(args.out / name, data, device) | {"environment": environment(device)}
-        with atomic_write(args.json) as file:
-            file.write(json.dumps(results, indent=1).encode() + b"\n")
+        write_json(args.json, results)
         draw(args.out / name, data, device, args.figures / f"{name}.png")
     print(table({name: results[name] for name in args.cases}))
+    say_where([args.json, *(args.figures / f"{name}.png" for name in args.cases)])
     return 0
-
-
-def train(folder: Path, config: RunConfig, device: torch.device) -> bool:
-    """Trains a run in its folder, from where it is, and says whether to the end; another's folder is an error."""
-    new_folder(folder)
-    resume = (folder / "checkpoint.pt").exists()
-    if resume and load_config(folder) != config:
-        raise ValueError(f"{folder} holds a run of another configuration; remove it, or choose another --out")
-    save_config(folder, config)
-    run = build(config)
-    result = fit(
-        run.model.to(device), run.guide.to(device), simulate(config.data, config.n_sequences, seed=config.seed),
-        config.schedule, seed=config.seed, run_dir=folder, resume=resume,
-        validation=simulate(config.data, JUDGES, seed=TEST_SEED - 1),
-    )  # fmt: skip
-    return not result.interrupted
 
 
 def measure(folder: Path, data: ImageSequences, device: torch.device) -> dict[str, Any]:
     """The table of `evaluate`, what the health check says, and what training cost."""
     run = load_run(folder, device)
-    judges = simulate(run.config.data, JUDGES, seed=TEST_SEED - 1)
+    judges = simulate(run.config.data, JUDGES, seed=VALIDATION_SEED)
     measures, problems = check_health(run.model, run.guide, judges)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     likelihood = {name: p.tolist() for name, p in run.model.likelihood.named_parameters()}
@@ -125,18 +119,16 @@ def measure(folder: Path, data: ImageSequences, device: torch.device) -> dict[st
 
 def draw(folder: Path, data: ImageSequences, device: torch.device, out: Path) -> None:
     """Two sequences of each N: tracks, forecasts from the first frames, and images below them."""
-    shown = Shown(load_run(folder, device), data, device)
-    rows, prediction = shown.pick(2), shown.generation()
-    generated = shown.tracks(prediction.mean)[rows]
-    generated[:, :, : shown.n_seen - 1] = torch.nan
-    truth = data.positions
-    figure = plotting.plot_trajectories(
-        truth[rows] if truth is not None and shown.size is not None else None,
-        shown.tracks(shown.inference.mean)[rows], generated,
-        n_objects=data.n_objects[rows], size=shown.size, columns=6,
+    view = RunView(load_run(folder, device), data, device)
+    rows, prediction = view.pick(2), view.generation()
+    generated = view.tracks(prediction.mean)[rows]
+    generated[:, :, : view.n_seen - 1] = torch.nan
+    figure = plots.plot_trajectories(
+        *view.truth_and_inferred(rows), generated,
+        n_objects=data.n_objects[rows], size=view.size, columns=6,
         images={"truth": data.images[rows], "generated": prediction.images.cpu()[rows]},
     )  # fmt: skip
-    save(figure, out)
+    plots.save_figure(figure, out)
 
 
 def table(results: dict[str, Any]) -> str:

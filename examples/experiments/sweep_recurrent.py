@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import TEST_SEED, device_of, environment, markdown, start, write_json
+from examples._common import device_of, environment, start, write_json
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
@@ -29,6 +29,8 @@ from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
 from pyro_pixels.guides.untangling import untangle
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import infer
+from pyro_pixels.result_tables import markdown
+from pyro_pixels.run_sequences import TEST_SEED, VALIDATION_SEED
 from pyro_pixels.runs import Run, build, load_run, save_config
 from pyro_pixels.training.distillation import GivenTracks
 from pyro_pixels.training.fitting import fit
@@ -36,9 +38,9 @@ from pyro_pixels.training.own_tracks import OwnTracks
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.worlds.base import simulate
 
-VALIDATION_SEED = TEST_SEED - 1
 N_VALIDATION = 300
 CANDIDATES, CANDIDATE_STEPS = 3, 250  # of the suite `seeds`
+PROGRAM = [sys.executable, "-m", "examples.experiments.sweep_recurrent"]
 FAR = 10**9  # a step that never comes
 
 Change = Callable[[RunConfig], RunConfig]
@@ -255,7 +257,7 @@ def table(result: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
-def _spread(values: list[float], digits: int) -> str:
+def _spread(values: Sequence[float], digits: int) -> str:
     low, middle, high = (f"{f(values):.{digits}f}" for f in (min, np.median, max))
     return middle if len(values) == 1 else f"{middle} ({low}-{high})"
 
@@ -275,7 +277,7 @@ def main(args: Arguments) -> int:
         options = ["--suite", args.suite, "--out", args.out, "--n-test", args.n_test, "--weight", args.weight]
         options += ["--device", args.device, "--job", f"{job[0]}/{job[1]}"]
         options += [] if args.steps is None else ["--steps", args.steps]
-        done = subprocess.run([sys.executable, __file__, *map(str, options)], check=False)
+        done = subprocess.run([*PROGRAM, *map(str, options)], check=False)
         print(f"{job[0]}, seed {job[1]}: {'done' if done.returncode == 0 else 'FAILED'}", flush=True)
         return done.returncode == 0
 

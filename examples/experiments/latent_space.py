@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 
-from common import QueryArguments, ask, save, start
+from examples._common import QueryArguments, open_run, say_where, start
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.health import check_health, format_health
+from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.queries.predict import infer
 
 N_PATHS = 30
@@ -20,11 +21,11 @@ N_PATHS = 30
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: int = 600
-    """How many sequences; a third of them has a single object."""
+    """How many sequences to ask about; a third of simulated ones has a single object."""
 
 
 def main(args: Arguments) -> None:
-    run, data, device = ask(args)
+    run, data, device = open_run(args)
     alone = data[data.n_objects == 1]
     if alone.positions is None or not len(alone):
         raise ValueError("there is no sequence with N = 1 and known positions; give such --data, or none")
@@ -42,9 +43,10 @@ def main(args: Arguments) -> None:
         axis.set_title(f"coloured by {name}")
     figure.suptitle(f"step {run.step:,}, seed {run.config.seed}: R² of the affine map {affine.r2:.2f}")
     out = args.out or args.home / "latent_space.png"
-    save(figure, out)
+    save_figure(figure, out)
     print(f"R^2 of the best affine map to pixels, N = 1: {affine.r2:.3f}")
     print(format_health(check_health(run.model, run.guide, data)))
+    say_where([out])
 
 
 if __name__ == "__main__":

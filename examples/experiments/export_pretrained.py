@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import start
+from examples._common import start
 from pyro_pixels.runs import PRETRAINED, export_weights, load_run
 
 
@@ -13,10 +13,11 @@ class Arguments:
     run: Path = Path("runs/quick")
     """Folder of a run that was trained and evaluated."""
     name: str = "quick"
+    """Name of the weights, which `load_pretrained` is given."""
     command: str = "python examples/quickstart.py"
-    """What made the run; goes into about.json."""
+    """The command that made the run, which goes into about.json."""
     folder: Path = PRETRAINED
-    """Where to put the folder of that name."""
+    """Where to put the folder of that name. By default among the weights that come with the package."""
 
 
 def main(args: Arguments) -> None:

@@ -1,0 +1,257 @@
+"""Questions about sequences of a trained run, answered and drawn with their uncertainty (docs/queries.md)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.calibration import (
+    LEVELS,
+    Distances,
+    corrected,
+    coverage,
+    fit_correction,
+    mahalanobis_distances,
+)
+from pyro_pixels.lgssm.kalman import Gaussians
+from pyro_pixels.plots import answers as plots
+from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
+from pyro_pixels.queries.evidence import count_objects, log_evidence
+from pyro_pixels.queries.latent_states import filter_states, positions, retrodict, states
+from pyro_pixels.queries.predict import States, interpolate, smooth
+from pyro_pixels.queries.streaming import forecast, start, start_images, step, step_image
+from pyro_pixels.result_tables import markdown
+from pyro_pixels.run_figures import RunView
+from pyro_pixels.runs import Run
+
+FRAMES_BACK = 10  # before the first, of which `draw_retrodict` tells
+
+
+class Answer(NamedTuple):
+    """What a question came to."""
+
+    figure: Figure
+    text: str = ""
+    """What to print beside the figure."""
+    numbers: dict[str, Any] = {}  # noqa: RUF012  # never changed
+    """The answer's numbers, for a file beside the figure."""
+
+
+class Scene(RunView):
+    """A `RunView` with the sequences that are drawn and Gaussians as they are plotted.
+
+    Attributes:
+        rows: indices of the sequences that are drawn, ``per_n`` of each N.
+        n_samples: samples of q(a | v) to average over.
+    """
+
+    def __init__(
+        self, run: Run, data: ImageSequences, device: torch.device, *, per_n: int = 2, n_samples: int = 20
+    ) -> None:
+        super().__init__(run, data, device)
+        self.model, self.guide, self.dynamics = run.model, run.guide, run.model.dynamics
+        self.rows, self.n_samples = self.pick(per_n), n_samples
+
+    def regions(self, found: Gaussians) -> tuple[Tensor, Tensor]:
+        """Means and covariances of positions, in pixels if the truth is known."""
+        cov = found.cov.expand(*found.mean.shape, 2).cpu()
+        if isinstance(self.to_pixels, metrics.Affine):
+            cov = self.to_pixels.covariance(cov)
+        return self.tracks(found.mean), cov if self.order is None else metrics.reorder(cov, self.order)
+
+    def picture(self, found: Gaussians, known: Tensor, truth: Tensor | None = None) -> Figure:
+        """The regions of positions of the sequences that are drawn."""
+        mean, cov = self.regions(found)
+        known = known.expand(mean.shape[:-1]).cpu()
+        known = known if self.order is None else metrics.reorder(known, self.order)
+        truth = self.data.positions if truth is None else truth
+        rows = self.rows
+        return plots.plot_regions(
+            mean[rows], cov[rows], known=known[rows], truth=None if truth is None or self.size is None else truth[rows],
+            n_objects=self.data.n_objects[rows], size=self.size,
+        )  # fmt: skip
+
+    def moves(self, h: States) -> Gaussians:
+        """The expected move to the next frame, B (A - I) h + B u, as it is plotted."""
+        A, B, u = self.dynamics.lgssm()[:3]
+        step_matrix = B @ A - B
+        mean, cov = self.regions(Gaussians(h.mean @ step_matrix.mT + B @ u, step_matrix @ h.cov @ step_matrix.mT))
+        offset = self.tracks(torch.zeros_like(h.mean[..., :2]))  # of the map to pixels, which a move does not have
+        return Gaussians(mean - offset, cov)
+
+    def true_moves(self) -> Tensor | None:
+        """(B, N, T, 2) in pixels, NaN in the last frame; None where the true paths are not known."""
+        paths = self.data.paths
+        if self.size is None or paths is None:
+            return None
+        return torch.cat([paths.diff(dim=2), torch.full_like(paths[:, :, :1], torch.nan)], 2)
+
+
+def draw_filter(scene: Scene) -> Answer:
+    """Velocities of the first object, from the frames so far and from all frames."""
+    a = scene.inference.mean
+    found = {"so far": filter_states(scene.dynamics, a), "in hindsight": smooth(scene.dynamics, a)}
+    moves = {name: scene.moves(h) for name, h in found.items()}
+    means = {name: x.mean[scene.rows, 0, :, 1] for name, x in moves.items()}
+    stds = {name: x.cov[scene.rows, 0, :, 1, 1].sqrt() for name, x in moves.items()}
+    truth = scene.true_moves()
+    titles = [f"N = {n}, object 1" for n in scene.data.n_objects[scene.rows].tolist()]
+    figure = plots.plot_over_time(
+        means, stds, truth=None if truth is None else truth[scene.rows, 0, :, 1], titles=titles,
+        label="downward move a frame",
+    )  # fmt: skip
+    return Answer(figure)
+
+
+def draw_hidden(scene: Scene) -> Answer:
+    """Positions where the first object is not seen in the middle third of the frames."""
+    B, N, T = scene.inference.mean.shape[:3]
+    observed = torch.ones(B, N, T, dtype=torch.bool, device=scene.device)
+    observed[:, 0, T // 3 : 2 * T // 3] = False
+    found = interpolate(scene.model, scene.guide, scene.images, scene.n_objects, observed)
+    figure = scene.picture(Gaussians(found.mean, found.cov), observed)
+    return Answer(figure, f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}")
+
+
+def draw_retrodict(scene: Scene) -> Answer:
+    """Paths before the first frame."""
+    n = FRAMES_BACK
+    after = states(scene.model, scene.guide, scene.images, scene.n_objects, n_samples=scene.n_samples)
+    before = retrodict(scene.dynamics, after, n)
+    each = [positions(scene.dynamics, h, noise=False) for h in (before, after)]
+    found = Gaussians(*(torch.cat(x, 2) for x in zip(*each)))
+    truth = scene.data.paths
+    if truth is not None:
+        for _ in range(n):  # a parabola has no third differences
+            truth = torch.cat([3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3], truth], 2)
+    figure = scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
+    return Answer(figure, f"frames {1 - n} to 0, before the first; drawn is the path, the truth a parabola")
+
+
+def draw_what_if(scene: Scene) -> Answer:
+    """One sequence without gravity, with half of it, pushed upwards, and with an object removed, from a frame on."""
+    push = torch.tensor([0.0, 0.0, 0.0, -0.1])  # upwards
+    changes = {
+        "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),
+        "no gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.0)),
+        "a push upwards": Change(shift=push.to(scene.device)),
+        "one object fewer": Change(removed=torch.arange(scene.inference.mean.shape[1], device=scene.device) == 0),
+    }
+    row, T = scene.rows[:1], scene.images.shape[1]
+    frame = 2 * T // 5
+    means, covs = [], []
+    for change in changes.values():
+        found = what_if(
+            scene.model, scene.guide, scene.images, scene.n_objects, change,
+            frame=frame, n_frames=T, n_samples=scene.n_samples,
+        )  # fmt: skip
+        mean, cov = scene.regions(Gaussians(found.mean, found.cov))
+        means.append(mean[row])
+        covs.append(cov[row])
+    mean, truth, n = torch.cat(means), scene.data.positions, len(changes)
+    figure = plots.plot_regions(
+        mean, torch.cat(covs), known=(torch.arange(T) < frame).expand(mean.shape[:-1]),
+        truth=None if truth is None or scene.size is None else truth[row].repeat(n, 1, 1, 1),
+        n_objects=scene.data.n_objects[row].repeat(n), size=scene.size, columns=2,
+        titles=[f"{name} from frame {frame + 1} on" for name in changes],
+    )  # fmt: skip
+    return Answer(figure)
+
+
+def draw_evidence(scene: Scene) -> Answer:
+    """log p(v) by importance sampling beside the bound of Eq (7)."""
+    args, T = (scene.model, scene.guide, scene.images, scene.n_objects), scene.images.shape[1]
+    one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in range(5)]).mean(0)
+    found = log_evidence(*args, n_samples=scene.n_samples)
+    text = (
+        f"bound of Eq (7) {float(one.mean()) / T:.2f}, with {scene.n_samples} samples "
+        f"{float(found.log_evidence.mean()) / T:.2f} nats per frame; "
+        f"effective samples {float(found.effective_samples.mean()):.1f}"
+    )
+    return Answer(plots.plot_evidence(one, found.log_evidence, found.effective_samples, scene.data.n_objects, T), text)
+
+
+def draw_count(scene: Scene) -> Answer:
+    """The number of objects, where it is not given."""
+    most = int(scene.n_objects.max())
+    found = count_objects(scene.model, scene.guide, scene.images, most, n_samples=max(1, scene.n_samples // 2))
+    right = (found.n_objects == scene.n_objects).cpu()
+    by_n = {n: right[scene.data.n_objects == n] for n in sorted(set(scene.data.n_objects.tolist()))}
+    numbers = {"right": {str(n): {"right": int(x.sum()), "of": len(x)} for n, x in by_n.items()}}
+    figure = plots.plot_counts(scene.data.n_objects, found.n_objects.cpu(), found.log_evidence.cpu())
+    return Answer(figure, f"right in {int(right.sum())} of {len(right)} sequences", numbers)
+
+
+def draw_stream(scene: Scene) -> Answer:
+    """Each position as forecast from the frames before it."""
+    lgssm, ahead, text = scene.dynamics.lgssm(), [], ""
+    try:
+        stream = start_images(scene.model, scene.guide, scene.n_objects)
+    except ValueError as error:
+        text = f"positions are streamed, not images: {error}\n"
+        tracks = start(scene.dynamics, scene.inference.mean.shape[:2])
+        for a_t in scene.inference.mean.unbind(2):
+            ahead.append(forecast(lgssm, tracks))
+            tracks = step(lgssm, tracks, a_t)
+    else:
+        for image in scene.images.unbind(1):
+            ahead.append(forecast(lgssm, stream.tracks))
+            stream = step_image(scene.model, scene.guide, stream, image)
+    mean, cov = torch.stack([x.mean for x in ahead], 2), torch.stack([x.cov for x in ahead], 2)
+    mean[:, :, :2] = torch.nan
+    figure = scene.picture(Gaussians(mean, cov), torch.zeros(mean.shape[:-1], dtype=torch.bool))
+    return Answer(figure, f"{text}each position is forecast from the frames before it; drawn from frame 3 on")
+
+
+def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> Answer:
+    """How often the truth lies within regions of the stated probability.
+
+    Args:
+        validation: further sequences to fit a correction of the uncertainties on, which is then shown as well.
+    """
+    n_samples = 0 if scene.run.config.guide == "structured" or validation is None else scene.n_samples
+    found = mahalanobis_distances(scene.model, scene.guide, scene.data, n_samples=n_samples)
+    if validation is None:
+        shares = {kind: 100 * float(coverage(x, (0.5,)).shares) for kind, x in found.items()}
+        text = "\n".join(f"{kind}: the 50 % regions hold {share:.0f} %" for kind, share in shares.items())
+        return Answer(plots.plot_reliability(_curves(found)), text)
+    factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples)
+    text = f"factors: {factors.position_noise:.2f} on Sigma_A, {factors.measurement_noise:.2f} on R\n"
+    mended = mahalanobis_distances(*corrected(scene.model, scene.guide, factors), scene.data, n_samples=n_samples)
+    found |= {f"{kind}, corrected": x for kind, x in mended.items()}
+    rows, numbers = [], {}
+    for kind, x in found.items():
+        for n in (None, *sorted(set(scene.data.n_objects.tolist()))):
+            among = torch.ones_like(x.held) if n is None else scene.data.n_objects == n
+            cells = [coverage(x, LEVELS, part).shares.tolist() for part in (among, among & x.held)]
+            name = "all" if n is None else str(n)
+            rows.append([kind, name, *(" / ".join(f"{100 * share:.0f}" for share in cell) for cell in cells)])
+            about = {"every": cells[0], "held": cells[1], "positions": coverage(x, LEVELS, among).n_positions}
+            numbers.setdefault(kind, {})[name] = about
+    levels = " / ".join(f"{100 * level:.0f}" for level in LEVELS)
+    text += markdown(["prediction", "N", f"coverage of {levels} %", "identities held"], rows)
+    numbers = {"factors": factors._asdict(), "levels": LEVELS, "coverage": numbers}
+    return Answer(plots.plot_reliability(_curves(found)), text, numbers)
+
+
+def _curves(found: dict[str, Distances]) -> dict[str, tuple[Tensor, Tensor]]:
+    levels = torch.linspace(0.05, 0.99, 48).tolist()
+    curves = {kind: coverage(x, levels) for kind, x in found.items()}
+    return {kind: (curve.levels, curve.shares) for kind, curve in curves.items()}
+
+
+QUESTIONS: dict[str, Callable[[Scene], Answer]] = {
+    "filter": draw_filter,
+    "hidden": draw_hidden,
+    "retrodict": draw_retrodict,
+    "what-if": draw_what_if,
+    "evidence": draw_evidence,
+    "count": draw_count,
+    "stream": draw_stream,
+    "calibration": draw_calibration,
+}
+"""The functions by the names that examples/ask.py and examples/gallery.py give the questions."""

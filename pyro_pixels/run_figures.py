@@ -1,0 +1,202 @@
+"""Figures of a trained run: what it infers, generates and fills in, beside the truth. Each returns its paths."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_pixels._files import atomic_write
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.plots import paper as plots
+from pyro_pixels.queries.predict import Prediction, generate, infer, interpolate, reconstruct
+from pyro_pixels.runs import Run
+
+
+class RunView:
+    """Some sequences with a run's answers about them, in pixels where true positions are known.
+
+    Attributes:
+        inference: positions inferred from all frames, in latent units.
+        to_pixels: maps latent positions to pixels; the identity where no true positions are known.
+        size: (H, W), or None where positions are plotted in latent units.
+        order: (B, N), which inferred object is which true one; None where no true positions are known.
+    """
+
+    def __init__(self, run: Run, data: ImageSequences, device: torch.device, *, n_seen: int = 5) -> None:
+        self.run, self.data, self.device, self.n_seen = run, data, device, n_seen
+        self.images, self.n_objects = data.images.to(device), data.n_objects.to(device)
+        self.inference = infer(run.guide, self.images, self.n_objects)
+        self.to_pixels: Callable[[Tensor], Tensor] = lambda a: a
+        self.size: tuple[int, int] | None = None
+        self.order: Tensor | None = None
+        if data.positions is not None and bool((data.n_objects == 1).any()):
+            self.to_pixels = metrics.fit_affine(self.inference.mean.cpu(), data.positions, data.n_objects)
+            self.size = data.size
+            self.order = metrics.assign(self.to_pixels(self.inference.mean.cpu()), data.positions, data.n_objects)
+
+    def tracks(self, a: Tensor) -> Tensor:
+        """Latent positions as they are plotted: in pixels and in the true objects' order if there is a truth."""
+        a = self.to_pixels(a.cpu())
+        return a if self.order is None else metrics.reorder(a, self.order)
+
+    def generation(self, n_frames: int | None = None, n_samples: int = 0) -> Prediction:
+        """What follows the first ``n_seen`` frames."""
+        return generate(
+            self.run.model, self.run.guide, self.images[:, : self.n_seen], self.n_objects,
+            n_frames=n_frames or self.images.shape[1], n_samples=n_samples,
+        )  # fmt: skip
+
+    def interpolation(self, n_samples: int = 0) -> Prediction:
+        """What lies between the first and the last ``n_seen`` frames."""
+        time = torch.arange(self.images.shape[1], device=self.device)
+        ends = (time < self.n_seen) | (time >= len(time) - self.n_seen)
+        return interpolate(self.run.model, self.run.guide, self.images, self.n_objects, ends, n_samples=n_samples)
+
+    def reconstruction(self) -> Tensor:
+        """(B, T, H, W), the images that the renderer draws at the inferred positions."""
+        return reconstruct(self.run.model, self.run.guide, self.images, self.n_objects)
+
+    def pick(self, per_n: int) -> Tensor:
+        """Indices of the first ``per_n`` sequences of each N, largest N first."""
+        values = sorted(set(self.data.n_objects.tolist()), reverse=True)
+        return torch.cat([(self.data.n_objects == n).nonzero().squeeze(1)[:per_n] for n in values])
+
+    def truth_and_inferred(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
+        """True positions of the sequences, None where they are not known, and inferred ones."""
+        truth = None if self.size is None or self.data.positions is None else self.data.positions[rows]
+        return truth, self.tracks(self.inference.mean)[rows]
+
+
+def draw_sequences(data: ImageSequences, path: Path) -> Path:
+    """Six sequences, each overlaid in time, like Fig 1."""
+    titles = [f"N = {n}" for n in data.n_objects[:6].tolist()]
+    plots.save_figure(plots.plot_sequences(data.images[:6], columns=3, titles=titles), path)
+    return path
+
+
+def draw_inference(view: RunView, out: Path) -> list[Path]:
+    """positions.png, like Fig 3."""
+    rows, path = view.pick(3), out / "positions.png"
+    n_objects = view.data.n_objects[rows]
+    truth, mean = view.truth_and_inferred(rows)
+    if truth is None:
+        absent = torch.arange(mean.shape[1]) >= n_objects[:, None]
+        mean = mean.masked_fill(absent[:, :, None, None], torch.nan)
+        figure = plots.plot_inference_means({"inferred, latent units": mean})
+    else:
+        figure = plots.plot_positions(truth, mean, n_objects=n_objects, size=view.size)
+    plots.save_figure(figure, path)
+    return [path]
+
+
+def draw_generation(view: RunView, prediction: Prediction, out: Path) -> list[Path]:
+    """generated_images.png like Fig 6, generated_trajectories.png like Fig 8, and generation.gif."""
+    tau, rows = view.n_seen, view.pick(2)
+    truth, drawn = view.data.images, prediction.images.cpu()
+    T = min(truth.shape[1], drawn.shape[1])
+    images, trajectories = out / "generated_images.png", out / "generated_trajectories.png"
+    plots.save_figure(plots.plot_generated_images(drawn[rows, tau:T], truth[rows, tau:T], rows=2), images)
+    generated = view.tracks(prediction.mean[:, :, :T])
+    generated[:, :, : tau - 1] = torch.nan
+    figure = plots.plot_trajectories(
+        *view.truth_and_inferred(rows), generated[rows],
+        n_objects=view.data.n_objects[rows], size=view.size, columns=3,
+    )  # fmt: skip
+    plots.save_figure(figure, trajectories)
+    return [images, trajectories, draw_forecast(view, prediction, out / "generation.gif")]
+
+
+def draw_forecast(view: RunView, prediction: Prediction, path: Path) -> Path:
+    """A GIF of the truth, the reconstruction, and what was generated after the first frames."""
+    rows, T = view.pick(1), min(view.images.shape[1], prediction.images.shape[1])
+    panels = {
+        "truth": view.data.images[rows, :T],
+        "reconstruction": view.reconstruction().cpu()[rows, :T],
+        "generation": prediction.images.cpu()[rows, :T],
+    }
+    plots.gif(path, panels, scale=4, mark={"generation": view.n_seen})
+    return path
+
+
+def draw_interpolation(view: RunView, generated: Prediction, interpolated: Prediction, out: Path) -> list[Path]:
+    """interpolation.png, like Fig 9."""
+    rows, path = view.pick(2), out / "interpolation.png"
+    images = {
+        "generated": generated.images.cpu()[rows],
+        "truth": view.data.images[rows],
+        "interpolated": interpolated.images.cpu()[rows],
+    }
+    red, cyan = (view.tracks(p.mean) for p in (generated, interpolated))
+    red[:, :, : view.n_seen - 1] = torch.nan
+    figure = plots.plot_trajectories(
+        *view.truth_and_inferred(rows), red[rows], cyan[rows],
+        n_objects=view.data.n_objects[rows], size=view.size, images=images, columns=3,
+    )  # fmt: skip
+    plots.save_figure(figure, path)
+    return [path]
+
+
+def draw_error_over_time(view: RunView, generated: Prediction, interpolated: Prediction, out: Path) -> list[Path]:
+    """error_over_time.png: mean error in each frame beside the floor; only where the true dynamics are known."""
+    data, path = view.data, out / "error_over_time.png"
+    if view.size is None or data.dynamics is None or data.positions is None:
+        return []
+    truth, n_objects = data.positions, data.n_objects
+    errors, floors, observed = {}, {}, {}
+    for name, prediction in (("generated", generated), ("interpolated", interpolated)):
+        a, seen = view.to_pixels(prediction.mean.cpu()), prediction.observed.cpu()
+        a = metrics.reorder(a, metrics.assign(a[:, :, seen], truth[:, :, seen], n_objects))
+        errors[name] = metrics.errors(a, truth, n_objects).nanmean((0, 1))
+        floor = metrics.floor_predictions(data.dynamics, truth, seen)
+        floors[name] = metrics.errors(floor, truth, n_objects).nanmean((0, 1))
+        floors[name][seen] = torch.nan
+        observed[name] = seen
+    plots.save_figure(plots.plot_error_over_time(errors, floors=floors, seen=observed["interpolated"]), path)
+    return [path]
+
+
+class Snapshots:
+    """Inferred means of up to 20 sequences at every evaluation of a training, kept in a file; shown like Fig 5(a)."""
+
+    def __init__(self, path: Path, data: ImageSequences, *, resume: bool) -> None:
+        """``resume``: keep the means that are in the file already."""
+        two = data.n_objects == min(2, int(data.n_objects.max()))
+        self.path, self.shown = path, data[two if bool(two.any()) else slice(None)][:20]
+        self.means: dict[str, np.ndarray] = {}
+        if resume and path.exists():
+            with np.load(path) as file:
+                self.means = dict(file)
+
+    def take(self, run: Run, metrics: dict[str, float]) -> None:
+        """Adds the means of a run that is being trained; ``metrics`` is the evaluation's line."""
+        device = next(run.model.parameters()).device
+        inferred = infer(run.guide, self.shown.images.to(device), self.shown.n_objects.to(device))
+        self.means[str(int(metrics["step"]))] = inferred.mean.cpu().numpy()
+        with atomic_write(self.path) as file:
+            np.savez(file, **self.means)  # type: ignore[arg-type]
+
+
+def draw_stages(snapshots: Path, path: Path) -> list[Path]:
+    """Like Fig 5(a), the first, the middle and the last of a training's `Snapshots`; nothing if there are none."""
+    if not snapshots.exists():
+        return []
+    with np.load(snapshots) as file:
+        means = {int(step): file[step] for step in file.files}
+    if not means:
+        return []
+    steps = sorted(means)
+    stages = {f"step {s:,}": means[s] for s in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))}
+    plots.save_figure(plots.plot_inference_means(stages), path)
+    return [path]
+
+
+def draw_training(folder: Path) -> list[Path]:
+    """training.png and inference_means.png, from the metrics and the snapshots in a run's folder."""
+    path = folder / "training.png"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    plots.save_figure(plots.plot_training(lines), path)
+    return [path, *draw_stages(folder / "snapshots.npz", folder / "inference_means.png")]

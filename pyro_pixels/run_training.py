@@ -1,0 +1,121 @@
+"""Training a run from its configuration into its folder, by the bound or by another run's guide."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pyro_pixels.config import RunConfig
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.runs import Run, build, load_config, save_config
+from pyro_pixels.training.distillation import GivenTracks, draw_tracks
+from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.loop import FitResult
+from pyro_pixels.training.schedule import Schedule
+
+CANDIDATE_STEPS = 200
+CANDIDATE_SEEDS_APART = 1_000
+
+
+def build_on(config: RunConfig, device: torch.device | str) -> Run:
+    """The untrained run of a configuration, on a device."""
+    run = build(config)
+    return run._replace(model=run.model.to(device), guide=run.guide.to(device))
+
+
+def train_run(
+    config: RunConfig,
+    folder: str | Path,
+    data: ImageSequences,
+    *,
+    device: torch.device | str = "cpu",
+    validation: ImageSequences | None = None,
+    n_starts: int = 1,
+    progress: bool = True,
+    on_evaluation: Callable[[Run, dict[str, float]], None] | None = None,
+) -> tuple[Run, FitResult]:
+    """Trains a run in its folder, from its checkpoint on if the folder has one.
+
+    Args:
+        data: what to learn from.
+        validation: sequences whose bound is reported at each evaluation.
+        n_starts: number of starting weights, of which the one with the highest bound after 200 steps is trained on.
+        on_evaluation: called with the run and each line of metrics.
+
+    Raises:
+        ValueError: if the folder holds a run of another configuration (other than in its number of steps).
+        FloatingPointError: if the loss is no longer finite.
+    """
+    folder = Path(folder)
+    resume = (folder / "checkpoint.pt").exists()
+    if resume:
+        refuse_another(config, folder)
+    run = build_on(config, device)
+    save_config(folder, config)
+    others = [build_on(replace(config, seed=seed), device) for seed in _candidate_seeds(config.seed, n_starts)]
+    result = fit(
+        run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, validation=validation,
+        candidates=[(other.model, other.guide) for other in others],
+        candidate_steps=min(CANDIDATE_STEPS, config.schedule.steps), resume=resume, progress=progress,
+        on_evaluation=None if on_evaluation is None else lambda line: on_evaluation(run, line),
+    )  # fmt: skip
+    return run._replace(step=result.step), result
+
+
+def refuse_another(config: RunConfig, folder: Path) -> None:
+    """Raises a ValueError if the folder's run differs from ``config`` in anything but how long it is trained."""
+    there: RunConfig = load_config(folder)
+    if there.n_held_out is None:  # as before there was the field
+        there = replace(there, n_held_out=config.n_held_out)
+    if replace(there, schedule=replace(there.schedule, steps=config.schedule.steps)) != config:
+        raise ValueError(f"{folder} holds a run of another configuration; remove it, or choose another folder")
+
+
+def _candidate_seeds(seed: int, n_starts: int) -> Sequence[int]:
+    return [seed + CANDIDATE_SEEDS_APART * (i + 1) for i in range(n_starts - 1)]
+
+
+def teaching_schedule(steps: int) -> Schedule:
+    """A schedule that trains the guide alone, with a learning rate that falls in the second half."""
+    return Schedule(
+        steps=steps, learning_rate=1e-3, decay_from=steps // 2, learn_from={"model": steps}, anneal_from=steps,
+        one_n_per_batch=True, clip_norm=30.0, evaluate_every=max(1, steps // 8),
+    )  # fmt: skip
+
+
+def teach_run(
+    teacher: Run,
+    config: RunConfig,
+    folder: str | Path,
+    data: ImageSequences,
+    *,
+    validation: ImageSequences | None = None,
+    progress: bool = True,
+) -> tuple[Run, FitResult]:
+    """Trains a run of the teacher's model and a guide of its own from the teacher's draws, from a checkpoint if any.
+
+    Args:
+        teacher: the run whose guide is learned from, on the device that is to be used.
+        config: the new run's, with the guide that learns, and a schedule such as `teaching_schedule`.
+        data: images to draw tracks for; nothing in them is labelled.
+        validation: sequences whose bound is reported at each evaluation.
+
+    Raises:
+        ValueError: if the folder holds a run of another configuration.
+    """
+    folder = Path(folder)
+    resume = (folder / "checkpoint.pt").exists()
+    if resume:
+        refuse_another(config, folder)
+    run = build(config)
+    run.model.load_state_dict(teacher.model.state_dict())
+    device = next(teacher.model.parameters()).device
+    run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
+    save_config(folder, config)
+    tracks = draw_tracks(teacher.guide, data, seed=config.seed)
+    result = fit(
+        run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, validation=validation,
+        resume=resume, progress=progress, objective=GivenTracks, tracks=tracks,
+    )  # fmt: skip
+    return run._replace(step=result.step), result
