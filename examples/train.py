@@ -25,7 +25,7 @@ from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_hea
 from pyro_pixels.plots import paper as plotting
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import infer
-from pyro_pixels.runs import Run, build, load_config, save_config
+from pyro_pixels.runs import Run, build, load_config
 from pyro_pixels.training.fitting import fit, fit_together
 from pyro_pixels.training.loop import FitResult
 from pyro_pixels.training.svi import Training
@@ -147,7 +147,6 @@ class Job:
         self.folder, self.device, self.resume = new_folder(folder), device, args.resume
         run = build(self.config)
         self.run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
-        save_config(folder, self.config)
         shown = self.data if self.validation is None else self.validation
         self.snapshots = Snapshots(folder / "snapshots.npz", self.run, shown, device, args.resume)
 
@@ -155,6 +154,7 @@ class Job:
         return Training(
             self.run.model, self.run.guide, self.data, self.config.schedule, seed=self.config.seed,
             run_dir=self.folder, validation=self.validation, on_evaluation=self.snapshots.take,
+            config=self.config,
         )  # fmt: skip
 
     def fit(self, n_starts: int, progress: bool) -> FitResult:
@@ -165,7 +165,7 @@ class Job:
             run_dir=self.folder, validation=self.validation,
             candidates=[(other.model.to(self.device), other.guide.to(self.device)) for other in others],
             candidate_steps=min(200, self.config.schedule.steps), resume=self.resume, progress=progress,
-            on_evaluation=self.snapshots.take,
+            on_evaluation=self.snapshots.take, config=self.config,
         )  # fmt: skip
 
     def introduce(self) -> None:
