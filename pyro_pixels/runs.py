@@ -136,7 +136,7 @@ def _check_size(config: RunConfig, max_weights: int) -> None:
     if n > max_weights:
         raise ValueError(
             f"state_size {D}, guide_state_size {S}, {config.data.height} x {config.data.width} pixels and max_objects "
-            f"{config.max_objects} make about {n:,} weights, more than max_weights, {max_weights:,}; wanted smaller ones"
+            f"{config.max_objects} make about {n:,} weights, more than max_weights, {max_weights:,}; wanted fewer"
         )
 
 
