@@ -30,13 +30,13 @@ class RunConfig:
     """Where the renderer's b^v starts; below 0 the canvas starts dark."""
     renderer_input_scale: Annotated[float, Bounds(0, 1e6, above=True)] | None = None
     """Where the renderer's W^alpha and W^x start; None: as the paper."""
-    image_ramps: float | None = None
+    image_ramps: Annotated[float, Bounds(-1e6, 1e6)] | None = None
     """Weight of the ramps that the inference network's image weights start as (`start_as_ramps`); None: as the
     paper."""
-    common_s0: float | None = None
+    common_s0: Annotated[float, Bounds(0, 1)] | None = None
     """Share of its own that each object's s_0 starts with, the rest being common to all (`start_alike`); None: as the
     paper, all its own."""
-    memory: float | None = None
+    memory: Annotated[float, Bounds(-1e6, 1e6)] | None = None
     """Gain of the identity that the inference network's weights from s_{t-1}^n start with (`start_with_memory`); None:
     as the paper, none."""
     likelihood: str = "bernoulli"
