@@ -22,7 +22,7 @@ from pyro_pixels.presets import PRESETS
 from pyro_pixels.run_figures import Snapshots, draw_training
 from pyro_pixels.run_sequences import run_sequences
 from pyro_pixels.run_training import build_on, train_run
-from pyro_pixels.runs import build, load_config, save_config
+from pyro_pixels.runs import build, load_config
 from pyro_pixels.training.fitting import fit_together
 from pyro_pixels.training.loop import FitResult
 from pyro_pixels.training.svi import Training
@@ -122,10 +122,9 @@ class Job:
     def beside_others(self) -> Training:
         """The training of a run that takes turns with others."""
         self.run = build_on(self.config, self.device)
-        save_config(self.folder, self.config)
         return Training(
             self.run.model, self.run.guide, self.data, self.config.schedule, seed=self.config.seed,
-            run_dir=self.folder, validation=self.held_out,
+            run_dir=self.folder, validation=self.held_out, config=self.config,
             on_evaluation=lambda line: self.snapshots.take(self.run, line),
         )  # fmt: skip
 

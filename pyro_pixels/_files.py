@@ -1,34 +1,131 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all.
+
+What is not whole yet has an unpredictable name, ``.NAME.<16 hex digits>.part``, in the folder of the file, and is
+opened with O_EXCL: it follows no symbolic link and takes nobody's place. Its writer holds a lock on it, where the
+system has such locks, so that parts whose writers were killed are recognised, and removed when the folder is next
+written to.
+"""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+try:
+    import fcntl
+except ImportError:  # pragma: no cover  # Windows
+    fcntl = None
+
+_PART = re.compile(r"\..+\.(?:(?P<token>[0-9a-f]{16})|(?P<pid>\d{1,10}))\.part")  # the latter by version 0.1
+_swept: set[Path] = set()
+
+
+class CannotWrite(OSError, ValueError):
+    """A file could not be written: no such folder, no permission, or no room. An older file there is as it was."""
+
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | Path, *, before: Callable[[Path], None] | None = None) -> Iterator[IO[bytes]]:
     """A binary file that takes the name ``path`` only once it is whole; until then an older file there stays.
 
+    Args:
+        before: called with the whole file, under its temporary name, before it takes its own.
+
     Raises:
-        ValueError: if the folder cannot be made or written to.
+        CannotWrite: if the folder cannot be made or written to, or there is no room. It is a ValueError.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(part, "wb")  # noqa: SIM115  # closed by the with below; only opening it is tried here
+        sweep(path.parent)
+        part, file = _new_part(path)
     except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from None
+        raise CannotWrite(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from None
     try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if isinstance(error, CannotWrite) or error.errno is None:
+                raise
+            raise CannotWrite(f"cannot write {path} ({error.strerror}); {_as_it_was(path)}") from None
+        if before is not None:
+            before(part)
         try:
             os.replace(part, path)
         except OSError as error:
-            raise ValueError(f"cannot write {path} ({error.strerror}); choose another name") from None
+            raise CannotWrite(f"cannot write {path} ({error.strerror}); choose another name") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def sweep(folder: str | Path, again: bool = False) -> list[Path]:
+    """Removes the parts in a folder whose writers are gone, once in a process or ``again``; says which."""
+    folder = Path(folder).absolute()
+    if folder in _swept and not again:
+        return []
+    _swept.add(folder)
+    removed = []
+    for part in folder.glob(".*.part"):
+        match = _PART.fullmatch(part.name)
+        if match is not None and (_is_alone(part) if match["token"] else not _is_running(int(match["pid"]))):
+            with suppress(OSError):
+                part.unlink()
+                removed.append(part)
+    return removed
+
+
+def _new_part(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new file beside ``path``, locked by this process."""
+    while True:
+        part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+        try:
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        except FileExistsError:  # pragma: no cover  # one in 2^64
+            continue
+        file = os.fdopen(fd, "wb")
+        if fcntl is None:  # pragma: no cover
+            return part, file
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return part, file
+        file.close()  # swept by another process before it was locked
+
+
+def _is_alone(part: Path) -> bool:
+    """Whether no process is writing a part."""
+    if fcntl is None:  # pragma: no cover
+        return False
+    try:
+        fd = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        part.unlink(missing_ok=True)  # while it is locked: its writer, if it is only about to lock it, makes another
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+def _as_it_was(path: Path) -> str:
+    return "the file of that name is as it was" if path.exists() else "there is no file of that name"

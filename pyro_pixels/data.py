@@ -5,8 +5,6 @@ Positions are in pixels, (column, row), with pixel centres at whole numbers and 
 """
 
 import dataclasses
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_pixels._arrays import MAX_BYTES, read_arrays
 from pyro_pixels._batch import unseen_frames
 from pyro_pixels._convert import PREPARE, as_counts, as_images, as_positions
 from pyro_pixels._files import atomic_write
 from pyro_pixels.lgssm.kalman import LGSSM
+
+MAX_OBJECTS = 1_000
+"""The largest N of a file: work and memory grow with N times T for every sequence."""
 
 
 @dataclass(frozen=True)
@@ -160,37 +163,27 @@ def save_sequences(path: str | Path, data: ImageSequences) -> None:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
-def load_sequences(path: str | Path) -> ImageSequences:
+def load_sequences(path: str | Path, *, max_bytes: int = MAX_BYTES) -> ImageSequences:
     """Reads an .npz of image sequences and checks it.
 
     The file has ``images`` (n, T, H, W), uint8 0/1 or float32 within [0, 1], ``n_objects`` int (n,), and optionally
     ``positions`` float (n, N_max, T, 2) in pixels (column, row), NaN where there is no object. `simulate.py` also
     writes the noise-free ``paths``, the launch ``sides`` and the ``true_*`` parameters of the dynamics.
 
+    Args:
+        max_bytes: of these arrays, unpacked; a larger file is refused before any of it is unpacked.
+
     Raises:
         ValueError: if there is no such file, or its contents are not as above; says what to change.
     """
     path = Path(path)
+    true = [f"true_{field}" for field in LGSSM._fields] + ["true_pi"]
+    names = ("images", "n_objects", "positions", "paths", "sides", *true)
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it is an .npy")
-        with file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = read_arrays(path, max_bytes=max_bytes, names=names)
     except FileNotFoundError:
         raise ValueError(
             f"there is no file {path}; make one with examples/simulate.py, or see its docs for the format"
-        ) from None
-    except ValueError as error:
-        objects = "allow_pickle" in str(error)
-        advice = "it holds objects, such as sequences of unequal length: make ImageSequences(list_of_arrays, n_objects)"
-        raise ValueError(
-            f"{path} cannot be read as an .npz of arrays ({advice if objects else error}); "
-            f"write it with {'save_sequences' if objects else 'numpy.savez_compressed'}"
-        ) from None
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(
-            f"{path} cannot be read as an .npz of arrays ({error}); write it with numpy.savez_compressed"
         ) from None
 
     for name in ("images", "n_objects"):
@@ -202,6 +195,8 @@ def load_sequences(path: str | Path) -> ImageSequences:
     images, n_objects = arrays["images"], arrays["n_objects"]
     if images.ndim == 4 and images.shape[1] < 2 and images.size:
         raise ValueError(f"{path}: sequences have {images.shape[1]} frame; wanted at least 2, as one shows no motion")
+    if n_objects.dtype.kind in "iu" and n_objects.size and n_objects.max() > MAX_OBJECTS:
+        raise ValueError(f"{path}: n_objects has the value {n_objects.max()}; wanted at most {MAX_OBJECTS:,}")
     try:
         given: dict[str, Any] = {name: arrays.get(name) for name in ("images", "n_objects", "positions", "paths")}
         found = ImageSequences(**given)
@@ -214,9 +209,32 @@ def load_sequences(path: str | Path) -> ImageSequences:
                 f"{path}: sides have shape {sides.shape} and type {sides.dtype}; wanted integers (n, N_max)"
             )
         sides = torch.from_numpy(sides.astype(np.int64))
-    names = [f"true_{field}" for field in LGSSM._fields] + ["true_pi"]
-    dynamics = None
-    if all(name in arrays for name in names):
-        values = [torch.from_numpy(arrays[name].astype(np.float64)) for name in names]
-        dynamics = TrueDynamics(LGSSM(*values[:-1]), values[-1])
+    dynamics = _checked_dynamics(path, [arrays[name] for name in true]) if arrays.keys() >= set(true) else None
     return _checked(found.images, found.n_objects, found.positions, found.paths, sides, dynamics)
+
+
+def _checked_dynamics(path: Path, arrays: list[NDArray[Any]]) -> TrueDynamics:
+    """The ``true_*`` parameters: real and finite, of shapes that fit, probabilities and covariances that are such."""
+    K = arrays[-1].shape[0] if arrays[-1].ndim == 1 else 0
+    shapes = [(4, 4), (2, 4), (4,), (4, 4), (2, 2), (K, 4), (K, 4, 4), (K,)]
+    for name, x, shape in zip((*LGSSM._fields, "pi"), arrays, shapes):
+        if x.shape != shape or x.dtype.kind not in "fiu" or 0 in shape:
+            raise ValueError(
+                f"{path}: true_{name} has shape {x.shape} and type {x.dtype}; wanted floats {shape}. Leave all true_* "
+                "out, or write them as simulate.py does"
+            )
+        if not np.isfinite(x).all():
+            raise ValueError(f"{path}: true_{name} has values that are not finite; wanted finite ones, or no true_*")
+    values = [torch.from_numpy(x.astype(np.float64)) for x in arrays]
+    lgssm, pi = LGSSM(*values[:-1]), values[-1]
+    if bool((pi < 0).any()) or abs(float(pi.sum()) - 1) > 1e-6:
+        raise ValueError(f"{path}: true_pi is {pi.tolist()}; wanted probabilities, which add up to 1")
+    for name in ("Sigma_H", "Sigma_A", "Sigma"):
+        Sigma = getattr(lgssm, name)
+        scale = 1e-9 * float(Sigma.abs().max()) + 1e-300
+        least = float(torch.linalg.eigvalsh(Sigma).min())
+        if not torch.allclose(Sigma, Sigma.mT, rtol=0, atol=scale) or least < -scale:
+            raise ValueError(
+                f"{path}: true_{name} is no covariance; wanted a symmetric matrix without negative variance"
+            )
+    return TrueDynamics(lgssm, pi)

@@ -8,7 +8,7 @@ import torch
 
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.runs import Run, build, load_config, save_config
+from pyro_pixels.runs import Run, build, load_config
 from pyro_pixels.training.distillation import GivenTracks, draw_tracks
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.training.loop import FitResult
@@ -52,13 +52,12 @@ def train_run(
     if resume:
         refuse_another(config, folder)
     run = build_on(config, device)
-    save_config(folder, config)
     others = [build_on(replace(config, seed=seed), device) for seed in _candidate_seeds(config.seed, n_starts)]
     result = fit(
         run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, validation=validation,
         candidates=[(other.model, other.guide) for other in others],
         candidate_steps=min(CANDIDATE_STEPS, config.schedule.steps), resume=resume, progress=progress,
-        on_evaluation=None if on_evaluation is None else lambda line: on_evaluation(run, line),
+        on_evaluation=None if on_evaluation is None else lambda line: on_evaluation(run, line), config=config,
     )  # fmt: skip
     return run._replace(step=result.step), result
 
@@ -112,10 +111,9 @@ def teach_run(
     run.model.load_state_dict(teacher.model.state_dict())
     device = next(teacher.model.parameters()).device
     run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
-    save_config(folder, config)
     tracks = draw_tracks(teacher.guide, data, seed=config.seed)
     result = fit(
         run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, validation=validation,
-        resume=resume, progress=progress, objective=GivenTracks, tracks=tracks,
+        resume=resume, progress=progress, objective=GivenTracks, tracks=tracks, config=config,
     )  # fmt: skip
     return run._replace(step=result.step), result

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyro_pixels._files import atomic_write
+from pyro_pixels._arrays import MAX_BYTES, read_arrays
+from pyro_pixels._checks import check_number
+from pyro_pixels._checksums import checked_write, read_checked
+from pyro_pixels._lock import locked
 from pyro_pixels.config import RunConfig
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
@@ -28,7 +31,8 @@ from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.model.likelihoods import LIKELIHOODS
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer
-from pyro_pixels.training.checkpoints import load_checkpoint, load_weights
+from pyro_pixels.training.checkpoints import load_checkpoint, load_weights, write_config
+from pyro_pixels.training.states import check_weights, first_not_finite
 from pyro_pixels.worlds.base import WorldConfig
 from pyro_pixels.worlds.others import WORLDS
 
@@ -81,6 +85,9 @@ def _with_attention(rnn: StateNetwork) -> Guide:
     return RecurrentGuide(rnn, AttentionHead(rnn.height, rnn.width, rnn.state_size))
 
 
+MAX_WEIGHTS = 2 * 10**9
+"""Of model and guide together, 8 GB in single precision; the paper's have 30 million."""
+
 GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
     "recurrent": _recurrent,  # the paper's
     "attentive": _attentive,  # the paper's with an `AttentionHead`
@@ -91,17 +98,24 @@ GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
 """Guides that a configuration can name; add your own to train and load it by name."""
 
 
-def build(config: RunConfig) -> Run:
+def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
     """The untrained model and guide of a configuration; the caller's random state is left as it was.
 
+    Args:
+        max_weights: the limit on the number of weights, checked before any is made.
+
     Raises:
-        ValueError: if the configuration names a guide or a likelihood that is not in `GUIDES` or `LIKELIHOODS`.
+        ValueError: if the configuration names a guide or a likelihood that is not in `GUIDES` or `LIKELIHOODS`, or asks
+            for more than ``max_weights``.
     """
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"config is a {type(config).__name__}; wanted a RunConfig, such as PRESETS['quick']")
     for kind, name, known in (("guide", config.guide, GUIDES), ("likelihood", config.likelihood, LIKELIHOODS)):
         if name not in known:
             raise ValueError(
                 f"there is no {kind} '{name}'; wanted one of {sorted(known)}, or add yours to {kind.upper()}S"
             )
+    _check_size(config, max_weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         renderer = Renderer(
@@ -115,10 +129,27 @@ def build(config: RunConfig) -> Run:
         return Run(config, model, GUIDES[config.guide](config, model), step=0)
 
 
+def _check_size(config: RunConfig, max_weights: int) -> None:
+    pixels, D, K = config.data.height * config.data.width, config.state_size, config.dynamics.n_components
+    S = config.guide_state_size or D
+    n = D * (pixels + 7) + 2 * S * (2 * S + pixels) + config.max_objects**2 * S + 21 * K
+    if n > max_weights:
+        raise ValueError(
+            f"state_size {D}, guide_state_size {S}, {config.data.height} x {config.data.width} pixels and max_objects "
+            f"{config.max_objects} make about {n:,} weights, more than max_weights, {max_weights:,}; wanted fewer"
+        )
+
+
 def save_config(folder: str | Path, config: RunConfig) -> None:
-    """Writes config.json into the folder of a run, which is made if need be."""
-    with atomic_write(Path(folder) / "config.json") as file:
-        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
+    """Writes config.json into the folder of a run, which is made if need be.
+
+    Before a training give the configuration to `fit` instead, which writes it once the folder is its own.
+
+    Raises:
+        ValueError: if another process trains in the folder, or it cannot be written to.
+    """
+    with locked(folder):
+        write_config(folder, config)
 
 
 def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
@@ -129,12 +160,12 @@ def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
     """
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_checked(path))
     except FileNotFoundError:
         raise ValueError(
             f"there is no run in {folder} ({path.name} is missing); train one with examples/train.py"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); restore it, or train again") from None
     return _from_dict(kind, values, str(path))
 
@@ -148,9 +179,12 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
     run = build(load_config(folder))
     path = Path(folder) / "checkpoint.pt"
     state = load_checkpoint(path)
-    load_weights(run.model, state["model"], path)
-    load_weights(run.guide, state["guide"], path)
-    return run._replace(model=run.model.to(device), guide=run.guide.to(device), step=state["step"])
+    check_weights(run.model, state.get("model"), path)
+    check_weights(run.guide, state.get("guide"), path)
+    run.model.load_state_dict(state["model"])
+    run.guide.load_state_dict(state["guide"])
+    step = check_number(f"step in {path}", state.get("step"), 0)
+    return run._replace(model=run.model.to(device), guide=run.guide.to(device), step=step)
 
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -170,13 +204,17 @@ def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> 
     names = sorted(path.name for path in PRETRAINED.glob("*") if path.is_dir())
     if name not in names:
         raise ValueError(f"there are no pretrained weights '{name}'; wanted one of {names}")
-    run = build(load_config(folder))
-    with np.load(folder / "weights.npz", allow_pickle=False) as file:
-        weights = {key: torch.from_numpy(file[key]) for key in file.files}
+    run, path = build(load_config(folder)), folder / "weights.npz"
+    try:
+        arrays = read_arrays(path, read_checked(path), max_bytes=MAX_BYTES)
+        about = json.loads(read_checked(folder / "about.json"))
+        step = check_number(f"step in {folder / 'about.json'}", about.get("step"), 0)
+    except (OSError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{folder} holds no whole weights ({error}); install the package again") from None
+    weights = {key: torch.from_numpy(x) for key, x in arrays.items()}
     for part, module in (("model", run.model), ("guide", run.guide)):
         own = {key.removeprefix(f"{part}."): x for key, x in weights.items() if key.startswith(f"{part}.")}
-        load_weights(module, own, folder / "weights.npz")
-    step = json.loads((folder / "about.json").read_text())["step"]
+        load_weights(module, own, path)
     return run._replace(model=run.model.to(device), guide=run.guide.to(device), step=step)
 
 
@@ -187,10 +225,13 @@ def export_weights(run: Run, folder: str | Path, about: Mapping[str, Any]) -> No
         for part, module in (("model", run.model), ("guide", run.guide))
         for key, x in module.state_dict().items()
     }
-    save_config(folder, run.config)
-    with atomic_write(Path(folder) / "weights.npz") as file:
+    bad = first_not_finite({"model": run.model, "guide": run.guide})
+    if bad is not None:
+        raise ValueError(f"{bad} has values that are not finite; export a run that was trained without")
+    write_config(folder, run.config)
+    with checked_write(Path(folder) / "weights.npz") as file:
         np.savez_compressed(file, **weights)  # type: ignore[arg-type]
-    with atomic_write(Path(folder) / "about.json") as file:
+    with checked_write(Path(folder) / "about.json") as file:
         file.write(json.dumps({"step": run.step, **about}, indent=2).encode() + b"\n")
 
 
@@ -213,6 +254,8 @@ def _from_dict(kind: type, values: Any, where: str) -> Any:
         return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"{where} does not describe a {kind.__name__} ({error}); train again") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _world_of(values: Any, where: str) -> type[WorldConfig]:

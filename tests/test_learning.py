@@ -311,6 +311,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small_data, tm
 
     with pytest.raises(FloatingPointError, match=r"not finite by step 4.*last good state"):
         fit(model, guide, small_data, QUICK, run_dir=tmp_path, progress=False, on_evaluation=poison)
+    kept = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert kept["step"] == 2
+    assert all(bool(x.isfinite().all()) for part in ("model", "guide") for x in kept[part].values())
     with pytest.raises(FloatingPointError, match="no checkpoint"):
         fit(model, guide, small_data, QUICK, progress=False)
 

@@ -31,7 +31,7 @@ from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import infer
 from pyro_pixels.result_tables import markdown
 from pyro_pixels.run_sequences import TEST_SEED, VALIDATION_SEED
-from pyro_pixels.runs import Run, build, load_run, save_config
+from pyro_pixels.runs import Run, build, load_run
 from pyro_pixels.training.distillation import GivenTracks
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.training.own_tracks import OwnTracks
@@ -188,7 +188,6 @@ def one_run(args: Arguments, name: str, config: RunConfig, folder: Path) -> None
         run.model.load_state_dict(before.model.state_dict())
         run.guide.load_state_dict(before.guide.state_dict())
     run = run._replace(model=run.model.to(device), guide=run.guide.to(device))
-    save_config(folder, config)
     data = simulate(config.data, config.n_sequences, seed=config.seed)
     validation = simulate(config.data, N_VALIDATION, seed=VALIDATION_SEED)
     curve = Curve(folder / "curve.json", run, validation)
@@ -203,7 +202,8 @@ def one_run(args: Arguments, name: str, config: RunConfig, folder: Path) -> None
         options["candidate_steps"] = max(1, min(CANDIDATE_STEPS, config.schedule.steps - 1))
     result = fit(
         run.model, run.guide, data, config.schedule, seed=config.seed, run_dir=folder, validation=validation,
-        resume=(folder / "checkpoint.pt").exists(), progress=False, on_evaluation=curve.take, **options,
+        resume=(folder / "checkpoint.pt").exists(), progress=False, on_evaluation=curve.take, config=config,
+        **options,
     )  # fmt: skip
     if result.interrupted:
         return

@@ -13,18 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_pixels._checks import MAX_SEED, Bounds, check_fields, check_number, check_value
 from pyro_pixels._init import init_as_paper
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.blob_tracker import RADIUS, find_disks
 from pyro_pixels.evaluation.table import N_SEEN, means_by_n
+from pyro_pixels.training import states
 from pyro_pixels.training.checkpoints import load_checkpoint, load_weights
+from pyro_pixels.training.finite import GOOD_SEQUENCES, what_is_not_finite
 from pyro_pixels.training.loop import FitResult, Loop, prepared
 
 
@@ -32,18 +35,15 @@ from pyro_pixels.training.loop import FitResult, Loop, prepared
 class EDLSTMConfig:
     """Sizes of an `EDLSTM`; the defaults are Sec 3.4's."""
 
-    height: int = 48
-    width: int = 48
-    state_size: int = 2048
+    height: Annotated[int, Bounds(1, 4_096)] = 48
+    width: Annotated[int, Bounds(1, 4_096)] = 48
+    state_size: Annotated[int, Bounds(1, 65_536)] = 2048
     """D, length of the LSTM's state and of every hidden layer."""
-    n_layers: int = 1
+    n_layers: Annotated[int, Bounds(1, 100)] = 1
     """Fully connected layers of the encoder, and of the decoder; the paper had one or two."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name} is {value}; wanted a whole number of at least 1")
+        check_fields(self)
 
 
 class EDLSTM(nn.Module):
@@ -113,6 +113,7 @@ def fit_edlstm(
     net: EDLSTM, data: ImageSequences, *, steps: int, own_predictions: bool, batch_size: int = 20,
     learning_rate: float = 1e-3, seed: int = 0, run_dir: str | Path | None = None, resume: bool = False,
     progress: bool = True, on_evaluation: Callable[[dict[str, float]], None] | None = None, evaluate_every: int = 500,
+    config: Any = None,
 ) -> FitResult:  # fmt: skip
     """Minimises -log p of all frames with Adam, in place, on the device that ``net`` is on.
 
@@ -124,6 +125,7 @@ def fit_edlstm(
         run_dir: folder for metrics.jsonl and checkpoint.pt; None: nothing is written.
         resume: continue from the checkpoint in ``run_dir``; on a CPU the numbers are those of an uninterrupted run.
         on_evaluation: called with each line of metrics, once in ``evaluate_every`` steps.
+        config: a dataclass that is written to config.json once all that is read from the folder fits.
 
     Raises:
         ValueError: if a number is out of range; if ``resume`` finds no checkpoint or one trained otherwise; or if the
@@ -131,13 +133,13 @@ def fit_edlstm(
         FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
     """
     for name, value in {"steps": steps, "batch_size": batch_size, "evaluate_every": evaluate_every}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; wanted at least 1")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate}; wanted a number above 0")
+        check_number(name, value, 1)
+    check_value("learning_rate", learning_rate, float, Bounds(0, 1e38, above=True))
+    check_number("seed", seed, 0, MAX_SEED)
     training = _Training(
         net, data, steps, evaluate_every, own_predictions=own_predictions, batch_size=batch_size,
         learning_rate=learning_rate, seed=seed, run_dir=run_dir, on_evaluation=on_evaluation,
+        config=config,
     )  # fmt: skip
     with prepared([training], resume) as stop:
         training.train(stop, progress=progress)
@@ -153,11 +155,16 @@ class _Training(Loop):
     ) -> None:  # fmt: skip
         self.net, self.weight = net, next(net.parameters())
         super().__init__(steps, evaluate_every, device=self.weight.device, **where)
+        self.data, self._mark = data, None
         self.images, self.n_seen = data.images.to(self.device), N_SEEN if own_predictions else None
         self.optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, fused=True)
         self.settings = {"config": dataclasses.asdict(net.config), "own_predictions": own_predictions, "seed": seed,
                          "batch_size": batch_size, "learning_rate": learning_rate}  # fmt: skip
         self.nll = torch.zeros((), dtype=torch.float64, device=self.device)  # summed over steps, nats a frame
+
+    def begin(self, resume: bool) -> None:
+        self._mark = None if self.run_dir is None else states.fingerprint(self.data)
+        super().begin(resume)
 
     def _take_step(self) -> None:
         index = _batch(len(self.images), self.settings["batch_size"], self.settings["seed"], self.step)
@@ -184,17 +191,31 @@ class _Training(Loop):
         return {
             "step": self.step, "seconds": self.seconds, "sums": {"nll": float(self.nll), **self.since}, **self.settings,
             "net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(),
+            **({} if self._mark is None else {"data": self._mark}),
         }  # fmt: skip
 
     def _check(self, state: dict[str, Any], path: Path) -> None:
         _check_kind(state, path)
         for name, value in self.settings.items():
-            if state[name] != value:
-                raise ValueError(f"{path} was trained with {name} {state[name]}, not {value}; resume with the former")
+            if state.get(name) != value:
+                raise ValueError(
+                    f"{path} was trained with {name} {state.get(name)}, not {value}; resume with the former"
+                )
+        states.check_progress(state, path, {"sums": ["nll", *self.since]})
+        states.check_same_data(state, {"data": self._mark}, path)
+        states.check_weights(self.net, state.get("net"), path)
+        states.check_optimizer(self.optimizer, state.get("optimizer"), path)
+
+    def _not_finite(self) -> str | None:
+        def loss(v: Tensor) -> Tensor:
+            return F.binary_cross_entropy_with_logits(self.net.forward(v, self.n_seen), v)
+
+        v = self.images[:GOOD_SEQUENCES].to(self.weight.dtype)
+        return what_is_not_finite({"net": self.net}, self.optimizer, loss, [v])
 
     def _restore(self, state: dict[str, Any], source: str | Path) -> None:
         load_weights(self.net, state["net"], source)
-        self.optimizer.load_state_dict(state["optimizer"])
+        states.restore_optimizer(self.optimizer, state["optimizer"])
         self.step, self.seconds, sums = state["step"], state["seconds"], dict(state["sums"])
         self.nll.fill_(sums.pop("nll"))
         self.since = sums
@@ -210,7 +231,10 @@ def load_edlstm(folder: str | Path, device: torch.device | str = "cpu") -> EDLST
     state = load_checkpoint(path)
     _check_kind(state, path)
     with torch.random.fork_rng(devices=[]):
-        net = EDLSTM(EDLSTMConfig(**state["config"]))
+        try:
+            net = EDLSTM(EDLSTMConfig(**state["config"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} has no configuration of an ED-LSTM ({error}); train again") from None
     load_weights(net, state["net"], path)
     return net.to(device)
 

@@ -17,7 +17,7 @@ has no noise, no background and no clutter nothing is done, and images reach the
 Not in the paper, whose images have none of the three.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -64,8 +64,10 @@ class PixelEvidence(nn.Module):
     by_height: Tensor  # (Z_BINS,), P(object) by how far the smoothed pixel is above the null
     by_neighbours: Tensor  # (9,), P(object) of a white pixel by its number of white neighbours
     kernel: Tensor  # (3, 3)
-    any_state = True
-    """A checkpoint need not have its buffers, and may have them of any size (`load_weights`)."""
+    may_have: ClassVar[dict[str, tuple[int | None, ...]]] = {
+        "background": (None, None), "scalars": (5,), "by_height": (Z_BINS,), "by_neighbours": (9,)
+    }  # fmt: skip
+    """What a checkpoint may have of it but need not, and the shapes (`states.check_weights`); None is any size."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -27,11 +27,13 @@ from torch.autograd.function import once_differentiable
 
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import StateNetwork
+from pyro_pixels.guides.long_tracks import FilteredTracks
 from pyro_pixels.guides.tracking_head import TrackingHead
 from pyro_pixels.lgssm.distributions import DenseTracks
 from pyro_pixels.lgssm.dynamics import Dynamics, dense_components
 from pyro_pixels.lgssm.small_matrices import categorical_sample, cholesky_inverse, cholesky_solve
 
+DENSE_FRAMES = 128  # up to this many frames p(a | y) is one dense Gaussian a component; beyond, a filter
 UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
 
 
@@ -116,22 +118,30 @@ class StructuredGuide(Guide):
         self.dynamics, self.rnn = dynamics, rnn
         self.head = TrackingHead(dynamics, rnn.height, rnn.width, rnn.state_size) if head is None else head
 
-    def encode(self, images: Tensor, n_objects: Tensor) -> ConditionedTracks:
+    def encode(self, images: Tensor, n_objects: Tensor) -> ConditionedTracks | FilteredTracks:
         y, sigma = self.head(self.rnn(images, n_objects), images, n_objects)
-        return ConditionedTracks(self.dynamics, y, sigma.square())
+        return _tracks_given(self.dynamics, y, sigma.square())
 
     def encode_observed(
         self, images: Tensor, n_objects: Tensor, observed: Tensor
-    ) -> tuple[ConditionedTracks, dist.Categorical]:
+    ) -> tuple[ConditionedTracks | FilteredTracks, dist.Categorical]:
         observed = observed.expand(len(images), int(n_objects.max()), images.shape[1])
         frames_seen = observed.any(1)  # (B, T)
         images = torch.where(images.isnan() & ~frames_seen[..., None, None], 0.0, images)
         seen = images * frames_seen[..., None, None]  # identities are not to depend on what was only imagined
         first = int(frames_seen.any(0).nonzero().min())  # before it the network has nothing to go by
-        s = F.pad(self.rnn(images[:, first:], n_objects), (0, 0, first, 0))
-        y, sigma = self.head(s, seen, n_objects)
-        q_a = ConditionedTracks(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))
+        T = images.shape[1]
+        if T > DENSE_FRAMES:  # nor behind the last, and there the head's work would grow with T^3
+            T = int(frames_seen.any(0).nonzero().max()) + 1
+        s = F.pad(self.rnn(images[:, first:T], n_objects), (0, 0, first, 0))
+        y, sigma = (F.pad(x, (0, 0, 0, images.shape[1] - T)) for x in self.head(s, seen[:, :T], n_objects))
+        q_a = _tracks_given(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))
         return q_a, q_a.component
+
+
+def _tracks_given(dynamics: Dynamics, y: Tensor, R: Tensor) -> ConditionedTracks | FilteredTracks:
+    """p(a | y), in the form that suits the number of frames."""
+    return (ConditionedTracks if y.shape[-2] <= DENSE_FRAMES else FilteredTracks)(dynamics, y, R)
 
 
 @torch.no_grad()

@@ -15,21 +15,23 @@ Departures from the paper: none in the density. Sigma_A is kept above a floor (`
 that its Cholesky factor exists. Sigma_H, Sigma_A and Sigma_k are full covariances, which the paper leaves open.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from pyro_pixels._checks import Bounds, check_fields
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import BlockTracks, DenseTracks
 from pyro_pixels.lgssm.kalman import LGSSM
 from pyro_pixels.lgssm.marginal import marginal_moments
 from pyro_pixels.lgssm.sharing import once
 
+Positive = Annotated[float, Bounds(0, 1e12, above=True)]
 DENSE_FRAMES = 64  # up to this many frames `exact_components` are dense
 
 
@@ -37,34 +39,26 @@ DENSE_FRAMES = 64  # up to this many frames `exact_components` are dense
 class DynamicsConfig:
     """Starting values of the dynamics, by default those of Sec 3.2; noises are variances, in latent units."""
 
-    n_components: int = 2
+    n_components: Annotated[int, Bounds(1, 1_000)] = 2
     """K, the number of components of the mixture over h_1."""
-    delta: float = 0.1
+    delta: Positive = 0.1
     """The sampling period."""
-    state_noise: float = 1e-3
+    state_noise: Positive = 1e-3
     """The variance in Sigma_H = state_noise I."""
-    position_noise: float = 1.0
+    position_noise: Positive = 1.0
     """The variance in Sigma_A = position_noise I."""
-    start_spread: float = 1.0
+    start_spread: Positive = 1.0
     """The standard deviation from which the positions in mu_k are drawn."""
-    start_velocity_spread: float = 0.0
+    start_velocity_spread: Annotated[float, Bounds(0, 1e12)] = 0.0
     """The standard deviation from which the velocities in mu_k are drawn; 0 in the paper."""
-    start_variance: float = 1.0
+    start_variance: Positive = 1.0
     """The variance in Sigma_k = start_variance I."""
-    position_noise_floor: float = 1e-6
+    position_noise_floor: Positive = 1e-6
     """The lower bound of Sigma_A, as a multiple of I."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.n_components, int) or self.n_components < 1:
-            raise ValueError(f"n_components is {self.n_components}; wanted a whole number of at least 1")
-        for name in ("delta", "state_noise", "start_spread", "start_variance", "position_noise_floor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a finite number above 0")
-        if not 0 <= self.start_velocity_spread < math.inf:
-            raise ValueError(
-                f"start_velocity_spread is {self.start_velocity_spread}; wanted a finite number, at least 0"
-            )
-        if not self.position_noise_floor < self.position_noise < math.inf:
+        check_fields(self)
+        if not self.position_noise_floor < self.position_noise:
             raise ValueError(
                 f"position_noise is {self.position_noise}; wanted more than its floor, {self.position_noise_floor}"
             )

@@ -56,7 +56,7 @@ class PixelModel(nn.Module):
         B, N, T = self._sizes(images, n_objects, n_frames)
         present = object_mask(n_objects, N)
         with pyro.plate("sequences", B, dim=-1):
-            p_a = self.dynamics.positions(T).expand([B, N])
+            p_a = self.dynamics.positions(T).expand(torch.Size([B, N]))
             a = pyro.sample("a", ExactDensity(p_a.mask(present).to_event(1)))  # type: ignore[attr-defined]
             return self._draw(_of_shape("a", a, (B, N, T, 2)), present, images)
 
@@ -70,7 +70,7 @@ class PixelModel(nn.Module):
         present = object_mask(n_objects, N)
         lgssm = self.dynamics.lgssm()
         with pyro.plate("sequences", B, dim=-1):
-            p_z = dist.Categorical(logits=self.dynamics.log_pi.to(lgssm.mu.dtype)).expand([B, N])
+            p_z = dist.Categorical(logits=self.dynamics.log_pi.to(lgssm.mu.dtype)).expand(torch.Size([B, N]))
             z = _of_shape("z", pyro.sample("z", p_z.mask(present).to_event(1)), (B, N))  # type: ignore[attr-defined]
             h = pyro.sample("h", StatePath(select_component(lgssm, z), T).mask(present).to_event(1))
             h = _of_shape("h", h, (B, N, T, h.shape[-1]))

@@ -1,12 +1,16 @@
 """What a training loop needs that may be stopped at any time: checkpoints, a file of metrics, and a kind way to stop.
 
-Files are written whole or not at all, and read without running any code that a file may bring.
+Files are written whole or not at all, with a checksum beside them, and read without running any code that a file may
+bring. Nothing of a checkpoint is used before all of it was checked (`training.states`).
 """
 
+import dataclasses
+import io
 import json
 import pickle
 import signal
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,33 +19,46 @@ from typing import Any
 
 import torch
 
-from pyro_pixels._files import atomic_write
+from pyro_pixels._checksums import checked_write, damaged, digest, noted, read_checked, warn_unchecked
+from pyro_pixels.training.states import check_weights
 
 FORMAT = 1
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` (tensors, numbers, strings, lists, dicts); an older file stays until the new one is whole."""
-    with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+    """Writes ``state`` (tensors, numbers, strings, lists, dicts); an older file stays until the new one is whole.
+
+    Raises:
+        CannotWrite: if it cannot be written, or there is no room. It is a ValueError.
+    """
+    with checked_write(path) as file:
+        buffer = io.BytesIO()  # torch's writer would make a RuntimeError of a full disk
+        torch.save({"format": FORMAT, **state}, buffer)
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Reads what `save_checkpoint` wrote. Only tensors and plain containers are accepted (``weights_only``).
 
     Raises:
-        ValueError: if there is no such file, or it is truncated, of another kind, or holds anything executable.
+        ValueError: if there is no such file, or it was changed, is truncated, of another kind, or holds anything
+            executable.
     """
     path = Path(path)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        content = read_checked(path)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}; train a run first (examples/train.py)") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); restore a copy, or train again") from None
+    _check_archive(path, content)
+    try:
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} holds more than weights and is not opened; use only checkpoints that this package wrote"
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever a damaged file makes of the reader
         raise ValueError(
             f"{path} is not a whole checkpoint ({_first_line(error)}); train again or restore a copy"
         ) from None
@@ -50,37 +67,79 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return state
 
 
+def _check_archive(path: Path, content: bytes) -> None:
+    """Raises ValueError unless it is a zip whose entries are stored as they are, with the right CRC-32 each."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            fits = sum(entry.file_size for entry in entries) <= len(content)
+            wrong = archive.testzip() if stored and fits else "its entries are larger than the file"
+    except Exception as error:  # zipfile raises many kinds
+        wrong = _first_line(error)
+    if wrong is not None:
+        raise ValueError(f"{path} is not a whole checkpoint ({wrong}); train again or restore a copy")
+
+
 def load_weights(module: torch.nn.Module, weights: dict[str, Any], path: str | Path) -> None:
-    """`load_state_dict` whose complaint is a ValueError that names what does not fit."""
-    own = module.state_dict()
-    free = tuple(f"{name}." for name, part in module.named_modules() if getattr(part, "any_state", False))
-    own = {k: x for k, x in own.items() if not k.startswith(free)}
-    fixed = {k: x for k, x in weights.items() if not k.startswith(free)}
-    wrong = [
-        f"{k}: {tuple(weights[k].shape)} for {tuple(own[k].shape)}"
-        for k in own.keys() & fixed.keys()
-        if weights[k].shape != own[k].shape
-    ]
-    wrong += [f"{k}: missing" for k in sorted(own.keys() - fixed.keys())] + [
-        f"{k}: unknown" for k in sorted(fixed.keys() - own.keys())
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} is of another configuration ({len(wrong)} weights do not fit, such as {wrong[0]}); "
-            "use the configuration it was trained with (config.json beside it) or another folder"
-        )
+    """`load_state_dict` that first checks names, shapes, types and values (`states.check_weights`).
+
+    Raises:
+        ValueError: names what does not fit.
+    """
+    check_weights(module, weights, path)
     module.load_state_dict(weights)
 
 
+def write_config(run_dir: str | Path, config: Any) -> None:
+    """Writes a dataclass as the config.json of a run, in its folder, which is made if need be."""
+    with checked_write(Path(run_dir) / "config.json") as file:
+        file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
+
+
 def read_lines(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; none if there is no such file."""
+    """The lines of a run's metrics.jsonl; none if there is no such file.
+
+    A last line that is not whole, as a crash may leave it, is dropped with a warning.
+
+    Raises:
+        ValueError: if the file is damaged elsewhere.
+    """
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        content = path.read_bytes()
+        wanted = noted(run_dir).get(path.name)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); restore a copy, or delete it") from None
+    if wanted is None:
+        warn_unchecked(path)
+    elif digest(content) not in wanted:
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole == content or digest(whole) not in wanted:
+            raise ValueError(damaged(path))
+    lines: list[dict[str, float]] = []
+    rows = content.splitlines()
+    for i, row in enumerate(rows):
+        try:
+            line = json.loads(row)
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise ValueError("it has no step")
+        except (ValueError, RecursionError) as error:
+            if i == len(rows) - 1 and not content.endswith(b"\n"):
+                warnings.warn(f"the last line of {path} is not whole and is left out", stacklevel=2)
+                break
+            raise ValueError(
+                f"line {i + 1} of {path} is no line of metrics ({_first_line(error)}); restore a copy, or delete it"
+            ) from None
+        lines.append(line)
+    return lines
 
 
 def write_lines(run_dir: Path, lines: Sequence[dict[str, float]]) -> None:
     """Writes a run's metrics.jsonl; an older file stays until the new one is whole."""
-    with atomic_write(run_dir / "metrics.jsonl") as file:
+    with checked_write(run_dir / "metrics.jsonl") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 
 

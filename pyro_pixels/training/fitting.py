@@ -40,14 +40,15 @@ def fit(
             ``guide``. No labels are used.
         resume: continue from the checkpoint in ``run_dir``; on a CPU the numbers are those of an uninterrupted run.
         progress: show a progress bar.
-        options: ``seed``, ``run_dir``, ``validation``, ``on_evaluation``, ``objective`` and ``tracks``, as
-            `TrainingOptions` says.
+        options: ``seed``, ``run_dir``, ``validation``, ``on_evaluation``, ``objective``, ``tracks`` and
+            ``config``, as `TrainingOptions` says.
 
     Raises:
-        ValueError: if a candidate is of another kind than ``model`` and ``guide``; if ``resume`` finds no checkpoint or
-            one of another configuration; if the folder holds a run and ``resume`` is not given; if there is no
-            sequence with N = 1 where the schedule asks for one; if there are not as many ``tracks`` as sequences; or
-            if there are candidates, or ``schedule.parts`` is no multiple of the number of processes, where there are
+        ValueError: if another process trains in ``run_dir``; if ``resume`` is given other sequences than those the run
+            was trained on; if a candidate is of another kind than ``model`` and ``guide``; if ``resume`` finds no
+            checkpoint or one of another configuration; if the folder holds a run and ``resume`` is not given; if there
+            is no sequence with N = 1 where the schedule asks for one; if there are not as many ``tracks`` as sequences;
+            or if there are candidates, or ``schedule.parts`` is no multiple of the number of processes, where there are
             several.
         FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
     """
@@ -56,7 +57,7 @@ def fit(
     if candidates and n_processes() > 1:
         raise ValueError("candidates are compared in one process; leave them out of a torchrun")
     training = Training(model, guide, data, schedule, **options)
-    shared: TrainingOptions = {**options, "run_dir": None, "validation": None, "on_evaluation": None}
+    shared: TrainingOptions = {**options, "run_dir": None, "validation": None, "on_evaluation": None, "config": None}
     others = [
         Training(*start, data, schedule, **{**shared, "seed": training.seed + i + 1})
         for i, start in enumerate(candidates)

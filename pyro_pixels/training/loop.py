@@ -16,7 +16,15 @@ import pyro
 import torch
 from tqdm import tqdm
 
-from pyro_pixels.training.checkpoints import load_checkpoint, read_lines, save_checkpoint, stop_signals, write_lines
+from pyro_pixels._lock import check_still_there, locked
+from pyro_pixels.training.checkpoints import (
+    load_checkpoint,
+    read_lines,
+    save_checkpoint,
+    stop_signals,
+    write_config,
+    write_lines,
+)
 from pyro_pixels.training.processes import is_first_process, n_processes
 
 LOOK_EVERY = 20  # steps between reads of the loss, each of which waits for the device
@@ -43,7 +51,8 @@ class Loop(ABC):
         evaluate_every: steps between evaluations, each with a line in metrics.jsonl and a checkpoint.
         device: where the steps are taken.
         run_dir: folder for metrics.jsonl and checkpoint.pt; None: nothing is written.
-        on_evaluation: called with each line of metrics.
+        on_evaluation: called with each line of metrics, once it and the checkpoint are written.
+        config: a dataclass, written to config.json once all that is read from ``run_dir`` fits.
     """
 
     def __init__(
@@ -54,7 +63,9 @@ class Loop(ABC):
         device: torch.device,
         run_dir: str | Path | None = None,
         on_evaluation: Callable[[dict[str, float]], None] | None = None,
+        config: Any = None,
     ) -> None:
+        self.config = config
         self.n_steps, self.evaluate_every, self.device = n_steps, evaluate_every, device
         self.run_dir, self.on_evaluation = None if run_dir is None else Path(run_dir), on_evaluation
         self.step, self.seconds = 0, 0.0
@@ -84,19 +95,25 @@ class Loop(ABC):
 
     @abstractmethod
     def _check(self, state: dict[str, Any], path: Path) -> None:
-        """Raises ValueError where a checkpoint is of another training."""
+        """Raises ValueError where a checkpoint is of another training, or not all that `_restore` needs."""
+
+    @abstractmethod
+    def _not_finite(self) -> str | None:
+        """What is not finite of the state that is to be kept, its loss included; None if all is finite."""
 
     def begin(self, resume: bool) -> None:
         """Starts before the first step, or from the checkpoint."""
+        lines: list[dict[str, float]] = []
         if resume:
-            self._load()
-        elif self.run_dir is not None:
-            if (self.run_dir / "checkpoint.pt").exists():
-                raise ValueError(
-                    f"{self.run_dir} holds a trained run; give resume=True to go on with it, or another folder"
-                )
-            if is_first_process():
-                write_lines(self.run_dir, [])
+            lines = self._load()
+        elif self.run_dir is not None and (self.run_dir / "checkpoint.pt").exists():
+            raise ValueError(
+                f"{self.run_dir} holds a trained run; give resume=True to go on with it, or another folder"
+            )
+        if self.run_dir is not None and is_first_process():  # all that was read fits: now something may be written
+            if self.config is not None:
+                write_config(self.run_dir, self.config)
+            write_lines(self.run_dir, lines)
 
     def result(self, stop: threading.Event) -> FitResult:
         """How the training ended; if it was stopped before the last step, it is saved first."""
@@ -134,6 +151,8 @@ class Loop(ABC):
             if evaluate:
                 self._evaluate()
                 self._save()
+                if self.on_evaluation is not None and is_first_process():
+                    self.on_evaluation(self.metrics)
                 started = time.perf_counter() - self.seconds
             yield
 
@@ -158,26 +177,30 @@ class Loop(ABC):
         }
         self.since = dict.fromkeys(self.since, 0.0)
         if self.run_dir is not None and is_first_process():
+            check_still_there(self.run_dir)
             write_lines(self.run_dir, [*read_lines(self.run_dir), self.metrics])
-        if self.on_evaluation is not None and is_first_process():
-            self.on_evaluation(self.metrics)
 
     def _save(self) -> None:
-        state = self._state()  # of all processes
-        if self.run_dir is not None and is_first_process():
+        if self.run_dir is None:
+            return
+        state, bad = self._state(), self._not_finite()  # of all processes
+        if bad is not None:
+            raise FloatingPointError(f"{bad} is not finite by step {self.step}; {self._kept()}")
+        if is_first_process():
+            check_still_there(self.run_dir)
             save_checkpoint(self.run_dir / "checkpoint.pt", state)
 
-    def _load(self) -> None:
+    def _load(self) -> list[dict[str, float]]:
+        """Takes over the checkpoint, once all of it was checked; gives the lines of metrics up to it."""
         if self.run_dir is None:
             raise ValueError("resume needs run_dir, the folder of the run to go on with")
         path = self.run_dir / "checkpoint.pt"
         state = load_checkpoint(path)
         self._check(state, path)
+        lines = [line for line in read_lines(self.run_dir) if line["step"] <= state["step"]]
         self._restore(state, path)
-        lines = [line for line in read_lines(self.run_dir) if line["step"] <= self.step]
         self.metrics = lines[-1] if lines else {}
-        if is_first_process():
-            write_lines(self.run_dir, lines)
+        return lines
 
     def _kept(self) -> str:
         """What is left of a training that diverged."""
@@ -188,9 +211,15 @@ class Loop(ABC):
 
 @contextmanager
 def prepared(loops: Sequence[Loop], resume: bool) -> Iterator[threading.Event]:
-    """Global state as training needs it, every loop loaded or begun; gives an event that stops them."""
+    """Global state as training needs it, every loop loaded or begun in a folder that is this process' alone; gives an
+    event that stops them."""
     cuda = [loop.device for loop in loops if loop.device.type == "cuda"][:1]
-    with torch.random.fork_rng(devices=cuda), pyro.validation_enabled(False), stop_signals() as stop:
+    with (
+        locked(*(loop.run_dir for loop in loops if is_first_process())),
+        torch.random.fork_rng(devices=cuda),
+        pyro.validation_enabled(False),
+        stop_signals() as stop,
+    ):
         for loop in loops:
             loop.begin(resume)
         yield stop

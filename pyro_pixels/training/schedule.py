@@ -1,57 +1,56 @@
 """When what is learned, and how fast: the schedule of Sec 3.2, and departures from it."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+from pyro_pixels._checks import Bounds, check_fields
 
 Value = TypeVar("Value")
+Step = Annotated[int, Bounds(0, 10**9)]
+Count = Annotated[int, Bounds(1, 10**9)]
+Rate = Annotated[float, Bounds(0, 1e38, above=True)]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How to train; the defaults are Sec 3.2's to the letter where it has one."""
 
-    steps: int = 200_000
-    batch_size: int = 20
-    learning_rate: float = 1e-3
+    steps: Count = 200_000
+    batch_size: Annotated[int, Bounds(1, 10**6)] = 20
+    learning_rate: Rate = 1e-3
     """Adam's, with beta_1 = 0.9, beta_2 = 0.999, epsilon = 1e-8."""
-    learning_rate_factors: Mapping[str, float] = field(default_factory=dict)
+    learning_rate_factors: Mapping[str, Annotated[float, Bounds(0, 1e38)]] = field(default_factory=dict)
     """Prefix of parameter names -> factor on their learning rate, such as {"model.dynamics": 3.0}."""
-    decay_from: int | None = None
+    decay_from: Step | None = None
     """Step from which the learning rate falls linearly to a twentieth of itself at the end; None: constant."""
-    learn_from: Mapping[str, int] = field(default_factory=lambda: {"model.dynamics": 10_000})
+    learn_from: Mapping[str, Step] = field(default_factory=lambda: {"model.dynamics": 10_000})
     """Prefix of parameter names -> step before which they are frozen. The longest prefix that fits decides."""
-    kl_start: float = 100.0
+    kl_start: Rate = 100.0
     """beta when annealing begins."""
-    anneal_from: int = 10_000
-    anneal_steps: int = 10_000
+    anneal_from: Step = 10_000
+    anneal_steps: Step = 10_000
     """beta falls geometrically from kl_start to 1 in so many steps from anneal_from on; it is kl_before until then."""
-    kl_before: float = 1.0
+    kl_before: Rate = 1.0
     one_n_per_batch: bool = False
     """Batches whose sequences all have the same N, so that no work is done for absent objects; else N is mixed."""
-    single_object_steps: int = 0
+    single_object_steps: Step = 0
     """So many steps at first on sequences with N = 1 alone."""
-    fit_starts_at: tuple[int, ...] = ()
+    fit_starts_at: tuple[Step, ...] = ()
     """Steps before which pi, mu_k and Sigma_k are put where tracks inferred from 500 sequences are likeliest."""
-    parts: int = 1
+    parts: Count = 1
     """Each batch is gone through in so many parts, whose gradients add up: less memory, more time. Also what several
     processes share a batch by."""
-    clip_norm: float | None = None
+    clip_norm: Rate | None = None
     """Gradients of a larger norm are scaled down to it; in nats per sequence."""
-    evaluate_every: int = 500
+    evaluate_every: Count = 500
     """Steps between evaluations, each with a line in metrics.jsonl and a checkpoint."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.parts <= self.batch_size:
+        check_fields(self)
+        if self.parts > self.batch_size:
             raise ValueError(f"parts is {self.parts}; wanted between 1 and batch_size, {self.batch_size}")
-        for name in ("steps", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
-        for name in ("learning_rate", "kl_start", "kl_before"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted a number above 0")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm is {self.clip_norm}; wanted a number above 0, or None")
 
     def shortened(self, steps: int) -> "Schedule":
         """A schedule of ``steps`` steps in which everything happens at the same share of them."""
@@ -96,3 +95,15 @@ def by_longest_prefix(table: Mapping[str, Value], name: str, default: Value) -> 
     """The entry whose key is the longest of those that ``name`` starts with."""
     fitting = [prefix for prefix in table if name.startswith(prefix)]
     return table[max(fitting, key=len)] if fitting else default
+
+
+def check_prefixes(schedule: Schedule, names: Collection[str]) -> None:
+    """Raises ValueError where a prefix of the schedule's is that of no parameter: it would do nothing, silently."""
+    for option in ("learning_rate_factors", "learn_from"):
+        for prefix in getattr(schedule, option):
+            if not any(name.startswith(prefix) for name in names):
+                near = difflib.get_close_matches(prefix, [*names, *{name.rpartition(".")[0] for name in names}], 1)
+                raise ValueError(
+                    f"{option} has '{prefix}', with which the name of no parameter begins; "
+                    + (f"did you mean '{near[0]}'?" if near else f"names are such as '{next(iter(names))}'")
+                )

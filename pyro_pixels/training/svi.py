@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.distributed as distributed
@@ -16,15 +16,20 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.training import states
 from pyro_pixels.training.batches import Batches
 from pyro_pixels.training.checkpoints import load_weights
 from pyro_pixels.training.elbo import AnnealedELBO, bound
 from pyro_pixels.training.film import look_at_film, most_weights
+from pyro_pixels.training.finite import GOOD_SEQUENCES, saying_what_is_not_finite, what_is_not_finite
 from pyro_pixels.training.loop import Loop
 from pyro_pixels.training.processes import is_first_process, n_processes
-from pyro_pixels.training.schedule import Schedule, by_longest_prefix
+from pyro_pixels.training.schedule import Schedule, by_longest_prefix, check_prefixes
 from pyro_pixels.training.start_mixture import fit_starts
 from pyro_pixels.training.step_runners import Batch, Steps, steps_for
+
+if TYPE_CHECKING:
+    from pyro_pixels.config import RunConfig
 
 FIT_STARTS_SEQUENCES = 500
 BOUND_SEQUENCES = 60  # on which candidates are compared where there are no validation sequences
@@ -45,6 +50,8 @@ class TrainingOptions(TypedDict, total=False):
     """Makes what is minimised instead of the bound, such as `distillation.GivenTracks`."""
     tracks: Tensor | None
     """(n, N, T, 2), what such an objective is given of each sequence besides its images."""
+    config: "RunConfig | None"
+    """Of the run; written to config.json when the folder is this process' alone and all that is read from it fits."""
 
 
 class Training(Loop):
@@ -59,7 +66,7 @@ class Training(Loop):
 
     Raises:
         ValueError: if there are not as many ``tracks`` as sequences; if ``schedule.parts`` is no multiple of the number
-            of processes; or as `Batches`.
+            of processes; if a prefix of the schedule is that of no parameter; or as `Batches`.
     """
 
     def __init__(
@@ -75,10 +82,12 @@ class Training(Loop):
         on_evaluation: Callable[[dict[str, float]], None] | None = None,
         objective: Callable[[], AnnealedELBO] = AnnealedELBO,
         tracks: Tensor | None = None,
+        config: "RunConfig | None" = None,
     ) -> None:
         super().__init__(
             schedule.steps, schedule.evaluate_every,
             device=next(model.parameters()).device, run_dir=run_dir, on_evaluation=on_evaluation,
+            config=config,
         )  # fmt: skip
         self.model, self.guide, self.schedule, self.seed = model, guide, schedule, seed
         self.validation, self.objective = validation, objective
@@ -90,6 +99,8 @@ class Training(Loop):
         elbo = objective()
         loss = elbo(model, guide)  # a module: its parameters are the model's and the guide's
         self.parameters = dict(loss.named_parameters())
+        check_prefixes(schedule, self.parameters)
+        self._marks: dict[str, str | None] = {}
         self.steps = self._runner(elbo, loss)
 
     def _runner(self, elbo: AnnealedELBO, loss: nn.Module) -> Steps:
@@ -109,6 +120,9 @@ class Training(Loop):
         torch.manual_seed(self.seed)
         self.steps.seed(self.seed)
         self._rng = torch.get_rng_state()
+        if self.run_dir is not None:
+            data, validation = states.fingerprint(self.data, self.tracks), states.fingerprint(self.validation)
+            self._marks = {"data": data, "validation": validation}
         super().begin(resume)
         if not resume:
             look_at_film(self.model, self.guide, self.data)
@@ -140,7 +154,7 @@ class Training(Loop):
 
     def _take_step(self) -> None:
         torch.set_rng_state(self._rng)
-        with self.steps.stream():
+        with saying_what_is_not_finite(self._modules, self._diverged, self.images), self.steps.stream():
             schedule, step = self.schedule, self.step
             for name, p in self.parameters.items():
                 p.requires_grad_(step >= by_longest_prefix(schedule.learn_from, name, 0))
@@ -172,11 +186,24 @@ class Training(Loop):
         frames = self.images.shape[1] * self.since["steps"]
         log_likelihood, kl = (float(x) / frames for x in self.steps.read_totals())
         if not math.isfinite(log_likelihood + kl):
-            raise FloatingPointError(
-                f"the loss is not finite by step {self.step} (log p(v|a) {log_likelihood:.4g}, KL {kl:.4g} nats per "
-                f"frame); {self._kept()}. Try a smaller learning rate, clip_norm, or a larger position_noise_floor"
-            )
+            said = f"log p(v|a) {log_likelihood:.4g}, KL {kl:.4g} nats per frame"
+            raise FloatingPointError(self._diverged("the loss", said))
         return {"log_likelihood": log_likelihood, "kl": kl, "kl_weight": self.schedule.kl_weight(self.step - 1)}
+
+    def _not_finite(self) -> str | None:
+        given = [x[:GOOD_SEQUENCES] for x in (self.images, self.n_objects, self.tracks) if x is not None]
+        return what_is_not_finite(self._modules, self.steps.optimizer, self.objective()(self.model, self.guide), given)
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "guide": self.guide}
+
+    def _diverged(self, what: str, said: str = "") -> str:
+        """What to say where ``what`` is not finite."""
+        return (
+            f"{what} is not finite by step {self.step}{said and f' ({said})'}; {self._kept()}. Try a smaller learning "
+            "rate, clip_norm, or a larger position_noise_floor"
+        )
 
     def _line(self) -> dict[str, float]:
         line = {
@@ -205,6 +232,7 @@ class Training(Loop):
             "guide": self.guide.state_dict(),
             "optimizer": self.steps.optimizer.state_dict(),
             "rng": self._rng,
+            **{name: mark for name, mark in self._marks.items() if mark is not None},
         }
         random_state = self.steps.random_state()
         if random_state is not None:
@@ -212,13 +240,22 @@ class Training(Loop):
         return state
 
     def _check(self, state: dict[str, Any], path: Path) -> None:
+        states.check_progress(state, path, {"since": self.since})
         if state["seed"] != self.seed:
             raise ValueError(f"{path} was trained with seed {state['seed']}, not {self.seed}; resume with that seed")
+        states.check_same_data(state, self._marks, path)
+        for name, module in self._modules.items():
+            states.check_weights(module, state.get(name), path)
+        states.check_optimizer(self.steps.optimizer, state.get("optimizer"), path)
+        states.check_tensor(state, "totals", self.steps.read_totals(), path)
+        states.check_tensor(state, "rng", self._rng, path)
+        if "cuda_rng" in state and self.device.type == "cuda":
+            states.check_tensor(state, "cuda_rng", torch.cuda.get_rng_state(self.device), path)
 
     def _restore(self, state: dict[str, Any], source: str | Path) -> None:
         load_weights(self.model, state["model"], source)
         load_weights(self.guide, state["guide"], source)
-        self.steps.optimizer.load_state_dict(state["optimizer"])
+        states.restore_optimizer(self.steps.optimizer, state["optimizer"])
         self.step, self.seconds, self.since = state["step"], state["seconds"], dict(state["since"])
         self.steps.totals.copy_(state["totals"] if is_first_process() else torch.zeros(2))
         self._rng = state["rng"]

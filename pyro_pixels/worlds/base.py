@@ -6,15 +6,19 @@ Sec 3.1 is `pyro_pixels.worlds.cannonballs.CannonballConfig`; `pyro_pixels.world
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyro_pixels._arrays import MAX_BYTES
+from pyro_pixels._checks import MAX_SEED, Bounds, check_fields, check_number
 from pyro_pixels.data import ImageSequences, TrueDynamics
 from pyro_pixels.worlds.drawing import Look, draw
 
+Pixels = Annotated[int, Bounds(1, 4_096)]
+Variance = Annotated[float, Bounds(0, 1e6)]
 NOISE_MARGIN = 4.0  # the margin of the image around the noise-free paths, in standard deviations of the noise
 
 
@@ -32,27 +36,26 @@ class WorldConfig(ABC):
 
     world: str = field(default="", init=False)
     """The world's name in `pyro_pixels.worlds.WORLDS`; each subclass sets its own."""
-    n_frames: int = 30
+    n_frames: Annotated[int, Bounds(2, 100_000)] = 30
     """T, at least 2."""
-    height: int = 48
+    height: Pixels = 48
     """H in pixels."""
-    width: int = 48
+    width: Pixels = 48
     """W in pixels."""
-    radius: float = 2.0
+    radius: Annotated[float, Bounds(0, 2_048, above=True)] = 2.0
     """R in pixels, the radius of the largest objects: a pixel is white if its centre is within R of a ball's centre."""
-    n_objects: tuple[int, ...] = (1, 2, 3)
+    n_objects: tuple[Annotated[int, Bounds(1, 1_000)], ...] = (1, 2, 3)
     """The values that N takes, each in the same number of sequences."""
     look: Look = field(default_factory=Look)
     """The appearance of the objects, and the noise of the images."""
 
     def __post_init__(self) -> None:
-        if not is_whole(self.n_frames) or self.n_frames < 2:
-            raise ValueError(
-                f"n_frames is {self.n_frames}; wanted a whole number of at least 2: one frame shows no motion"
-            )
-        if not self.n_objects or not all(is_whole(n) and n >= 1 for n in self.n_objects):
+        too_small = isinstance(self.radius, int | float) and not self.radius > 0
+        if not too_small:
+            check_fields(self)
+        if not self.n_objects:
             raise ValueError(f"n_objects is {self.n_objects}; wanted one or more whole numbers, each at least 1")
-        if not self.radius > 0 or not min(self.height, self.width) >= 2 * self.radius + 2:
+        if too_small or not min(self.height, self.width) >= 2 * self.radius + 2:
             raise ValueError(
                 f"balls of radius {self.radius} do not fit an image of {self.height} x {self.width} pixels; "
                 "wanted radius > 0 and height and width of at least 2 radius + 2"
@@ -67,19 +70,31 @@ class WorldConfig(ABC):
         return None
 
 
-def simulate(config: WorldConfig, n_sequences: int, *, seed: int) -> ImageSequences:
+def simulate(config: WorldConfig, n_sequences: int, *, seed: int, max_bytes: int = MAX_BYTES) -> ImageSequences:
     """Draws image sequences from a world; the same configuration, number and seed give the same bytes.
 
     Args:
         config: the world.
         n_sequences: the number of sequences, at least 1.
-        seed: seeds the random numbers.
+        seed: seeds the random numbers, at least 0.
+        max_bytes: the limit on the size of the images, checked before anything is drawn.
 
     Raises:
-        ValueError: if ``n_sequences`` is below 1.
+        ValueError: if ``n_sequences`` is below 1, ``seed`` below 0, or the images would exceed ``max_bytes``.
     """
+    if not isinstance(config, WorldConfig):
+        raise ValueError(f"config is a {type(config).__name__}; wanted a world's, such as CannonballConfig()")
+    n_sequences = check_number("n_sequences", n_sequences)
     if n_sequences < 1:
         raise ValueError(f"n_sequences is {n_sequences}; wanted at least 1")
+    seed = check_number("seed", seed, 0, MAX_SEED)
+    size = n_sequences * config.n_frames * config.height * config.width * (4 if config.look.is_grey else 1)
+    if size > max_bytes:
+        raise ValueError(
+            f"{n_sequences:,} sequences of {config.n_frames:,} x {config.height} x {config.width} pixels have "
+            f"{size:,} bytes of images, more than max_bytes, {max_bytes:,}; wanted fewer or smaller ones, or a larger "
+            "limit"
+        )
     rng = np.random.default_rng(seed)
     choices = np.asarray(config.n_objects)
     n_objects = choices[np.arange(n_sequences) % len(choices)]
@@ -97,8 +112,3 @@ def simulate(config: WorldConfig, n_sequences: int, *, seed: int) -> ImageSequen
         sides=sides,
         dynamics=config.true_dynamics(),
     )
-
-
-def is_whole(n: object) -> bool:
-    """Tells whether ``n`` is an integer and not a bool."""
-    return isinstance(n, int | np.integer) and not isinstance(n, bool)

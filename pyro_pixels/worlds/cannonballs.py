@@ -7,14 +7,18 @@ separate scales for x and y, so that the motion stays linear in pixels and all d
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyro_pixels._checks import Bounds
 from pyro_pixels.data import TrueDynamics
 from pyro_pixels.lgssm.kalman import LGSSM
-from pyro_pixels.worlds.base import NOISE_MARGIN, Motion, WorldConfig, is_whole
+from pyro_pixels.worlds.base import NOISE_MARGIN, Motion, Variance, WorldConfig
+
+Place = Annotated[tuple[float, float], Bounds(-1e6, 1e6, ordered=True)]
 
 
 @dataclass(frozen=True)
@@ -25,40 +29,21 @@ class CannonballConfig(WorldConfig):
     """
 
     world: str = field(default="cannonballs", init=False)
-    delta: float = 0.015
+    delta: Annotated[float, Bounds(0, 1e6, above=True, words="a finite delta")] = 0.015
     """Sampling period."""
-    gravity: float = 9.81
-    position_noise: float = 1e-3
+    gravity: Annotated[float, Bounds(-1e6, 1e6)] = 9.81
+    position_noise: Variance = 1e-3
     """The variance in Sigma_A = position_noise I; 1e-6 takes the paper's 0.001 as a standard deviation."""
-    state_noise: float = 0.0
+    state_noise: Variance = 0.0
     """The variance in Sigma_H = state_noise I."""
-    angle: tuple[float, float] = (40.0, 60.0)
+    angle: Annotated[tuple[float, float], Bounds(0, 90, ordered=True)] = (40.0, 60.0)
     """The range of launch angles above the horizontal."""
-    speed: tuple[float, float] = (2.0, 3.0)
-    start_x: tuple[float, float] = (-0.5, -0.1)
+    speed: Annotated[tuple[float, float], Bounds(0, 1e6, ordered=True)] = (2.0, 3.0)
+    start_x: Place = (-0.5, -0.1)
     """The range of starting positions on the left; balls on the right start 0.9 max_x further right."""
-    start_y: tuple[float, float] = (-0.5, 0.5)
-    n_frames_in_view: int | None = None
+    start_y: Place = (-0.5, 0.5)
+    n_frames_in_view: Annotated[int, Bounds(2, 100_000)] | None = None
     """The number of frames in which balls are sure to be inside the image, by default all; later they may leave it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_frames_in_view is not None and not (is_whole(self.n_frames_in_view) and self.n_frames_in_view >= 2):
-            raise ValueError(
-                f"n_frames_in_view is {self.n_frames_in_view}; wanted a whole number of at least 2, or None"
-            )
-        for name in ("position_noise", "state_noise", "delta"):
-            value = getattr(self, name)
-            if not (0 <= value < np.inf) or (name == "delta" and value == 0):
-                raise ValueError(f"{name} is {value}; wanted a finite number, at least 0, and delta above 0")
-        for name in ("angle", "speed", "start_x", "start_y"):
-            low, high = getattr(self, name)
-            if not (-np.inf < low <= high < np.inf):
-                raise ValueError(f"{name} is {(low, high)}; wanted two finite numbers, the smaller first")
-        if self.angle[0] < 0 or self.angle[1] > 90 or self.speed[0] < 0:
-            raise ValueError(
-                f"wanted angles within [0, 90] and speeds of at least 0, not {self.angle} and {self.speed}"
-            )
 
     def move(self, rng: np.random.Generator, shape: tuple[int, int]) -> Motion:
         T = self.n_frames

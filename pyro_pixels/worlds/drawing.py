@@ -7,10 +7,12 @@ values, and noisy pixels. An object keeps its shape, size and grey value for the
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pyro_pixels._checks import Bounds, check_fields
 
 Shape = Callable[[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]], NDArray[np.bool_]]
 
@@ -29,27 +31,20 @@ class Look:
 
     shapes: tuple[str, ...] = ("disk",)
     """Names in `SHAPES`; the shape of each object is drawn uniformly from them."""
-    least_size: float = 1.0
+    least_size: Annotated[float, Bounds(0, 1, above=True)] = 1.0
     """Radii are uniform between this fraction of the configuration's radius and the whole of it."""
-    brightness: tuple[float, float] = (1.0, 1.0)
+    brightness: Annotated[tuple[float, float], Bounds(0, 1, above=True, ordered=True)] = (1.0, 1.0)
     """The range of the objects' uniform grey values; the background is 0, and brighter objects are in front."""
-    salt_and_pepper: float = 0.0
+    salt_and_pepper: Annotated[float, Bounds(0, 1, words="a probability")] = 0.0
     """The probability that a pixel is replaced by black or white, with equal probability."""
-    grey_noise: float = 0.0
+    grey_noise: Annotated[float, Bounds(0, 1e6)] = 0.0
     """The standard deviation of Gaussian noise that is added to every pixel before clipping to [0, 1]."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         unknown = sorted(set(self.shapes) - SHAPES.keys())
         if not self.shapes or unknown:
             raise ValueError(f"shapes are {self.shapes}; wanted one or more of {sorted(SHAPES)}")
-        if not 0 < self.least_size <= 1:
-            raise ValueError(f"least_size is {self.least_size}; wanted a share of the radius above 0, at most 1")
-        if not 0 < self.brightness[0] <= self.brightness[1] <= 1:
-            raise ValueError(f"brightness is {self.brightness}; wanted two values in (0, 1], the smaller first")
-        if not 0 <= self.salt_and_pepper <= 1:
-            raise ValueError(f"salt_and_pepper is {self.salt_and_pepper}; wanted a probability")
-        if not 0 <= self.grey_noise < math.inf:
-            raise ValueError(f"grey_noise is {self.grey_noise}; wanted a finite number, at least 0")
 
     @property
     def is_grey(self) -> bool:

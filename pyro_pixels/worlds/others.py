@@ -6,28 +6,30 @@ objects do not interact and always stay in view.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pyro_pixels._checks import Bounds
 from pyro_pixels.data import TrueDynamics
 from pyro_pixels.lgssm.kalman import LGSSM
-from pyro_pixels.worlds.base import NOISE_MARGIN, Motion, WorldConfig
+from pyro_pixels.worlds.base import NOISE_MARGIN, Motion, Variance, WorldConfig
 from pyro_pixels.worlds.cannonballs import CannonballConfig
+
+Share = Annotated[tuple[float, float], Bounds(0, 1, ordered=True)]
 
 
 @dataclass(frozen=True)
 class _InView(WorldConfig):
     """A world, measured in pixels and frames, whose objects always stay in view."""
 
-    position_noise: float = 0.04
+    position_noise: Variance = 0.04
     """The variance of positions around their paths, in square pixels, along each axis."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.position_noise < np.inf:
-            raise ValueError(f"position_noise is {self.position_noise}; wanted a finite number, at least 0")
         if not (self.room()[1] > 0).all():
             raise ValueError(
                 f"{self.height} x {self.width} pixels have no room for objects of radius {self.radius} and noise of "
@@ -52,17 +54,10 @@ class DriftConfig(_InView):
     """
 
     world: str = field(default="drift", init=False)
-    entry: tuple[float, float] = (0.0, 0.25)
+    entry: Share = (0.0, 0.25)
     """The range of positions in the first frame, as fractions of the way across from the side of entry."""
-    exit: tuple[float, float] = (0.6, 1.0)
+    exit: Share = (0.6, 1.0)
     """The range of positions in the last frame, likewise."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("entry", "exit"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high <= 1:
-                raise ValueError(f"{name} is {(low, high)}; wanted two shares within [0, 1], the smaller first")
 
     def move(self, rng: np.random.Generator, shape: tuple[int, int]) -> Motion:
         corner, room = self.room()
@@ -105,14 +100,8 @@ class BouncingConfig(_InView):
     """Bouncing: objects start anywhere, move in any direction, and are reflected by walls without loss of speed."""
 
     world: str = field(default="bouncing", init=False)
-    speed: tuple[float, float] = (1.0, 2.0)
+    speed: Annotated[tuple[float, float], Bounds(0, 1e6, ordered=True)] = (1.0, 2.0)
     """The range of speeds, in pixels per frame."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        low, high = self.speed
-        if not 0 <= low <= high < np.inf:
-            raise ValueError(f"speed is {(low, high)}; wanted two finite numbers of at least 0, the smaller first")
 
     def move(self, rng: np.random.Generator, shape: tuple[int, int]) -> Motion:
         corner, room = self.room()

@@ -1,0 +1,125 @@
+"""Arrays from an .npz, nothing of which is unpacked before its size is known and allowed.
+
+A few megabytes can claim terabytes in a header, or unpack to gigabytes. So the header of every array is read first; its
+shape and type must agree with the size of its entry, and all together must stay below a limit.
+"""
+
+import io
+import math
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_BYTES = 32 * 2**30
+"""Of all arrays of a file together, unpacked, and of the images that are simulated at once: 32 GiB."""
+MAX_ENTRIES = 10_000
+_KINDS = "biufcSUMm"  # booleans, integers, floats, complex numbers, texts, times; no objects, no records
+
+
+class Header(NamedTuple):
+    """What an array says of itself before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran_order: bool
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_arrays(
+    path: str | Path, content: bytes | None = None, *, max_bytes: int = MAX_BYTES, names: Collection[str] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz, or those of ``names`` that it has.
+
+    Args:
+        path: where it lies, for messages, and to read from if there is no ``content``.
+        max_bytes: of the arrays that are read, unpacked.
+
+    Raises:
+        ValueError: if it is not an .npz of arrays, is damaged, or larger than ``max_bytes``.
+        FileNotFoundError: if there is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path if content is None else io.BytesIO(content)) as archive:
+            headers = {name: _header(archive, name) for name in _entries(archive)}
+            wanted = {name: header for name, header in headers.items() if names is None or name in names}
+            total = sum(header.n_bytes for header in wanted.values())
+            if total > max_bytes:
+                raise _TooLarge(
+                    f"{path} holds arrays of {total:,} bytes, more than max_bytes, {max_bytes:,}; wanted a smaller "
+                    "file, or a larger limit"
+                )
+            return {name: _array(archive, name, header) for name, header in wanted.items()}
+    except (FileNotFoundError, _TooLarge):
+        raise
+    except MemoryError:
+        raise ValueError(f"{path} holds more than there is memory for; wanted a smaller file") from None
+    except Exception as error:  # whatever a damaged file makes of the readers
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as an .npz of arrays ({reason}); write it with numpy.savez_compressed"
+        ) from None
+
+
+class _TooLarge(ValueError):
+    pass
+
+
+def _entries(archive: zipfile.ZipFile) -> list[str]:
+    entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+    if not entries:
+        raise ValueError("it holds no arrays")
+    if len(entries) > MAX_ENTRIES:
+        raise ValueError(f"it holds {len(entries):,} arrays")
+    return [entry.filename.removesuffix(".npy") for entry in entries]
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> Header:
+    with archive.open(f"{name}.npy") as file:
+        header = _read_header(file, name)
+        size = archive.getinfo(f"{name}.npy").file_size - file.tell()
+    if header.n_bytes != size:
+        raise ValueError(f"{name} claims {header.n_bytes:,} bytes and has {size:,}")
+    return header
+
+
+def _read_header(file: IO[bytes], name: str) -> Header:
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"{name} is of the unknown format {version}")
+    shape, fortran_order, dtype = readers[version](file)
+    if dtype.hasobject:
+        raise ValueError(
+            f"{name} holds Python objects, as sequences of unequal length do: "
+            "ImageSequences(list_of_arrays, n_objects) pads those, and save_sequences writes them"
+        )
+    if dtype.kind not in _KINDS:
+        raise ValueError(f"{name} has type {dtype}; wanted numbers")
+    if not all(isinstance(n, int) and n >= 0 for n in shape):
+        raise ValueError(f"{name} has shape {shape}")
+    return Header(shape, dtype, fortran_order)
+
+
+def _array(archive: zipfile.ZipFile, name: str, header: Header) -> NDArray[Any]:
+    """Reads an array whose header is known, and with its end the checksum that the archive has of it."""
+    array = np.empty(math.prod(header.shape), header.dtype)
+    with archive.open(f"{name}.npy") as file:
+        _read_header(file, name)
+        view = array.view(np.uint8) if header.n_bytes else np.empty(0, np.uint8)
+        done = 0
+        while done < len(view):
+            chunk = file.read(min(len(view) - done, 2**24))
+            if not chunk:
+                raise ValueError(f"{name} ends after {done:,} of {len(view):,} bytes")
+            view[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+            done += len(chunk)
+        if file.read(1):
+            raise ValueError(f"{name} is longer than it claims")
+    return array.reshape(header.shape, order="F" if header.fortran_order else "C")
