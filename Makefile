@@ -22,7 +22,7 @@ bench: $(STAMP)  ## measures speed and memory; results land in benchmarks/result
 	$(PY) -m benchmarks.bench $(ARGS)
 
 gpu: $(STAMP)  ## all that needs a GPU, as far as time goes: ARGS="--minutes 9"
-	$(PY) benchmarks/gpu.py $(ARGS)
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import gpu_report
-from common import device_of, environment, start, write_json
+from benchmarks import gpu_report
+from examples._common import device_of, environment, start, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,7 +82,7 @@ def count_tests(at: Path, args: Arguments) -> dict[str, Any]:
 def bench(args: Arguments) -> list[str]:
     sizes = ["--rounds", "1", "--seconds", "0"] if args.tiny else ["--paper"]
     options = ["--only", "step", "--device", args.device, "--name", "steps", "--out", str(folder(args, "steps"))]
-    return ["benchmarks/bench.py", *options, *sizes]
+    return ["-m", "benchmarks.bench", *options, *sizes]
 
 
 def training(name: str, *options: str) -> Callable[[Arguments], list[str]]:
@@ -138,11 +137,11 @@ def quickstart(args: Arguments) -> list[str]:
 
 def edlstm(args: Arguments) -> list[str]:
     run = folder(args, "edlstm")
-    short = ["--steps", "2", "--state-size", "8", "--n-sequences", "30", "--n-test", "6"] if args.tiny else []
-    preset = [] if args.tiny else ["--preset", "paper"]
+    small = ["--steps", "2", "--state-size", "8", "--n-sequences", "30", "--n-test", "6"]
+    options = small if args.tiny else ["--preset", "paper"]
     again = ["--resume"] if (run / "checkpoint.pt").exists() else []
-    return ["examples/train_edlstm.py", "--run", str(run), "--device", args.device, "--no-progress", *preset, *short,
-            *again]  # fmt: skip
+    script = ["-m", "examples.experiments.train_edlstm", "--run", str(run), "--device", args.device, "--no-progress"]
+    return [*script, *options, *again]
 
 
 def trained(name: str, *options: str, least: float = 60) -> Job:

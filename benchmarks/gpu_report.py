@@ -5,9 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import markdown
 from pyro_pixels._files import atomic_write
-from reproduce_paper import insert
+from pyro_pixels.result_tables import insert, markdown
 
 Found = dict[str, Any]
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import gpu
-import gpu_report
+from benchmarks import gpu, gpu_report
 
 ROOT = Path(__file__).parent.parent
 MARKERS = "<!-- begin {0} -->\nnothing yet\n<!-- end {0} -->\nkept\n"
@@ -89,7 +88,7 @@ def test_the_pages_hold_what_the_files_say(tmp_path):
 
 @pytest.mark.slow
 def test_everything_is_rehearsed_from_end_to_end(tmp_path, pages):
-    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--device", "cpu", "--runs", str(tmp_path / "runs"),
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--runs", str(tmp_path / "runs"),
                "--results", str(tmp_path / "results"), "--docs", str(pages)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
