@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow test-gpu bench lint docs clean
+.PHONY: quickstart test test-slow test-gpu bench gpu lint docs clean
 
 quickstart: $(STAMP)  ## simulate, train, evaluate and draw; everything lands in runs/quick
 	$(PY) examples/quickstart.py $(ARGS)
@@ -20,6 +20,9 @@ test-gpu: $(STAMP)  ## the tests that need CUDA
 
 bench: $(STAMP)  ## measures speed and memory; results land in benchmarks/results
 	$(PY) -m benchmarks.bench $(ARGS)
+
+gpu: $(STAMP)  ## all that needs a GPU, as far as time goes: ARGS="--minutes 9"
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

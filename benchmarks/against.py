@@ -26,7 +26,10 @@ import torch
 torch.set_num_threads(n_threads)
 import pyro_pixels
 assert pyro_pixels.__file__.startswith(tree), pyro_pixels.__file__
-from steps import PRESETS, OurStep, make_step, with_objects
+try:
+    from benchmarks.steps import PRESETS, OurStep, make_step, with_objects
+except ImportError:  # a flat folder, as it was
+    from steps import PRESETS, OurStep, make_step, with_objects
 config, device = PRESETS["quick"], torch.device("cpu")
 steps = {N: make_step(OurStep, with_objects(config, N), device) for N in config.data.n_objects}
 for step in steps.values():

@@ -140,6 +140,8 @@ class PretendDevice(TorchFunctionMode):
         if func in (torch.Tensor.tolist, torch.Tensor.__format__, torch.Tensor.__repr__) and on_device:
             self.operations.append("_local_scalar_dense")
             return func(args[0].inner, *args[1:], **kwargs)
+        if func is torch.nn.functional.one_hot and on_device:  # makes a tensor where torch takes this one to be
+            return OnDevice(func(args[0].inner, *args[1:], **kwargs), self.device)
         if func is torch.Tensor.new_tensor and on_device:
             self.copies.append("new_tensor")
             return OnDevice(func(args[0].inner, *args[1:], **kwargs), self.device)

@@ -5,7 +5,7 @@ import torch
 from pretend_device import OnDevice, PretendDevice
 from test_census import small
 
-from pyro_pixels.evaluation.calibration import corrected, distances, fit_correction
+from pyro_pixels.evaluation.calibration import corrected, fit_correction, mahalanobis_distances
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.mean_field import fit_mean_field
 from pyro_pixels.evaluation.table import evaluate
@@ -91,10 +91,10 @@ def test_evaluations(world):
 
 def test_calibration(world):
     run, data, _, _ = world
-    distances(run.model, run.guide, data, n_samples=2)
+    mahalanobis_distances(run.model, run.guide, data, n_samples=2)
     if run.config.guide == "structured":
         factors = fit_correction(run.model, run.guide, data, n_samples=0)
-        distances(*corrected(run.model, run.guide, factors), data, n_samples=0)
+        mahalanobis_distances(*corrected(run.model, run.guide, factors), data, n_samples=0)
 
 
 def test_arviz(world):

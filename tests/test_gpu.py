@@ -20,10 +20,8 @@ import torch
 from rehearsal import RehearsedSteps, rehearse
 from test_census import CASES, small
 
-import ask as asking
-import gallery
-import teach
-import to_arviz
+from examples import ask as asking
+from examples import gallery, teach, to_arviz
 from examples.experiments import train_edlstm
 from pyro_pixels._batch import Known
 from pyro_pixels.evaluation.health import check_health

@@ -1,0 +1,251 @@
+"""All that needs a GPU, in order of worth: `make gpu`, or `make gpu ARGS="--minutes 9"` on one lent for a while.
+
+Tests, the steps beside the literal program, the quickstart, several seeds at once, and trainings at the paper's size.
+Each leaves a small JSON in --results with what it measured, the device, its driver, versions and the commit. What is
+done is not done again; when time is up the training that runs is told to save (SIGTERM), and goes on from there the
+next time. At the end the tables go into the pages, between their markers <!-- begin gpu ... -->.
+"""
+
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gpu_report
+from examples._common import device_of, environment, start, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+GRACE = 45.0  # seconds that a training has to save and end
+
+
+@dataclass
+class Arguments:
+    minutes: float | None = None
+    """Stop cleanly after so many; default: when everything is done."""
+    only: tuple[str, ...] = ()
+    """Names of jobs; default: all."""
+    runs: Path = Path("runs/gpu")
+    """Folder of the trainings."""
+    results: Path = Path("docs/results/gpu")
+    """Folder of the JSON files; a folder of the device's name is made in it."""
+    docs: Path = Path("docs")
+    """Folder of the pages."""
+    device: str = "cuda"
+    tiny: bool = False
+    """A rehearsal: a few tests, steps and sequences. Pages are not filled from it unless --docs is given."""
+    again: bool = False
+    """Do what is done already once more."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to do with a GPU."""
+
+    name: str
+    command: Callable[[Arguments], Sequence[str]]
+    measured: Callable[[Path, Arguments], dict[str, Any]]
+    """From the folder of the job: what to keep."""
+    least: float
+    """Seconds below which it is not worth beginning."""
+    then: Callable[[Arguments], Sequence[str]] | None = None
+    """What follows once the command has ended well, such as an evaluation."""
+
+
+def folder(args: Arguments, name: str) -> Path:
+    return args.runs / name
+
+
+def tests(args: Arguments) -> list[str]:
+    chosen = ["tests/test_gpu.py", "-k", "validation", "-m", "not gpu"] if args.tiny else ["-m", "gpu"]
+    report = folder(args, "tests") / "junit.xml"
+    return ["-m", "pytest", "-q", *chosen, f"--junitxml={report.resolve()}"]
+
+
+def count_tests(at: Path, args: Arguments) -> dict[str, Any]:
+    text = (at / "junit.xml").read_text()
+    found = {key: int(re.search(rf'{key}="(\d+)"', text)[1]) for key in ("tests", "failures", "errors", "skipped")}  # type: ignore[index]
+    failed = re.findall(r'<testcase [^>]*name="([^"]+)"[^>]*><(?:failure|error)', text)
+    return {**found, "failed": failed}
+
+
+def bench(args: Arguments) -> list[str]:
+    sizes = ["--rounds", "1", "--seconds", "0"] if args.tiny else ["--paper"]
+    options = ["--only", "step", "--device", args.device, "--name", "steps", "--out", str(folder(args, "steps"))]
+    return ["-m", "benchmarks.bench", *options, *sizes]
+
+
+def training(name: str, *options: str) -> Callable[[Arguments], list[str]]:
+    """`train.py` of a preset, from its checkpoint where there is one."""
+
+    def command(args: Arguments) -> list[str]:
+        run = folder(args, name)
+        short = ["--steps", "4", "--n-sequences", "60"] if args.tiny else []
+        again = ["--resume"] if (run / "checkpoint.pt").exists() else []
+        return ["examples/train.py", "--run", str(run), "--device", args.device, "--no-progress", *options, *short,
+                *again]  # fmt: skip
+
+    return command
+
+
+def evaluation(name: str) -> Callable[[Arguments], list[str]]:
+    def command(args: Arguments) -> list[str]:
+        few = ["--n-sequences", "12"] if args.tiny else []
+        return ["examples/evaluate.py", "--run", str(folder(args, name)), "--device", args.device, *few]
+
+    return command
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def learned(at: Path, args: Arguments) -> dict[str, Any]:
+    """Thirty lines of metrics.jsonl, and the evaluation if it was reached."""
+    file = at / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    thin = max(1, len(lines) // 30)
+    return {"metrics": [*lines[:-1:thin], *lines[-1:]], "evaluation": read(at / "metrics.json")}
+
+
+def seeds(args: Arguments) -> list[str]:
+    n, steps = ("2", "4") if args.tiny else ("8", "1000")
+    few = ["--n-sequences", "60"] if args.tiny else []
+    options = ["--preset", "paper", "--seeds", n, "--steps", steps, "--no-progress", "--device", args.device, *few]
+    return ["examples/train.py", "--run", str(folder(args, "seeds")), *options]
+
+
+def rates(at: Path, args: Arguments) -> dict[str, Any]:
+    files = sorted(at.glob("seed*/metrics.jsonl"))
+    return {"steps_per_second": [json.loads(f.read_text().splitlines()[-1])["steps_per_second"] for f in files]}
+
+
+def quickstart(args: Arguments) -> list[str]:
+    return ["examples/quickstart.py", "--run", str(folder(args, "quickstart")), "--device", args.device,
+            *(["--steps", "4"] if args.tiny else [])]  # fmt: skip
+
+
+def edlstm(args: Arguments) -> list[str]:
+    run = folder(args, "edlstm")
+    small = ["--steps", "2", "--state-size", "8", "--n-sequences", "30", "--n-test", "6"]
+    options = small if args.tiny else ["--preset", "paper"]
+    again = ["--resume"] if (run / "checkpoint.pt").exists() else []
+    script = ["-m", "examples.experiments.train_edlstm", "--run", str(run), "--device", args.device, "--no-progress"]
+    return [*script, *options, *again]
+
+
+def trained(name: str, *options: str, least: float = 60) -> Job:
+    return Job(name, training(name, *options), learned, least, evaluation(name))
+
+
+JOBS = (
+    Job("tests", tests, count_tests, 60),
+    Job("steps", bench, lambda at, args: read(at / "steps.json"), 60),
+    Job("quickstart", quickstart, learned, 40),
+    trained("paper_learned", "--preset", "paper_learned", "--precision", "high"),
+    Job("seeds", seeds, rates, 60),
+    trained("paper", "--preset", "paper", "--precision", "high"),
+    trained("paper_structured", "--preset", "paper", "--guide", "structured", "--precision", "high"),
+    Job("edlstm", edlstm, learned, 60),
+)
+
+
+def measured_with(device: torch.device) -> dict[str, Any]:
+    """Device, driver, versions, commit and date."""
+    driver = None
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().split("\n")[0]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        **environment(device),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "commit": commit.stdout.strip() or None,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def run(command: Sequence[str], left: float, log: Path) -> tuple[int, bool]:
+    """Runs a script until it ends or time is up; returns its exit code, and whether it was stopped."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (
+        log.open("a") as out,
+        subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        try:
+            return process.wait(timeout=max(1.0, left - GRACE)), False
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(timeout=GRACE), True
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait(), True
+
+
+def do(job: Job, args: Arguments, results: Path, until: float, about: dict[str, Any]) -> str:
+    """Does a job as far as time goes, and writes its JSON; returns done, stopped, or failed."""
+    at, file = folder(args, job.name), results / f"{job.name}.json"
+    at.mkdir(parents=True, exist_ok=True)
+    before = 0.0 if args.again else (read(file) or {}).get("seconds", 0.0)
+    begun = time.monotonic()
+    code, stopped = run(job.command(args), until - begun, at / "log.txt")
+    if code == 0 and not stopped and job.then is not None:
+        code, stopped = run(job.then(args), until - time.monotonic(), at / "log.txt")
+    state = "stopped" if stopped or code == 130 else "done" if code == 0 else "failed"
+    try:
+        found = job.measured(at, args)
+    except (OSError, ValueError, TypeError, IndexError) as error:
+        found, state = {"error": str(error)}, "failed" if state == "done" else state
+    seconds = round(before + time.monotonic() - begun, 1)
+    tail = (at / "log.txt").read_text().splitlines()[-5:]
+    write_json(file, {"job": job.name, "state": state, "seconds": seconds, "exit_code": code, "tail": tail,
+                      "environment": about, "found": found})  # fmt: skip
+    return state
+
+
+def main(args: Arguments) -> int:
+    device = device_of(args.device)
+    unknown = set(args.only) - {job.name for job in JOBS}
+    if unknown:
+        raise ValueError(f"there is no job '{min(unknown)}'; wanted some of {[job.name for job in JOBS]}")
+    if args.minutes is not None and not args.minutes > 0:
+        raise ValueError(f"--minutes is {args.minutes}; wanted a number above 0")
+    until = time.monotonic() + (float("inf") if args.minutes is None else 60 * args.minutes)
+    until = min(until, time.monotonic() + 7 * 86_400)
+    about = measured_with(device)
+    results = args.results / re.sub(r"[^a-z0-9]+", "_", str(about["device"]).lower()).strip("_")
+    results.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for job in (job for job in JOBS if not args.only or job.name in args.only):
+        there = read(results / f"{job.name}.json")
+        if there is not None and there["state"] == "done" and not args.again:
+            print(f"{job.name}: done already, {there['environment']['commit']}")
+            continue
+        left = until - time.monotonic()
+        if left < (0 if args.tiny else job.least + GRACE):
+            print(f"{job.name}: not begun, {left:.0f} s are left; run this again to go on")
+            continue
+        print(f"{job.name} ...", end=" ", flush=True)
+        state = do(job, args, results, until, about)
+        failed = failed or state == "failed"
+        print(state, flush=True)
+    gpu_report.fill(args.docs, args.results)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    start(main, Arguments, __doc__)

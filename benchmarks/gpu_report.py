@@ -1,0 +1,87 @@
+"""The pages' tables of what was measured on GPUs, from the JSON files of `gpu.py` and of a probe."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from pyro_pixels._files import atomic_write
+from pyro_pixels.result_tables import insert, markdown
+
+Found = dict[str, Any]
+
+
+def fill(docs: Path, results: Path) -> None:
+    """Puts the tables of every device's folder between the markers of the pages."""
+    folders = sorted(path for path in results.iterdir() if path.is_dir()) if results.exists() else []
+    for page, part, describe in (("performance", "gpu speed", speed), ("reproduction", "gpu learning", learning)):
+        file = docs / f"{page}.md"
+        if not file.exists():
+            continue
+        shown = [text for folder in folders if (text := describe(read_all(folder)))]
+        if shown:
+            with atomic_write(file) as out:
+                out.write(insert(file.read_text(), part, "\n\n".join(shown)).encode())
+            print(f"  {file}")
+
+
+def read_all(folder: Path) -> dict[str, Found]:
+    """By job: its JSON."""
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def where(results: dict[str, Found]) -> str:
+    """The device and versions of a folder's results."""
+    e = next(iter(results.values()))["environment"]
+    parts = [e["device"], f"driver {e['driver']}" if e.get("driver") else None, f"torch {e['torch']}",
+             f"Python {e['python']}", f"pyro {e['pyro']}", f"commit {str(e['commit'])[:7]}", e.get("date"),
+             e.get("how")]  # fmt: skip
+    return ", ".join(p for p in parts if p) + "."
+
+
+def speed(results: dict[str, Found]) -> str:
+    """Tests, steps beside the literal program, quickstart, several seeds at once."""
+    rows = []
+    if "tests" in results:
+        t = results["tests"]["found"]
+        if "tests" in t:
+            wrong = t["failures"] + t["errors"]
+            rows.append(
+                ["gpu tests", f"{t['tests'] - wrong - t['skipped']} pass, {wrong} fail", seconds(results["tests"])]
+            )
+    for part, r in (results.get("steps", {}).get("found") or {}).items():
+        literal = statistics.median(r["seconds"]["literal Pyro"]) if "literal Pyro" in r.get("seconds", {}) else None
+        for name, times in r.get("seconds", {}).items():
+            ms = 1e3 * statistics.median(times)
+            ratio = f"{1e3 * literal / ms:.1f} x literal" if literal and name != "literal Pyro" else "-"
+            rows.append([f"{part}: {name}", f"{ms:.2f} ms", ratio])
+    for row in (results.get("probe", {}).get("found") or {}).get("rows", []):
+        rows.append([row["what"], row["value"], row.get("beside", "-")])
+    if "quickstart" in results:
+        rows.append(["quickstart", results["quickstart"]["state"], seconds(results["quickstart"])])
+    rate = (results.get("seeds", {}).get("found") or {}).get("steps_per_second")
+    if rate:
+        rows.append([f"{len(rate)} seeds at once", f"{statistics.median(rate):.0f} rounds a second", "-"])
+    return f"{markdown(['what', 'measured', 'beside'], rows)}\n\n{where(results)}" if rows else ""
+
+
+def learning(results: dict[str, Found]) -> str:
+    """Trainings at the paper's size: steps, time, bound and errors."""
+    rows = []
+    for name in results:
+        found = results[name]["found"]
+        if not isinstance(found, dict) or not found.get("metrics"):
+            continue
+        last, evaluation = found["metrics"][-1], found.get("evaluation") or {}
+        by_n = evaluation.get("by_n_objects", {})
+        cells = [" / ".join(f"{row[key]:{form}}" for row in by_n.values() if row.get(key) is not None) or "-"
+                 for key, form in (("position_error_px", ".2f"), ("switch_rate", ".0%"))]  # fmt: skip
+        bound = f"{last['bound_per_frame']:.1f}" if "bound_per_frame" in last else "-"
+        state = "" if results[name]["state"] == "done" else f" ({results[name]['state']})"
+        rows.append([name + state, f"{last['step']:,}", f"{last['seconds']:.0f}", bound, *cells])
+    header = ["training", "steps", "seconds", "bound, nats a frame", "error, px, N = 1 / 2 / 3", "switches"]
+    return f"{markdown(header, rows)}\n\n{where(results)}" if rows else ""
+
+
+def seconds(result: Found) -> str:
+    return f"{result['seconds']:.0f} s"
