@@ -25,6 +25,7 @@ from pyro_pixels.runs import build, load_pretrained, load_run
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.video import load_video
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 
@@ -50,6 +51,7 @@ __all__ = [
     "load_pretrained",
     "load_run",
     "load_sequences",
+    "load_video",
     "reconstruct",
     "save_sequences",
     "simulate",

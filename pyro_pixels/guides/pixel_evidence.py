@@ -4,7 +4,7 @@ Guides read images as weights: a white pixel speaks for an object, a black one f
 images are binary). In a film from a camera the background has structure and every pixel has noise, and brightness
 is no measure of evidence any more. `PixelEvidence` estimates from a film, once, before training:
 
-- the background image, the median of every pixel over all frames of all sequences, and whether to subtract it: only
+- the background image, the median of every still pixel over all frames of all sequences, and whether to subtract it: only
   where the number of connected components then agrees better with the known numbers of objects;
 - the noise: smoothed with a 3 x 3 kernel, the background is a bulk with a centre and a spread, the empirical null of
   Efron (Large-Scale Inference, 2010), and the local false discovery rate says how likely a pixel above it is object;
@@ -34,6 +34,7 @@ WORSE = 0.1  # objects a frame
 CLUTTER_LEAST = 0.05  # white pixels of nobody in a frame; fewer are not looked for
 BACKGROUND_LEAST = 0.02  # grey value; a background below it is black
 SPREAD_LEAST = 1e-4  # grey value
+STILL_MOST = 0.55  # share of pixels that noise, cut at 0, leaves exactly black
 OBJECT_LEAST = 0.5  # probability below which a pixel is background
 Floats = NDArray[Any]  # float32 or float64
 Floats = NDArray[Any]  # float32 or float64
@@ -123,7 +124,7 @@ class PixelEvidence(nn.Module):
         frames, counts = _some_frames(images, n_objects)
         if not len(frames):
             return self.statistics
-        background = np.median(frames, 0)
+        background = _background(frames)
         plain, without = _evidence(frames), None
         # A background is one if what is left without it looks more like the objects that are known to be there.
         if background.max() > BACKGROUND_LEAST:
@@ -190,6 +191,13 @@ def _some_frames(images: Tensor, n_objects: Tensor) -> tuple[Floats, NDArray[np.
     return frames[seen], counts[seen].astype(np.int64)
 
 
+def _background(frames: Floats) -> Floats:
+    """The median of every pixel, where it is still: an object that passes often makes no background."""
+    low, middle = np.quantile(frames, (0.05, 0.5), axis=0)
+    wide = float(np.median(middle - low))  # as far as noise goes below the median
+    return np.minimum(middle, low + wide).astype(np.float32)
+
+
 def _smoothed(x: Floats) -> Floats:
     return ndimage.convolve(x, KERNEL[None].astype(np.float32), mode="constant")
 
@@ -203,7 +211,8 @@ def _evidence(excess: Floats) -> _Evidence:
     smooth, top, table = _smoothed(excess), float(excess.max()), np.ones(Z_BINS)
     low, centre, high = (float(q) for q in np.quantile(smooth[:: max(1, len(smooth) // 500)], (0.3, 0.5, 0.7)))
     spread = max(centre - low, high - centre) / float(norm.ppf(0.7))
-    if spread < SPREAD_LEAST:  # the background does not move
+    still = bool(((excess == 0) | (excess == 1)).all()) or float((excess == 0).mean()) > STILL_MOST
+    if still or spread < SPREAD_LEAST:
         bright = excess[excess > 0.5 * top] if top > 0 else excess[:0]
         contrast = float(np.quantile(bright, 0.9)) if bright.size else 1.0
         return _Evidence(table, _Null(0.0, 0.0, 0.0), contrast, np.clip(excess / contrast, 0, 1))

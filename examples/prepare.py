@@ -1,0 +1,73 @@
+"""Makes the .npz that every --data reads from films of your own: GIF, MP4, TIFF, folders or globs of pictures, arrays.
+
+Writes a contact sheet beside it, which shows what the model will see, and says what was done and what may go wrong.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from pyro_pixels.plots.film import plot_contact_sheet
+from pyro_pixels.plots.paper import save_figure
+from pyro_pixels.video import check_film, prepare_video, save_prepared
+
+
+@dataclass
+class Arguments:
+    films: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Files, folders of frames, or globs in quotes; one film each."""
+    out: Path = Path("mine.npz")
+    """The file to write; the contact sheet takes its name, with .png."""
+    n_objects: tuple[int, ...] = ()
+    """How many objects: one number for all, or one a film or a sequence; default: counted."""
+    size: int = 32
+    """Pixels of the longer side; longer ones are shrunk."""
+    frames: int | None = None
+    """Frames of a sequence, to cut long films; default: films of up to 60 frames are left whole."""
+    stride: int | None = None
+    """Frames between the starts of two sequences; default: half of --frames."""
+    crop: tuple[int, int, int, int] | None = None
+    """Top, bottom, left, right, in the film's pixels."""
+    invert: bool | None = None
+    """Objects are darker than the ground; default: found out."""
+    background: bool | None = None
+    """Subtract the median over time; default: where objects stand out better without it."""
+    threshold: float | None = None
+    """Of an object's brightness, from 0 to 1; default: Otsu's."""
+    grey: bool = False
+    """Keep grey values; then train with --likelihood gaussian."""
+    axes: str | None = None
+    """Axes of arrays, letters of NTHWC, if they are not (n,) T, H, W(, C)."""
+
+
+def main(args: Arguments) -> None:
+    print(f"reading {', '.join(args.films)}")
+    n = args.n_objects[0] if len(args.n_objects) == 1 else (args.n_objects or None)
+    prepared = prepare_video(
+        args.films, n_objects=n, size=args.size, frames=args.frames, stride=args.stride, crop=args.crop,
+        invert=args.invert, background=args.background, threshold=args.threshold, grey=args.grey, axes=args.axes,
+    )  # fmt: skip
+    data, (film, first) = prepared.data, prepared.source.first_frames[0]
+    for note in prepared.notes:
+        print(f"  {note}")
+    for warning in check_film(data):
+        print(f"  ! {warning}")
+    save_prepared(args.out, prepared)
+    sheet = args.out.with_suffix(".png")
+    figure = plot_contact_sheet(
+        prepared.films[film][first:], data.images, prepared.counts, data.n_objects, threshold=prepared.threshold,
+        notes=prepared.notes,
+    )  # fmt: skip
+    save_figure(figure, sheet)
+    print(f"  {args.out}\n  {sheet}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments, description=__doc__))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

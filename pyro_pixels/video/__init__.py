@@ -1,0 +1,21 @@
+"""Films of one's own: from files to image sequences, and from tracks back to the film's own pixels."""
+
+from pyro_pixels.video.check import check_film, count_components
+from pyro_pixels.video.prepare import Prepared, Source, load_source, load_video, prepare_video, save_prepared
+from pyro_pixels.video.read import read_films
+from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
+
+__all__ = [
+    "Prepared",
+    "Source",
+    "check_film",
+    "count_components",
+    "draw_tracks_gif",
+    "load_source",
+    "load_video",
+    "prepare_video",
+    "read_films",
+    "save_prepared",
+    "track_rows",
+    "write_csv",
+]

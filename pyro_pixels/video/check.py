@@ -1,0 +1,103 @@
+"""What may go wrong when a model learns from these sequences, said before the first step, with what to do.
+
+Each check looks at images and numbers of objects alone.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.guides.pixel_evidence import PixelEvidence
+
+FRAMES = 1_500  # that are looked at
+SMALLEST = 2  # pixels of an object
+
+
+def count_components(white: NDArray[np.bool_], least: int = SMALLEST) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How many connected components of at least so many pixels each frame (F, H, W) has, and the sizes of all."""
+    flat = np.zeros((3, 3, 3), bool)
+    flat[1] = True
+    labels, n = ndimage.label(white, flat)  # type: ignore[misc]
+    sizes = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    frames = np.array([s[0].start for s in ndimage.find_objects(labels) if s is not None], np.int64)
+    large = sizes >= least
+    return np.bincount(frames[large], minlength=len(white)), sizes[large]
+
+
+def check_film(data: ImageSequences) -> list[str]:
+    """Warnings, one line each: what was found, and the option that helps; empty if there is nothing to say."""
+    warnings: list[str] = []
+    n, (H, W) = len(data), data.size
+    rows = np.unique(np.linspace(0, n - 1, max(1, min(n, FRAMES // data.images.shape[1]))).round().astype(int))
+    part = data[torch.from_numpy(rows)]
+    evidence = PixelEvidence()
+    evidence.estimate(part.images, part.n_objects)
+    weights = evidence(part.images.float().nan_to_num()).numpy()
+    white, seen = weights > 0.5, part.seen.numpy()
+    brightness = float(part.images.float()[part.seen].mean())
+    if brightness > 0.5:
+        warnings.append(
+            f"images are mostly white (mean {brightness:.2f}): objects are taken to be bright; "
+            "invert the film (prepare.py --invert)"
+        )
+    if not bool((data.n_objects == 1).any()):
+        warnings.append(
+            "no sequence has N = 1: nothing shows one object alone, so learning begins with several, which is harder; "
+            "add films of a single object if you can"
+        )
+    frames, counts = white[seen], np.repeat(part.n_objects.numpy(), seen.sum(1))
+    found, sizes = count_components(frames)
+    if not len(sizes):
+        return [*warnings, "no frame shows an object of 2 or more pixels; threshold lower (prepare.py --threshold)"]
+    middle = float(np.median(sizes))
+    if middle < SMALLEST * 2:
+        warnings.append(f"objects cover {middle:.0f} pixels: prepare the film larger (prepare.py --size)")
+    if middle > H * W / 4:
+        warnings.append(f"objects cover {middle / H / W:.0%} of the image: raise the threshold, or crop less")
+    empty = float((found == 0).mean())
+    if empty > 0.02:
+        warnings.append(f"{empty:.0%} of the frames show no object: cut them off, or give fewer frames (--frames)")
+    more, fewer = float((found > counts).mean()), float((found < counts - 1).mean())
+    if more > 0.2:
+        warnings.append(
+            f"{more:.0%} of the frames show more objects than n_objects says: objects come and go, or the background "
+            "shows (prepare.py --n-objects, --background, --threshold)"
+        )
+    if fewer > 0.2:
+        warnings.append(f"{fewer:.0%} of the frames show fewer objects than n_objects says (prepare.py --n-objects)")
+    edge = frames[:, [0, -1]].any((1, 2)) | frames[:, :, [0, -1]].any((1, 2))
+    if float(edge.mean()) > 0.2:
+        warnings.append(
+            f"objects touch the edge in {float(edge.mean()):.0%} of the frames: what leaves the image is not followed; "
+            "crop wider, or cut where objects enter and leave (prepare.py --crop, --frames)"
+        )
+    return warnings + _motion(weights, part)
+
+
+def _motion(weights: NDArray[np.float32], data: ImageSequences) -> list[str]:
+    """Jumps of single objects, and frames whose order is not that of time."""
+    warnings = []
+    y, x = np.mgrid[: data.size[0], : data.size[1]]
+    alone = (data.n_objects == 1).numpy()
+    mass = weights[alone].sum((2, 3))
+    if alone.any() and (mass > 1).any():
+        with np.errstate(invalid="ignore", divide="ignore"):
+            place = np.stack([(weights[alone] * a).sum((2, 3)) / mass for a in (x, y)], -1)
+        step = np.linalg.norm(np.diff(place, axis=1), axis=-1)[(mass[:, 1:] > 1) & (mass[:, :-1] > 1)]
+        jumps = float((step > max(data.size) / 4).mean()) if len(step) else 0.0
+        if jumps > 0.02:
+            warnings.append(
+                f"{jumps:.0%} of the steps of single objects are longer than a quarter of the image: "
+                "frames are missing, or too far apart in time"
+            )
+    if weights.shape[1] >= 6:
+        near = float(np.abs(np.diff(weights, axis=1)).mean())
+        far = float(np.abs(weights[:, 3:] - weights[:, :-3]).mean())
+        if near > 0.97 * far and far > 1e-4:
+            warnings.append(
+                "neighbouring frames differ as much as frames three apart: the frames are not in the order of time, "
+                "or the film is too slow for the motion"
+            )
+    return warnings

@@ -1,0 +1,266 @@
+"""From films to image sequences that a model can hold: crop, shrink, invert, background, threshold, count, cut.
+
+`prepare_video` says what it did in `Prepared.notes`, and keeps the map back to the film's own pixels (`Source`).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyro_pixels._files import atomic_write
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.video.check import count_components
+from pyro_pixels.video.read import Film, optional, read_films
+
+LONG, CUT = 60, 30  # a film of more frames than LONG is cut into sequences of CUT, half overlapping
+
+
+class Source(NamedTuple):
+    """Where the sequences come from: source pixels = (pixels + 0.5 - offset) / scale - 0.5 + corner."""
+
+    scale: float
+    """Pixels of the sequences for one of the film."""
+    offset: tuple[float, float]
+    """(column, row) of the film's corner in the sequences, whose rest is black."""
+    corner: tuple[int, int]
+    """(column, row) where the film was cropped."""
+    size: tuple[int, int]
+    """(H, W) of the film."""
+    first_frames: tuple[tuple[int, int], ...] = ()
+    """(film, frame) that each sequence begins with."""
+
+    def to_source(self, positions: Any) -> NDArray[np.float64]:
+        """Positions (..., 2), (column, row), in the film's own pixels."""
+        inside = np.asarray(positions, np.float64) + 0.5 - np.asarray(self.offset)
+        return inside / self.scale - 0.5 + np.asarray(self.corner)
+
+
+class Prepared(NamedTuple):
+    """Sequences, and how they were made."""
+
+    data: ImageSequences
+    notes: list[str]
+    """What was done, and what may be wrong, one line each."""
+    source: Source
+    films: list[Film]
+    """As they were read, (T, H, W)."""
+    threshold: float | None
+    counts: NDArray[np.int64]
+    """(n, T), connected components of each frame."""
+
+
+def load_video(paths: str | Path | Sequence[str | Path], **options: Any) -> ImageSequences:
+    """Image sequences from films of one's own; options and errors as `prepare_video`, which also says what it did."""
+    return prepare_video(paths, **options).data
+
+
+def prepare_video(
+    paths: str | Path | Sequence[str | Path],
+    *,
+    n_objects: int | Sequence[int] | None = None,
+    size: int = 32,
+    frames: int | None = None,
+    stride: int | None = None,
+    crop: tuple[int, int, int, int] | None = None,
+    invert: bool | None = None,
+    background: bool | None = None,
+    threshold: float | None = None,
+    grey: bool = False,
+    axes: str | None = None,
+) -> Prepared:
+    """Reads films and makes sequences of them.
+
+    Args:
+        paths, axes: as `read_films`.
+        n_objects: of every sequence, or one a film or a sequence; default: connected components are counted.
+        size: films are shrunk, by area averaging and with their aspect kept, until the longer side is ``size`` pixels,
+            and made square with black. Smaller films stay as they are.
+        frames: T of the sequences that each film is cut into; default: films of up to 60 frames are left whole.
+        stride: frames between the starts of two; default half of ``frames``.
+        crop: (top, bottom, left, right), in the film's pixels.
+        invert: whether objects are darker than the ground; default: found by itself.
+        background: whether to subtract the median over time; default: where the objects stand out better without it.
+        threshold: grey value, after all of this, above which a pixel is white; default: Otsu's.
+        grey: keep grey values, for the likelihoods "gaussian" and "continuous_bernoulli".
+
+    Raises:
+        ValueError: if a film cannot be read, an option is out of range, or no sequence shows an object.
+    """
+    films, notes = read_films(paths, axes=axes), []
+    shape = films[0].shape[1:]
+    if any(f.shape[1:] != shape for f in films):
+        raise ValueError(f"films differ in size, {sorted({f.shape[1:] for f in films})}; prepare those of one size")
+    short = [len(f) for f in films if len(f) < 2]
+    if short:
+        raise ValueError("a film has 1 frame, which shows no motion; give frames in one file, a folder or a glob")
+    top, bottom, left, right = crop or (0, shape[0], 0, shape[1])
+    if not (0 <= top < bottom <= shape[0] and 0 <= left < right <= shape[1]):
+        raise ValueError(f"crop is {crop} for films of {shape[0]} x {shape[1]}; wanted (top, bottom, left, right)")
+    if size < 8:
+        raise ValueError(f"size is {size}; wanted at least 8 pixels")
+    cropped = [f[:, top:bottom, left:right] for f in films]
+    shrunk, scale = _shrink(cropped, size)
+    notes.append(f"{len(films)} film(s) of {[len(f) for f in films][:6]} frames, {shape[0]} x {shape[1]} pixels, "
+                 f"shrunk to {shrunk[0].shape[1]} x {shrunk[0].shape[2]}")  # fmt: skip
+    excess = [f - np.median(f) for f in shrunk]
+    everything = np.concatenate([x.ravel() for x in excess])
+    low, high = np.quantile(everything, (0.002, 0.998))
+    found = bool(-low > 1.2 * high)
+    invert = found if invert is None else invert
+    notes.append(f"objects are {'darker' if invert else 'brighter'} than the ground{', inverted' if invert else ''}")
+    excess = [-x if invert else x for x in excess]
+    excess, said = _without_background(excess, background, n_objects)
+    notes.append(said)
+    top_value = float(np.quantile(np.concatenate([x.ravel() for x in excess]), 0.998))
+    if top_value <= 0:
+        raise ValueError("nothing moves or stands out in these films; look at them, or change --crop or --background")
+    values = [np.clip(x / top_value, 0, 1).astype(np.float32) for x in excess]
+    chosen = _threshold(values) if threshold is None else threshold
+    white = [x > chosen for x in values]
+    if not grey:
+        notes.append(
+            f"threshold {chosen:.2f} of an object's brightness; {np.mean([w.mean() for w in white]):.1%} white"
+        )
+    else:
+        notes.append("grey values are kept; train with --likelihood gaussian")
+    square = max(values[0].shape[1:])
+    offset = ((square - values[0].shape[2]) // 2, (square - values[0].shape[1]) // 2)
+    kept = [_letterbox(v if grey else w.astype(np.uint8), square, offset) for v, w in zip(values, white)]
+    starts, T = _cuts([len(f) for f in films], frames, stride, notes)
+    images = [kept[film][t : t + T] for film, t in starts]
+    of_film = [count_components(w)[0] for w in white]
+    counts = [of_film[film][t : t + T] for film, t in starts]
+    n, keep = _numbers(n_objects, counts, [film for film, _ in starts], len(films), notes)
+    if not any(keep):
+        raise ValueError("no sequence shows an object; lower the threshold, or look at the contact sheet")
+    chosen_images = [x for x, k in zip(images, keep) if k]
+    first = tuple(s for s, k in zip(starts, keep) if k)
+    data = ImageSequences(chosen_images, [x for x, k in zip(n, keep) if k])  # type: ignore[arg-type]
+    source = Source(scale, offset, (left, top), (shape[0], shape[1]), first)
+    padded = np.full((len(first), data.images.shape[1]), -1)
+    for row, c in zip(padded, [c for c, k in zip(counts, keep) if k]):
+        row[: len(c)] = c
+    notes.append(f"{len(data)} sequences of {data.images.shape[1]} frames; N: "
+                 f"{dict(zip(*[v.tolist() for v in data.n_objects.unique(return_counts=True)]))}")  # fmt: skip
+    return Prepared(data, notes, source, films, None if grey else chosen, padded)
+
+
+def save_prepared(path: str | Path, prepared: Prepared) -> None:
+    """Writes the .npz that every ``--data`` reads, with the map back to the film's pixels for `load_source`."""
+    data = prepared.data
+    arrays: dict[str, Any] = {"images": data.images.numpy(), "n_objects": data.n_objects.numpy()}
+    arrays["source"] = np.array(json.dumps(prepared.source._asdict()))
+    with atomic_write(path) as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_source(path: str | Path) -> Source | None:
+    """The map back to the film's pixels of a file that `save_prepared` wrote; None in others."""
+    with np.load(path, allow_pickle=False) as file:
+        if "source" not in file.files:
+            return None
+        values = json.loads(str(file["source"]))
+    first = tuple((int(a), int(b)) for a, b in values["first_frames"])
+    offset, corner, size = (tuple(values[name]) for name in ("offset", "corner", "size"))
+    return Source(values["scale"], offset, corner, size, first)
+
+
+def _shrink(films: list[Film], size: int) -> tuple[list[Film], float]:
+    height, width = films[0].shape[1:]
+    scale = size / max(height, width)
+    if scale >= 1:
+        return films, 1.0
+    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
+    resize = optional("skimage.transform").resize_local_mean
+    return [np.moveaxis(resize(np.moveaxis(f, 0, -1), shape), -1, 0).astype(np.float32) for f in films], scale
+
+
+def _without_background(
+    excess: list[Film], background: bool | None, n_objects: int | Sequence[int] | None
+) -> tuple[list[Film], str]:
+    """The films without their median over time, if they are better without it."""
+    without = [x - np.median(x, 0) for x in excess]
+    if background is None:
+        scores = []
+        for films in (excess, without):
+            top = np.quantile(np.concatenate([x.ravel() for x in films]), 0.998)
+            counts = [count_components(x > 0.5 * top)[0] for x in films]
+            wanted = _per_film(n_objects, len(films)) or [float(np.median(c)) for c in counts]
+            off = np.concatenate([np.abs(c - n) for c, n in zip(counts, wanted)])
+            empty = np.concatenate([c == 0 for c in counts])
+            scores.append(float(off.mean() + 3 * empty.mean()))
+        background = bool(max(float(np.ptp(np.median(x, 0))) for x in excess) > 0.02 and scores[1] <= scores[0] + 0.02)
+    return (without, "the median over time was subtracted") if background else (excess, "no background was subtracted")
+
+
+def _threshold(values: list[Film]) -> float:
+    pixels = np.concatenate([v.ravel() for v in values])
+    noise = 1.4826 * float(np.median(np.abs(pixels[pixels > 0]))) if (pixels > 0).mean() > 0.3 else 0.0
+    otsu = float(optional("skimage.filters").threshold_otsu(pixels))
+    return float(np.clip(max(otsu, 4 * noise), 0.1, 0.6))
+
+
+def _letterbox(film: NDArray[Any], square: int, offset: tuple[int, int]) -> NDArray[Any]:
+    found = np.zeros((len(film), square, square), film.dtype)
+    found[:, offset[1] : offset[1] + film.shape[1], offset[0] : offset[0] + film.shape[2]] = film
+    return found
+
+
+def _cuts(
+    lengths: list[int], frames: int | None, stride: int | None, notes: list[str]
+) -> tuple[list[tuple[int, int]], int]:
+    """(film, first frame) of each sequence, and T."""
+    if frames is None and max(lengths) <= LONG:
+        if stride is not None:
+            raise ValueError(f"stride is {stride} without frames; say how long sequences are (--frames)")
+        return [(i, 0) for i in range(len(lengths))], max(lengths)
+    T = frames or CUT
+    if T < 2 or max(lengths) < T:
+        raise ValueError(f"frames is {T}; wanted from 2 to the length of the longest film, {max(lengths)}")
+    stride = max(1, T // 2) if stride is None else stride
+    if stride < 1:
+        raise ValueError(f"stride is {stride}; wanted at least 1")
+    notes.append(f"cut into sequences of {T} frames, one every {stride}")
+    return [(i, t) for i, L in enumerate(lengths) for t in range(0, max(L - T, 0) + 1, stride)], T
+
+
+def _per_film(n_objects: int | Sequence[int] | None, n_films: int) -> list[float] | None:
+    if n_objects is None:
+        return None
+    if isinstance(n_objects, int):
+        return [float(n_objects)] * n_films
+    return [float(x) for x in n_objects] if len(n_objects) == n_films else None
+
+
+def _numbers(
+    n_objects: int | Sequence[int] | None,
+    counts: list[NDArray[np.int64]],
+    film: list[int],
+    n_films: int,
+    notes: list[str],
+) -> tuple[list[int], list[bool]]:
+    """N of each sequence, and which have any object."""
+    if n_objects is not None:
+        if isinstance(n_objects, int):
+            n = [n_objects] * len(counts)
+        elif len(n_objects) == len(counts):
+            n = [int(x) for x in n_objects]
+        elif len(n_objects) == n_films:
+            n = [int(n_objects[i]) for i in film]
+        else:
+            raise ValueError(f"there are {len(n_objects)} n_objects for {len(counts)} sequences of {n_films} films")
+        if min(n) < 1:
+            raise ValueError(f"n_objects has the value {min(n)}; every sequence needs at least 1 object")
+        return n, [True] * len(n)
+    n = [int(np.quantile(c, 0.75, method="nearest")) for c in counts]  # objects that touch count as one
+    agree = float(np.mean([np.mean(c == k) for c, k in zip(counts, n)]))
+    notes.append(f"n_objects was counted: {agree:.0%} of the frames show that many components"
+                 + ("; check the contact sheet, or give --n-objects" if agree < 0.8 else ""))  # fmt: skip
+    keep = [k > 0 for k in n]
+    if not all(keep):
+        notes.append(f"{len(keep) - sum(keep)} sequences without an object were left out")
+    return n, keep

@@ -1,0 +1,200 @@
+"""Films from files: GIF, APNG, MP4 and its like, TIFF, folders and globs of pictures, and NumPy's arrays.
+
+Everything becomes grey frames (T, H, W), float32 from 0 to 1. What reads the formats is imageio with its pyav plugin,
+tifffile and scikit-image, which ``pip install "pyro_pixels[video]"`` brings; they are imported when they are needed.
+"""
+
+import glob
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+MOVIES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
+ANIMATIONS = {".gif", ".apng", ".webp"}
+ARRAYS = {".npy", ".npz"}
+LUMA = np.array([0.2125, 0.7154, 0.0721], np.float32)  # as scikit-image's rgb2gray
+
+Film = NDArray[np.float32]
+
+
+def optional(name: str) -> Any:
+    """A module of the `video` extra; a ValueError that says what to install where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(
+            f'reading and preparing films needs {name.split(".")[0]}; pip install "pyro_pixels[video]"'
+        ) from None
+
+
+def read_films(paths: str | Path | Sequence[str | Path], *, axes: str | None = None) -> list[Film]:
+    """Films (T, H, W), grey, float32 from 0 to 1.
+
+    Args:
+        paths: a file, a folder of pictures (in natural order: 2 before 10) or of films, a glob such as ``"run*.png"``,
+            or several of these. A ``.npy`` or ``.npz`` holds (T, H, W), (n, T, H, W), or either with colours last.
+        axes: what the axes of arrays are, of the letters N, T, H, W and C, such as ``"HWT"``; default: as above.
+
+    Raises:
+        ValueError: if there is no such file, its kind or the meaning of its values is not known, or a library misses.
+    """
+    found: list[Film] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        found += _read(str(path), axes)
+    if not found:
+        raise ValueError("there are no films; give at least one file, folder or glob")
+    return found
+
+
+def _read(path: str, axes: str | None) -> list[Film]:
+    where = Path(path)
+    if where.is_dir():
+        files = sorted((p for p in where.iterdir() if p.is_file()), key=_natural)
+    elif where.is_file():
+        return _read_file(where, axes)
+    elif any(c in path for c in "*?["):
+        files = sorted((Path(p) for p in glob.glob(path)), key=_natural)
+    else:
+        raise ValueError(f"there is no file or folder {path}")
+    pictures = [p for p in files if p.suffix.lower() in PICTURES]
+    films = [p for p in files if p.suffix.lower() in MOVIES | ANIMATIONS | ARRAYS]
+    if pictures and films:
+        raise ValueError(
+            f"{path} has pictures and films, such as {pictures[0].name} and {films[0].name}; give one kind"
+        )
+    if films:
+        return [film for p in films for film in _read_file(p, axes)]
+    if not pictures:
+        raise ValueError(f"{path} has no pictures or films; wanted {sorted(PICTURES | MOVIES | ANIMATIONS | ARRAYS)}")
+    if len(pictures) > 1:
+        frames = [_read_picture(p) for p in pictures]
+        if all(f.ndim == 2 or f.shape[-1] in (3, 4) for f in frames):
+            sizes = {f.shape[:2] for f in frames}
+            if len(sizes) > 1:
+                raise ValueError(f"{path}: pictures differ in size, {sorted(sizes)[:3]}; wanted frames of one size")
+            grey = [to_grey(f, f.ndim == 3) for f in frames]
+            return [to_unit(np.stack(grey), path)]
+    return [film for p in pictures for film in _read_file(p, axes)]
+
+
+def _read_file(path: Path, axes: str | None) -> list[Film]:
+    suffix = path.suffix.lower()
+    try:
+        if suffix in ARRAYS:
+            return _from_array(_load_array(path), axes, str(path))
+        if suffix in {".tif", ".tiff"}:
+            return [_from_tiff(path)]
+        if suffix in MOVIES:
+            optional("av")
+            frames = list(optional("imageio.v3").imiter(path, plugin="pyav"))
+        elif suffix in ANIMATIONS | PICTURES:
+            frames = list(optional("imageio.v3").imiter(path, plugin="pillow", mode="RGB"))
+        else:
+            raise ValueError(
+                f"{path.name} is of an unknown kind; wanted {sorted(PICTURES | MOVIES | ANIMATIONS | ARRAYS)}"
+            )
+    except (OSError, EOFError, KeyError, RuntimeError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it whole?") from None
+    if not frames:
+        raise ValueError(f"{path} has no frames")
+    return [to_unit(np.stack([to_grey(f, f.ndim == 3) for f in frames]), str(path))]
+
+
+def _load_array(path: Path) -> NDArray[Any]:
+    try:
+        content = np.load(path, allow_pickle=False)
+        if not isinstance(content, np.lib.npyio.NpzFile):
+            return content
+        with content:
+            name = "images" if "images" in content.files else content.files[0]
+            if name != "images" and len(content.files) > 1:
+                raise ValueError(f"has the arrays {sorted(content.files)}; call the film 'images'")
+            return content[name]
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{path} cannot be read as an array: {_first_line(error)}") from None
+
+
+def _from_array(x: NDArray[Any], axes: str | None, where: str) -> list[Film]:
+    if axes is not None:
+        letters = axes.upper()
+        if len(letters) != x.ndim or len(set(letters)) != x.ndim or not {"T", "H", "W"} <= set(letters) <= set("NTHWC"):
+            raise ValueError(f"axes is '{axes}' for an array of shape {x.shape}; wanted letters of NTHWC, one an axis")
+        x = x.transpose([letters.index(c) for c in "NTHWC" if c in letters])
+        colour, many = "C" in letters, "N" in letters
+    else:
+        colour = x.ndim >= 4 and x.shape[-1] in (1, 3, 4)
+        if x.ndim == 4 and not colour and x.shape[1] in (1, 3) and min(x.shape[2:]) >= 8:  # colours first
+            x, colour = np.moveaxis(x, 1, -1), True
+        many = x.ndim - colour == 4
+    if x.ndim != 3 + colour + many or 0 in x.shape:
+        raise ValueError(f"{where} has shape {x.shape}; wanted (T, H, W) or (n, T, H, W), colours last, or --axes")
+    x = to_grey(x, bool(colour))
+    unit = to_unit(x, where)
+    return list(unit) if many else [unit]
+
+
+def _from_tiff(path: Path) -> Film:
+    with optional("tifffile").TiffFile(path) as file:
+        series = file.series[0]
+        x, axes = series.asarray(), series.axes
+    colour = axes.endswith("S")
+    x = to_grey(x, colour)
+    if x.ndim == 2:
+        raise ValueError(f"{path} has one frame; give a TIFF of many pages, or a folder or glob of pictures")
+    if x.ndim != 3:
+        raise ValueError(f"{path} has the axes {axes}; wanted one axis besides the picture's: time")
+    return to_unit(x, str(path))
+
+
+def _read_picture(path: Path) -> NDArray[Any]:
+    try:
+        if path.suffix.lower() in {".tif", ".tiff"}:
+            return optional("tifffile").imread(path)
+        return optional("imageio.v3").imread(path)
+    except (OSError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it whole?") from None
+
+
+def to_grey(x: NDArray[Any], colour: bool) -> NDArray[Any]:
+    """Colours in the last axis, if there are any, to luminance; transparency is left out."""
+    if not colour:
+        return x
+    if x.shape[-1] in (1, 2):
+        return x[..., 0]
+    return x[..., :3] @ LUMA if x.dtype.kind == "f" else (x[..., :3].astype(np.float32) @ LUMA).round().astype(x.dtype)
+
+
+def to_unit(x: NDArray[Any], where: str = "the film") -> Film:
+    """Values from 0 to 1: bytes by 255, other integers by the largest value of their film, floats as they are.
+
+    Raises:
+        ValueError: if floats lie outside [0, 1] and are not 0 to 255, or are not finite.
+    """
+    if x.dtype == bool:
+        return x.astype(np.float32)
+    if x.dtype == np.uint8:
+        return (x if x.max() <= 1 else x / np.float32(255)).astype(np.float32)
+    low, high = float(x.min()), float(x.max())
+    if x.dtype.kind in "iu" and low >= 0:
+        return (x / np.float32(max(1.0, 255.0 if 1 < high <= 255 else high))).astype(np.float32)
+    if low >= 0 and high <= 1:
+        return x.astype(np.float32)
+    if low >= 0 and 1 < high <= 255:
+        return (x / 255).astype(np.float32)
+    raise ValueError(f"{where} has values from {low:g} to {high:g}; wanted bytes, or numbers from 0 to 1; rescale them")
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """A key that sorts frame2 before frame10."""
+    parts = re.split(r"(\d+)", path.name.lower())
+    return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts if p]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,112 @@
+"""Tracks for other programs and for people: a CSV with trackpy's columns, and a GIF over the film itself."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw
+
+from pyro_pixels._files import atomic_write
+from pyro_pixels.plots.style import OBJECTS
+from pyro_pixels.video.prepare import Source
+
+Floats = NDArray[np.float64]
+COLUMNS = ("sequence", "frame", "particle", "x", "y", "var_x", "cov_xy", "var_y", "component")
+
+
+def track_rows(
+    positions: ArrayLike, covariances: ArrayLike, components: ArrayLike, n_objects: ArrayLike, *,
+    source: Source | None = None, scale: float | None = None, fps: float | None = None,
+) -> tuple[list[str], Iterator[list[Any]]]:  # fmt: skip
+    """The header, and one row a sequence, frame and object.
+
+    ``frame`` counts from 0, in the film where ``source`` says where sequences begin; ``particle`` counts all objects of
+    all sequences. Rows are downwards, as y.
+
+    Args:
+        positions: (n, N, T, 2) in pixels of the sequences, (column, row).
+        covariances: (n, N, T, 2, 2), in square pixels.
+        components: (n, N), the likeliest component of each object.
+        n_objects: (n,).
+        source: takes positions to the film's own pixels.
+        scale: metres in one pixel of the film; then x and y are in metres.
+        fps: frames in a second; then there is a column ``time``, in seconds.
+
+    Raises:
+        ValueError: if ``scale`` or ``fps`` are not above 0.
+    """
+    for name, value in (("scale", scale), ("fps", fps)):
+        if value is not None and not 0 < value < np.inf:
+            raise ValueError(f"{name} is {value}; wanted a number above 0")
+    a, C = np.asarray(positions, np.float64), np.asarray(covariances, np.float64)
+    if source is not None:
+        a, C = source.to_source(a), C / source.scale**2
+    unit = scale or 1.0
+    a, C = a * unit, C * unit**2
+    k, n = np.asarray(components), np.asarray(n_objects)
+    header = [*COLUMNS[:2], *(["time"] if fps else []), *COLUMNS[2:]]
+
+    def rows() -> Iterator[list[Any]]:
+        particle = 0
+        for b in range(len(a)):
+            first = source.first_frames[b][1] if source is not None and source.first_frames else 0
+            for t in range(a.shape[2]):
+                for i in range(int(n[b])):
+                    (x, y), S = a[b, i, t], C[b, i, t]
+                    time = [f"{(first + t) / fps:.6g}"] if fps else []
+                    numbers = (x, y, S[0, 0], S[0, 1], S[1, 1])
+                    yield [b, first + t, *time, particle + i, *(f"{v:.6g}" for v in numbers), int(k[b, i])]
+            particle += int(n[b])
+
+    return header, rows()
+
+
+def write_csv(path: str | Path, header: Sequence[str], rows: Iterator[list[Any]]) -> None:
+    """Writes what `track_rows` gives."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def draw_tracks_gif(
+    path: str | Path, frames: ArrayLike, positions: ArrayLike, *, height: int = 320, tail: int = 12, duration: int = 80
+) -> None:
+    """A GIF of frames (T, H, W), 0 to 1, with tracks (N, T, 2) in their pixels drawn over them.
+
+    Args:
+        height: of the picture, in pixels; tail: frames that a track is drawn back in time; duration: ms a frame.
+
+    Raises:
+        ValueError: if there are not as many positions as frames.
+    """
+    v, a = np.asarray(frames, np.float64), np.asarray(positions, np.float64)
+    if v.ndim != 3 or a.ndim != 3 or a.shape[1:] != (len(v), 2):
+        raise ValueError(f"frames have shape {v.shape}, positions {a.shape}; wanted (T, H, W) and (N, T, 2)")
+    zoom = max(1.0, height / v.shape[1])
+    size = (round(v.shape[2] * zoom), round(v.shape[1] * zoom))
+    pictures = [_picture(v[t], a[:, max(0, t - tail) : t + 1], size, zoom) for t in range(len(v))]
+    with atomic_write(path) as file:
+        pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
+def _picture(
+    frame: NDArray[np.float64], tracks: NDArray[np.float64], size: tuple[int, int], zoom: float
+) -> Image.Image:
+    picture = Image.fromarray((255 * frame.clip(0, 1)).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+    picture = picture.convert("RGB")
+    draw = ImageDraw.Draw(picture)
+    for i, track in enumerate((tracks + 0.5) * zoom):
+        track, colour = track[np.isfinite(track).all(-1)], OBJECTS[i % len(OBJECTS)]
+        if len(track) > 1:
+            draw.line([tuple(p) for p in track], fill=colour, width=2)
+        if len(track):
+            (x, y), r = track[-1], 4
+            draw.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=2)
+    return picture

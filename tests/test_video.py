@@ -1,0 +1,239 @@
+"""Films of every kind that people have, to sequences and back to their own pixels."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+
+from pyro_pixels import load_sequences
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.plots.film import plot_contact_sheet
+from pyro_pixels.video import (
+    check_film,
+    draw_tracks_gif,
+    load_source,
+    load_video,
+    prepare_video,
+    save_prepared,
+    track_rows,
+    write_csv,
+)
+
+iio = pytest.importorskip("imageio.v3")
+pytest.importorskip("skimage")
+pytest.importorskip("av")
+tifffile = pytest.importorskip("tifffile")
+
+H, W, T = 48, 64, 12
+Y, X = np.mgrid[:H, :W]
+
+
+def centre(t, k=0):
+    return 12 + 3.5 * t, 14 + 1.5 * t + 12 * k
+
+
+def film(n=1, *, dark=False, noise=0.02, seed=0):
+    """(T, H, W) float: anti-aliased discs that move."""
+    rng = np.random.default_rng(seed)
+    frames = np.zeros((T, H, W))
+    for t in range(T):
+        for k in range(n):
+            column, row = centre(t, k)
+            frames[t] = np.maximum(frames[t], np.clip(5.5 - np.hypot(X - column, Y - row), 0, 1))
+    frames = 0.15 + 0.7 * frames + rng.normal(0, noise, frames.shape)
+    return (1 - frames if dark else frames).clip(0, 1)
+
+
+BYTES = (255 * film()).astype(np.uint8)
+COLOUR = np.repeat(BYTES[..., None], 3, -1)
+
+
+def write_folder(path, suffix):
+    path.mkdir()
+    for t, frame in enumerate(BYTES):  # 1, 2, ..., 10, 11: natural order is that of time
+        iio.imwrite(path / f"frame{t}{suffix}", frame)
+    return path
+
+
+KINDS = {
+    "gif": lambda d: iio.imwrite(d / "a.gif", BYTES) or d / "a.gif",
+    "apng": lambda d: iio.imwrite(d / "a.apng", BYTES, plugin="pillow", extension=".png") or d / "a.apng",
+    "mp4": lambda d: iio.imwrite(d / "a.mp4", COLOUR, plugin="pyav", codec="libx264", fps=25) or d / "a.mp4",
+    "mov": lambda d: iio.imwrite(d / "a.mov", COLOUR, plugin="pyav", codec="libx264", fps=25) or d / "a.mov",
+    "avi": lambda d: iio.imwrite(d / "a.avi", COLOUR, plugin="pyav", codec="mpeg4", fps=25) or d / "a.avi",
+    "tiff": lambda d: tifffile.imwrite(d / "a.tif", BYTES, photometric="minisblack") or d / "a.tif",
+    "tiff of 16 bits": lambda d: tifffile.imwrite(d / "a.tif", (film() * 4095).astype(np.uint16)) or d / "a.tif",
+    "folder of png": lambda d: write_folder(d / "f", ".png"),
+    "folder of jpeg": lambda d: write_folder(d / "f", ".jpg"),
+    "folder of tiff": lambda d: write_folder(d / "f", ".tif"),
+    "glob": lambda d: str(write_folder(d / "f", ".png") / "frame*.png"),
+    "npy": lambda d: np.save(d / "a.npy", film()) or d / "a.npy",
+    "npy of bytes": lambda d: np.save(d / "a.npy", BYTES) or d / "a.npy",
+    "npy with colour": lambda d: np.save(d / "a.npy", COLOUR) or d / "a.npy",
+    "npy, colour first": lambda d: np.save(d / "a.npy", COLOUR.transpose(0, 3, 1, 2)) or d / "a.npy",
+    "npz of one": lambda d: np.savez(d / "a.npz", images=BYTES[None]) or d / "a.npz",
+    "npy of bool": lambda d: np.save(d / "a.npy", film() > 0.5) or d / "a.npy",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_film_gives_the_same_sequence(tmp_path, kind):
+    data = load_video(KINDS[kind](tmp_path), n_objects=1, size=32)
+    assert data.images.shape == (1, T, 32, 32)  # 24 x 32, and black above and below
+    assert data.images[:, :, :4].sum() == data.images[:, :, -4:].sum() == 0
+    mass = data.images[0].numpy()
+    for t in range(T):
+        rows, columns = np.nonzero(mass[t])
+        column, row = ((c + 0.5) / 2 - 0.5 for c in centre(t))
+        assert abs(columns.mean() - column) < 0.6
+        assert abs(rows.mean() - (row + 4)) < 0.6
+    assert 10 < mass.sum((1, 2)).mean() < 30  # a disc of radius 2.5
+
+
+def test_dark_objects_are_found_and_said(tmp_path):
+    np.save(tmp_path / "dark.npy", film(dark=True))
+    prepared = prepare_video(tmp_path / "dark.npy", n_objects=1)
+    assert "objects are darker than the ground, inverted" in prepared.notes
+    bright = load_video(KINDS["npy"](tmp_path), n_objects=1)
+    assert (prepared.data.images != bright.images).float().mean() < 0.01
+    wrong = load_video(tmp_path / "dark.npy", n_objects=1, invert=False, background=False)
+    inside = bright.images.bool()
+    assert wrong.images[inside].float().mean() < 0.1  # asked for the ground, it gives no object
+
+
+def test_a_still_background_is_subtracted(tmp_path):
+    background = 0.5 * np.exp(-((X - 40) ** 2 + (Y - 10) ** 2) / 60)
+    np.save(tmp_path / "a.npy", np.maximum(film(), background))
+    prepared = prepare_video(tmp_path / "a.npy")
+    assert "the median over time was subtracted" in prepared.notes
+    assert prepared.data.n_objects.tolist() == [1]
+    assert prepared.data.images[0, :, 9, 20].float().mean() < 0.2
+
+
+def test_objects_are_counted_film_by_film_and_long_films_cut(tmp_path):
+    for n in (1, 2):
+        np.save(tmp_path / f"{n}.npy", film(n))
+    prepared = prepare_video([tmp_path / "1.npy", tmp_path / "2.npy"], frames=6, stride=3)
+    assert prepared.data.n_objects.tolist() == [1, 1, 1, 2, 2, 2]
+    assert prepared.source.first_frames == ((0, 0), (0, 3), (0, 6), (1, 0), (1, 3), (1, 6))
+    assert any("n_objects was counted: 100%" in note for note in prepared.notes)
+    given = load_video([tmp_path / "1.npy", tmp_path / "2.npy"], frames=6, stride=3, n_objects=[1, 3])
+    assert given.n_objects.tolist() == [1, 1, 1, 3, 3, 3]
+
+
+def test_films_of_unequal_length_are_padded(tmp_path):
+    np.save(tmp_path / "a.npy", film())
+    np.save(tmp_path / "b.npy", film()[:9])
+    data = load_video([tmp_path / "a.npy", tmp_path / "b.npy"], n_objects=1)
+    assert data.seen.sum(1).tolist() == [12, 9]
+
+
+def test_grey_values_are_kept_where_they_are_asked_for(tmp_path):
+    data = load_video(KINDS["npy"](tmp_path), n_objects=1, grey=True)
+    assert data.images.dtype.is_floating_point
+    assert 0.4 < float(data.images.max()) <= 1
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        (film() * 7 - 3, {}, "has values from -2.* wanted bytes, or numbers from 0 to 1"),
+        (film()[0], {}, r"has shape \(48, 64\); wanted \(T, H, W\)"),
+        (film()[:1], {}, "a film has 1 frame"),
+        (film(), {"axes": "HWX"}, "axes is 'HWX'"),
+        (film(), {"crop": (0, 50, 0, 64)}, "wanted .top, bottom, left, right."),
+        (film(), {"n_objects": [1, 2]}, "there are 2 n_objects for 1 sequences of 1 films"),
+        (film(), {"n_objects": 0}, "every sequence needs at least 1 object"),
+        (film(), {"frames": 40}, "wanted from 2 to the length of the longest film, 12"),
+        (np.zeros((5, 9, 9)), {}, "nothing moves or stands out"),
+    ],
+)
+def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path, content, options, message):
+    np.save(tmp_path / "a.npy", content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_video(tmp_path / "a.npy", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_paths_and_broken_files(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"no film")
+    (tmp_path / "notes.txt").write_text("no film")
+    wrong = {"nowhere.gif": "no file", "a.mp4": "cannot be read", "notes.txt": "unknown kind", "*.jpg": "no pictures"}
+    for path, message in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            load_video(str(tmp_path / path))
+
+
+def test_axes_say_what_an_array_is(tmp_path):
+    np.save(tmp_path / "a.npy", film().transpose(1, 2, 0))
+    data = load_video(tmp_path / "a.npy", axes="HWT", n_objects=1)
+    assert data.images.shape == (1, T, 32, 32)
+
+
+def test_a_missing_library_is_named(tmp_path, monkeypatch):
+    from pyro_pixels.video import read
+
+    path = KINDS["tiff"](tmp_path)
+    monkeypatch.setattr(read.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(ValueError, match=r'needs tifffile; pip install "pyro_pixels\[video\]"'):
+        load_video(path)
+
+
+def test_tracks_in_the_films_own_pixels(tmp_path):
+    np.save(tmp_path / "a.npy", film())
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=1, crop=(4, 44, 0, 60), frames=6, stride=6)
+    save_prepared(tmp_path / "mine.npz", prepared)
+    assert len(load_sequences(tmp_path / "mine.npz")) == 2
+    source = load_source(tmp_path / "mine.npz")
+    assert source == prepared.source
+    v = prepared.data.images.numpy().astype(float)
+    y, x = np.mgrid[: v.shape[2], : v.shape[3]]
+    a = np.stack([(v * g).sum((2, 3)) / v.sum((2, 3)) for g in (x, y)], -1)[:, None]  # (2, 1, 6, 2)
+    cov = np.broadcast_to(np.eye(2), (2, 1, 6, 2, 2))
+    write_csv(tmp_path / "a.csv", *track_rows(a, cov, [[0], [1]], [1, 1], source=source, scale=0.01, fps=25))
+    rows = list(csv.DictReader((tmp_path / "a.csv").open()))
+    assert [int(r["frame"]) for r in rows] == list(range(12))
+    assert [int(r["particle"]) for r in rows] == [0] * 6 + [1] * 6
+    for t, r in enumerate(rows):
+        assert abs(float(r["x"]) - 0.01 * centre(t)[0]) < 0.012
+        assert abs(float(r["y"]) - 0.01 * centre(t)[1]) < 0.012
+        assert float(r["time"]) == pytest.approx(t / 25)
+        assert float(r["var_x"]) == pytest.approx((0.01 / source.scale) ** 2, rel=1e-4)
+    draw_tracks_gif(tmp_path / "a.gif", prepared.films[0][:6], source.to_source(a[0]))
+    assert iio.imread(tmp_path / "a.gif", index=None).shape[0] == 6
+    figure = plot_contact_sheet(prepared.films[0], v, prepared.counts, [1, 1], threshold=0.4, notes=prepared.notes)
+    assert len(figure.axes) == 14
+
+
+def test_good_films_are_not_warned_of(tmp_path):
+    for n in (1, 2):
+        np.save(tmp_path / f"{n}.npy", film(n))
+    assert check_film(load_video([tmp_path / "1.npy", tmp_path / "2.npy"])) == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda v: 1 - v, "mostly white .*--invert"),
+        (lambda v: v[:, ::2, ::8, ::8].repeat(8, 2).repeat(8, 3)[:, :, ::8, ::8], "objects cover|no frame shows"),
+        (lambda v: v * (np.arange(T) < 8)[None, :, None, None], "of the frames show no object"),
+        (lambda v: np.roll(v, 9, 3)[..., 8:], "touch the edge"),
+        (
+            lambda v: np.where(np.arange(T)[None, :, None, None] % 2, np.roll(v, 14, 2), v),
+            "longer than a quarter|order of time",
+        ),
+        (lambda v: np.maximum(v, np.roll(v, 12, 2)), "show more objects"),
+    ],
+    ids=["inverted", "tiny", "empty", "edge", "jumps", "more"],
+)
+def test_what_may_go_wrong_is_said_before_the_first_step(tmp_path, change, message):
+    np.save(tmp_path / "a.npy", film())
+    v = load_video(tmp_path / "a.npy", n_objects=1).images.numpy()
+    found = check_film(ImageSequences(np.ascontiguousarray(change(v)).astype(np.uint8), 1))
+    assert any(re.search(message, line) for line in found), found
+
+
+def test_without_a_single_object_it_is_said(tmp_path):
+    np.save(tmp_path / "a.npy", film(2))
+    assert "no sequence has N = 1" in check_film(load_video(tmp_path / "a.npy"))[0]
