@@ -31,7 +31,7 @@ def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], d
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
+    except (FloatingPointError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

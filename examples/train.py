@@ -64,8 +64,9 @@ class Arguments:
     """How many starting weights to train for 200 steps, of which the one with the highest bound is trained on."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
-    precision: Literal["highest", "high", "medium"] = "highest"
-    """Precision of float32 matrix products on CUDA: float32, TF32, or bfloat16. Exact inference stays in float64."""
+    precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """Precision of float32 matrix products on CUDA: highest is float32, high TF32, medium bfloat16; auto is TF32. Exact
+    inference stays in float64."""
     parts: int | None = None
     """In how many parts to go through each batch, to save memory. By default one for each process."""
     threads: int | None = None
@@ -149,8 +150,9 @@ def main(args: Arguments) -> int:
             raise ValueError(f"{name} is {value}; wanted at least 1")
     if args.seeds > 1 and args.starts > 1:
         raise ValueError(f"seeds is {args.seeds} and starts {args.starts}; wanted only one of them above 1")
-    torch.set_float32_matmul_precision(args.precision)
     with processes(device_of(args.device)) as (device, first):
+        usual = "high" if device.type == "cuda" else "highest"
+        torch.set_float32_matmul_precision(usual if args.precision == "auto" else args.precision)
         jobs = [make_job(args, seed, device) for seed in range(args.seed, args.seed + args.seeds)]
         small = jobs[0].config.state_size <= 256
         torch.set_num_threads(args.threads or (1 if small else os.cpu_count() or 1))
@@ -178,8 +180,9 @@ def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
     folder = args.run if args.seeds == 1 else args.run / f"seed{seed}"
     if args.resume:
         config = load_config(folder)
-        if args.steps is not None:
-            config = replace(config, schedule=replace(config.schedule, steps=args.steps))
+        changes = {"steps": args.steps, "parts": args.parts}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        config = replace(config, schedule=replace(config.schedule, **changes))
     elif (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder} holds a trained run; give --resume to go on with it, or another folder with --run")
     else:

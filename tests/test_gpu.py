@@ -298,3 +298,51 @@ def test_sigterm_saves_and_a_launcher_with_one_process_resumes(device, tmp_path)
     assert "one by one" not in done.stderr
     last = json.loads((tmp_path / "r/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == step + 8
+
+
+def test_too_little_memory_is_one_line_that_says_what_would_fit(trained, device, monkeypatch):
+    """A card that holds 2 of 4 sequences at a time: two parts, and the checkpoint is kept."""
+    config, folder = trained
+    training = Training(*made(config, device), simulate(config.data, 60, seed=0), replace(BRIEF, steps=18))
+    training.run_dir = folder
+    needs = iter([110.0, 210.0])  # 10 and 100 a sequence
+    monkeypatch.setattr(training.steps, "_memory_in_use", lambda peak=False: next(needs) if peak else 0.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (220.0 / 0.9 + 1, 1e9))
+
+    def full(batch):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training.steps, "take", full)
+    training.begin(resume=True)
+    saved = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(
+        MemoryError, match=r"4 sequences in 1 part\(s\); .*last good state. About 2 would fit: --parts 2"
+    ):
+        training._take_step()
+    assert (folder / "checkpoint.pt").read_bytes() == saved
+
+
+@pytest.mark.parametrize("guide", ["recurrent", "structured"])
+def test_the_bound_in_tf32_is_that_in_float64(guide, device):
+    """log p(v | a) - log q(a | v) + log p(a) of given positions, within 1e-3 of the log-likelihood's size."""
+    config, found = replace(small(guide), state_size=64), []
+    data = simulate(config.data, 9, seed=0)
+    before = torch.get_float32_matmul_precision()
+    a = torch.randn(9, 3, 11, 2, generator=torch.Generator().manual_seed(0)).to(device) / 4
+    try:
+        for dtype, precision in (
+            (torch.float32, "high" if device.type == "cuda" else "highest"),
+            (torch.float64, "highest"),
+        ):
+            torch.set_float32_matmul_precision(precision)
+            model, guide_ = (x.to(dtype) for x in made(config, device))
+            present = torch.ones(9, 3, dtype=torch.bool, device=device)
+            with torch.no_grad():
+                images, n_objects = data.images.to(device).to(dtype), torch.full((9,), 3, device=device)
+                log_p = model.likelihood(model.renderer(a.to(dtype), present)).log_prob(images)
+                kl = guide_.q(images, n_objects).log_prob(a.to(dtype)) - model.dynamics.positions(11).log_prob(a)
+            found.append((log_p.double(), (log_p - kl.sum(1)).double()))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    (_, actual), (log_p, wanted) = found
+    assert float(((actual - wanted).abs() / (log_p.abs() + wanted.abs())).max()) < 1e-3

@@ -85,6 +85,28 @@ class Steps:
             self._add_gradient(self.loss, batch, i, index)
         self._move()
 
+    def parts_that_fit(self, batch: Batch, free: float) -> int:
+        """The fewest parts with which a step would need at most ``free`` bytes, from the needs of 1 and 2 sequences."""
+        needs = []
+        for n in (1, 2):
+            self.optimizer.zero_grad()
+            before = self._memory_in_use()
+            with knowing(batch.known):
+                self._add_gradient(self.loss, batch, 0, batch.index[:n])
+            needs.append(self._memory_in_use(peak=True) - before)
+        self.optimizer.zero_grad()
+        each = max(1.0, needs[1] - needs[0])
+        at_once = int((free - (needs[0] - each)) // each)
+        return -(-len(batch.index) // max(1, at_once))
+
+    def _memory_in_use(self, *, peak: bool = False) -> float:
+        """Bytes that torch has in use on the device, now, or at the most since this was last asked."""
+        device = self.totals.device
+        if peak:
+            return torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+
     def stream(self) -> contextlib.AbstractContextManager[None]:
         """Where steps are taken: in the midst of everything else, or beside it."""
         return contextlib.nullcontext()

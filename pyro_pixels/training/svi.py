@@ -1,6 +1,7 @@
 """Training of a model and its guide by SVI (Secs 2.2.2, 3.2), in Pyro's current form: ``AnnealedELBO()(model, guide)``
 is a module whose value is the loss, and a torch optimiser follows its gradient."""
 
+import contextlib
 import copy
 import math
 import threading
@@ -165,8 +166,33 @@ class Training(Loop):
             if step in schedule.fit_starts_at:
                 self._fit_starts(seed)
             index = self.batches.index(step)
-            self.steps.take(Batch(self.images, self.n_objects, index, self.batches.known(index), seed, self.tracks))
+            batch = Batch(self.images, self.n_objects, index, self.batches.known(index), seed, self.tracks)
+            try:
+                self.steps.take(batch)
+                full = False
+            except torch.cuda.OutOfMemoryError:  # told of below, where the tensors of the step are gone
+                full = True
+            if full:
+                raise MemoryError(self._too_large(batch))
         self._rng = torch.get_rng_state()
+
+    def _too_large(self, batch: Batch) -> str:
+        """What to do where a step needs more memory than there is."""
+        self.steps.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        parts = len(batch.index)
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            free = 0.9 * torch.cuda.mem_get_info(self.device)[0]  # the rest for what torch cannot use
+            parts = self.steps.parts_that_fit(batch, free)
+        parts = -(-max(parts, self.schedule.parts + 1) // n_processes()) * n_processes()
+        if parts > len(batch.index):
+            return (
+                f"{self.device} has too little memory for one sequence; {self._kept()}. Use a smaller model"
+            )
+        return (
+            f"{self.device} has too little memory for {len(batch.index)} sequences in {self.schedule.parts} part(s); "
+            f"{self._kept()}. About {parts} would fit: --parts {parts}, or Schedule.parts"
+        )
 
     @torch.no_grad()
     def _fit_starts(self, seed: int) -> None:
