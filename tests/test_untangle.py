@@ -102,6 +102,25 @@ def test_swapped_tracks_are_mended_and_good_ones_left_alone():
     torch.testing.assert_close(found.rename(tangled), found.a)
 
 
+def test_most_frames_keep_their_names():
+    torch.manual_seed(1)
+    dynamics, B, N, T = make_dynamics(1e-4), 20, 2, 20
+    a = untangle(dynamics, dynamics.positions(T).sample(torch.Size((B, N))).float(), torch.full((B,), N)).a
+    for t in (4, 16):
+        tangled = torch.cat([a[:, :, :t], a.flip(1)[:, :, t:]], 2)
+        labels = untangle(dynamics, tangled, torch.full((B,), N)).labels
+        assert float((labels != torch.arange(N)[:, None]).double().mean()) <= 0.2 + 0.05
+
+
+def test_moves_are_proposed_where_every_one_of_them_costs_thousands_of_nats():
+    torch.manual_seed(2)
+    dynamics = make_dynamics(2e-6)
+    a = dynamics.positions(10).sample(torch.Size((4, 2))).float()
+    a[:, 1] += 5.0
+    moved = resample_labels(PixelModel(dynamics, Renderer(8, 8, 8)), a, torch.full((4,), 2))
+    assert bool((moved.labels == torch.arange(2)[:, None]).all())
+
+
 def test_absent_objects_and_single_ones_stay():
     torch.manual_seed(2)
     a, n_objects = torch.randn(3, 3, 6, 2), torch.tensor([1, 2, 1])

@@ -41,6 +41,8 @@ from pyro_pixels.lgssm.dynamics import Dynamics
 
 MOST_EXCHANGES = 30
 LEAST_GAIN = 1e-6  # nats
+SHORTEST_FIRST = 1e-7  # nats a frame: of the exchange of a tail and that of the head before it, which p(a) cannot tell
+# apart, the shorter one is made, so that most frames keep their names
 
 
 class ImageModel(Protocol):
@@ -91,6 +93,7 @@ class _Moves:
             allowed = allowed & (ends == T)
         present = object_mask(n_objects, N)
         self.allowed = allowed & (present[:, self.i] & present[:, self.j])[..., None, None]  # (B, pairs, T, T)
+        self.lengths = SHORTEST_FIRST * (ends - starts)  # (T, T)
         self.T = T
 
     def gains(self, a: Tensor) -> Tensor:
@@ -163,7 +166,9 @@ def untangle(
     if N > 1 and T > 1:
         moves = _Moves(dynamics, n_objects, N, T, windows, slack)
         for _ in range(most):
-            best, move = moves.gains(renamed(given, labels)).flatten(1).max(1)
+            gains = moves.gains(renamed(given, labels))
+            move = (gains - moves.lengths).flatten(1).argmax(1)
+            best = gains.flatten(1).gather(1, move[:, None]).squeeze(1)
             better = best > LEAST_GAIN
             if not bool(better.any()):
                 break
@@ -223,13 +228,14 @@ def resample_labels(
     log_r = moves.gains(renamed(a, labels)).flatten(1)
     seen = log_p_v(labels)
     for _ in range(n_moves):
-        weights = log_r.sigmoid()  # r / (1 + r); 0 where there is no move
-        chances = torch.where(several[:, None], weights, 1.0).cpu()
+        log_weights = F.logsigmoid(log_r)  # of r / (1 + r); -inf where there is no move
+        chances = torch.where(several[:, None], log_weights - log_weights.amax(1, keepdim=True), 0.0).exp().cpu()
         move = torch.multinomial(chances, 1, generator=generator).squeeze(1).to(a.device)
         proposed = moves.apply(labels, move, several)
         log_r_then = moves.gains(renamed(a, proposed)).flatten(1)
         seen_then = log_p_v(proposed)
-        log_accept = seen_then - seen + weights.sum(1).log() - log_r_then.sigmoid().sum(1).log()
+        log_Z, log_Z_then = log_weights.logsumexp(1), F.logsigmoid(log_r_then).logsumexp(1)
+        log_accept = seen_then - seen + log_Z - log_Z_then
         drawn = torch.rand(B, generator=generator, dtype=log_accept.dtype).to(a.device)
         accepted = several & (drawn.log() < log_accept)
         labels = torch.where(accepted[:, None, None], proposed, labels)
