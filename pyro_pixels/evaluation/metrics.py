@@ -56,7 +56,7 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
         )
     x = latent[alone, 0].reshape(-1, 2).double()
     y = positions[alone, 0].reshape(-1, 2).double()
-    x, y = (p[y.isfinite().all(-1)] for p in (x, y))  # there are no true positions in frames that were not seen
+    x, y = (p[y.isfinite().all(-1)] for p in (x, y))  # unobserved frames have no true positions
     design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     solution = torch.linalg.lstsq(design, y, driver="gelsd").solution
     residual = (y - design @ solution).square().sum() / (y - y.mean(0)).square().sum()
