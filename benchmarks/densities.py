@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Stopwatch
-from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Components, Dynamics, block_components, dense_components, hmm_components
 from pyro_pixels.presets import PRESETS
 
@@ -31,7 +31,7 @@ def mixture(components: Components, dynamics: Dynamics, a: Tensor) -> Tensor:
 
 def kalman_loop(dynamics: Dynamics, a: Tensor) -> Tensor:
     """By a Kalman filter for each component, a loop over frames."""
-    log_likelihood = exact.log_likelihood(dynamics.lgssm(), a.unsqueeze(-3))
+    log_likelihood = kalman.log_likelihood(dynamics.lgssm(), a.unsqueeze(-3))
     return (log_likelihood + dynamics.log_pi.to(log_likelihood.dtype).log_softmax(-1)).logsumexp(-1)
 
 
@@ -88,7 +88,7 @@ def measure(
     for T in frames:
         lgssm, z = dynamics.lgssm(), torch.randint(2, TRACKS, device=watch.device)
         start = lgssm._replace(mu=lgssm.mu[z], Sigma=lgssm.Sigma[z])
-        a = exact.sample(start, T)[1].detach()
+        a = kalman.sample(start, T)[1].detach()
         wanted = value_and_gradients(brute_force, copy.deepcopy(dynamics), a)
         calls = {name: partial(value_and_gradients, how, copy.deepcopy(dynamics), a) for name, how in methods.items()}
         errors = {name: [relative_error(*pair) for pair in zip(call(), wanted)] for name, call in calls.items()}

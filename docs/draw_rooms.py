@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyro_pixels"
 FIGURE = ROOT / "docs/figures/rooms.svg"
-SHARED = {"data", "_batch", "_files", "_init", "_pyro"}  # root modules that every room may use
+SHARED = "data"  # with the modules whose names begin with an underscore: what every room may use
 TITLES = {
     "lgssm": ("lgssm/", "exact inference in", "linear-Gaussian models"),
     "worlds": ("worlds/", "simulated image", "sequences (Sec 3.1)"),
@@ -42,7 +42,7 @@ def modules() -> dict[str, Path]:
 def node_of(module: str) -> str:
     """Returns the box that a module belongs to: its folder, "shared" or "top" for root modules."""
     head = module.split(".")[0]
-    return head if (PACKAGE / head).is_dir() and head else "shared" if head in SHARED else "top"
+    return head if (PACKAGE / head).is_dir() and head else "shared" if head == SHARED or head.startswith("_") else "top"
 
 
 def imports(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Checks of a batch (images, n_objects), the mask of its objects, and what a recording may know of it."""
+"""Checks of a batch (images, n_objects), the mask of its objects, and sizes that a CUDA graph may depend on."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,17 +10,19 @@ from torch import Tensor
 
 
 def object_mask(n_objects: Tensor, max_objects: int) -> Tensor:
-    """(B, max_objects) bool: which objects are there, for ``n_objects`` (B,)."""
+    """Returns the mask (B, max_objects) of the objects that are present, for ``n_objects`` (B,)."""
     return torch.arange(max_objects, device=n_objects.device) < n_objects.unsqueeze(-1)
 
 
 def counts(
     n_objects: Tensor | int | Sequence[int], n_sequences: int | None = None, like: Tensor | None = None
 ) -> Tensor:
-    """``n_objects`` as a tensor (B,): one number stands for every sequence, and lists are converted.
+    """Returns ``n_objects`` as a tensor (B,); one number stands for every sequence, and lists are converted.
 
     Args:
-        n_sequences: B, if it is known; like: a tensor whose device it is to be on.
+        n_objects: a tensor, a number or a list.
+        n_sequences: B, if it is known.
+        like: a tensor on the wanted device.
     """
     if isinstance(n_objects, Tensor) and n_objects.dim() > 0:
         return n_objects
@@ -33,7 +35,7 @@ def counts(
 
 
 def unseen_frames(images: Tensor) -> Tensor:
-    """(..., T) bool: frames (..., T, H, W) that are NaN, which mark what was not seen."""
+    """Returns the mask (..., T) of the frames (..., T, H, W) that are NaN, which means unobserved."""
     if not images.is_floating_point():
         return torch.zeros(images.shape[:-2], dtype=torch.bool, device=images.device)
     return images[..., 0, 0].isnan()
@@ -74,12 +76,12 @@ def check_objects(n_objects: Tensor) -> None:
 
 
 class Known(NamedTuple):
-    """What is known of a batch without looking at it."""
+    """Sizes of a batch that are known without reading its tensors."""
 
     most_objects: int
     """The largest N."""
     most_white: int
-    """At least as many pixels as are white in any frame."""
+    """An upper bound on the number of white pixels in a frame."""
 
 
 _KNOWN: ContextVar[Known | None] = ContextVar("known", default=None)
@@ -87,9 +89,9 @@ _KNOWN: ContextVar[Known | None] = ContextVar("known", default=None)
 
 @contextmanager
 def knowing(known: Known) -> Iterator[None]:
-    """Within it nothing of a batch is read from the device: sizes are those that are known, values are not checked.
+    """Replaces sizes that would be read from the device by known ones, and skips the checks of values.
 
-    A program that is captured as a CUDA graph must not wait for the device.
+    A program that is recorded as a CUDA graph must not wait for the device.
     """
     token = _KNOWN.set(known)
     try:
@@ -99,13 +101,13 @@ def knowing(known: Known) -> Iterator[None]:
 
 
 def most_objects(n_objects: Tensor) -> int:
-    """The largest N of a batch, from n_objects (B,)."""
+    """Returns the largest N of a batch, from n_objects (B,)."""
     known = _KNOWN.get()
     return int(n_objects.max()) if known is None else known.most_objects
 
 
 def most_white(v: Tensor) -> int:
-    """The largest number of pixels that are not black in a frame, at least 1, from frames (..., P)."""
+    """Returns the largest number of non-black pixels in a frame, at least 1, from frames (..., P)."""
     known = _KNOWN.get()
     return max(1, int((v > 0).sum(-1).max()) if known is None else known.most_white)
 

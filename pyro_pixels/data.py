@@ -50,8 +50,7 @@ class ImageSequences:
     dynamics: TrueDynamics | None = None
 
     def __post_init__(self) -> None:
-        """Checks and converts, once: see `_convert`. Arrays, lists of sequences of unequal length, and one number of
-        objects for all will do.
+        """Checks and converts the fields: arrays, lists of sequences of unequal length, and one number for all N.
 
         Raises:
             ValueError: where values, shapes or types are not certain to mean what is wanted.
@@ -71,21 +70,21 @@ class ImageSequences:
         return len(self.images)
 
     def __iter__(self) -> Iterator["ImageSequences"]:
-        """One sequence after the other, each a set of one."""
+        """Iterates over the sequences, each as a set of one."""
         return (self[i] for i in range(len(self)))
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W)."""
+        """The height and width (H, W) of the images."""
         return self.images.shape[2], self.images.shape[3]
 
     @property
     def seen(self) -> Tensor:
-        """(n, T) bool: frames that were seen; the others are NaN."""
+        """The mask (n, T) of observed frames; the others are NaN."""
         return ~unseen_frames(self.images)
 
     def __getitem__(self, index: "Tensor | slice | int | Sequence[int]") -> "ImageSequences":
-        """The sequences picked by a slice, a number (a set of one), a list or an index tensor.
+        """Returns the sequences selected by a slice, a number (a set of one), a list or an index tensor.
 
         Raises:
             IndexError: if there is no such sequence.
@@ -109,7 +108,7 @@ class ImageSequences:
 
 
 def _checked(*fields: object) -> ImageSequences:
-    """Sequences that need no check, as they are part of some that were checked."""
+    """Makes sequences without checks, as parts of some that were checked."""
     new = object.__new__(ImageSequences)
     for field, value in zip(dataclasses.fields(ImageSequences), fields):
         object.__setattr__(new, field.name, value)
@@ -117,10 +116,9 @@ def _checked(*fields: object) -> ImageSequences:
 
 
 def join_sequences(parts: Sequence[ImageSequences]) -> ImageSequences:
-    """Sets of sequences as one, for example ``DataLoader(data, batch_size=20, collate_fn=join_sequences)``.
+    """Joins sets of sequences, for example in ``DataLoader(data, batch_size=20, collate_fn=join_sequences)``.
 
-    Shorter sequences are padded with frames that were not seen. What some sets do not have - positions, dynamics - the
-    whole does not have either.
+    Shorter sequences are padded with unobserved frames. Fields that some sets lack, such as positions, are left out.
 
     Raises:
         ValueError: if there are none, or they differ in their size.

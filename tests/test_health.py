@@ -8,11 +8,11 @@ import torch
 from conftest import make_guide, make_model
 from torch import nn
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.health import EXPECTED, Health, check_health, format_health, standardised_innovations
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, dense_components, select_component
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer
@@ -82,7 +82,7 @@ def draw(dynamics, seed=0):
         lgssm = dynamics.lgssm()
         z = dist.Categorical(probs=dynamics.pi).sample((N_SEQUENCES, 3))
         less_noise = lgssm.Sigma_A - SIGMA_Q**2 * torch.eye(2)
-        return exact.sample(select_component(lgssm, z)._replace(Sigma_A=less_noise), T)[1]
+        return kalman.sample(select_component(lgssm, z)._replace(Sigma_A=less_noise), T)[1]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_innovations_of_prior_draws_are_white(changes):
     torch.manual_seed(1)
     with torch.no_grad():
         lgssm = dynamics.lgssm()
-        a = exact.sample(lgssm, T, (n,))[1]  # (n, K, T, 2), from each component
+        a = kalman.sample(lgssm, T, (n,))[1]  # (n, K, T, 2), from each component
         w = standardised_innovations(dynamics, a)  # each under each
         assert w.shape == (n, K, K, T, 2)
         w = torch.stack([w[:, k, k] for k in range(K)])
@@ -133,7 +133,7 @@ def test_innovations_of_prior_draws_are_white(changes):
         assert abs(float((w[..., 1:, :] * w[..., :-1, :]).mean())) < 6 / (K * n * (T - 1) * 2) ** 0.5
         assert abs(float(w.prod(-1).mean())) < 6 / (K * n * T) ** 0.5
         for k in range(K):  # what is left of log p(a | z = k) does not depend on a
-            log_p = exact.log_likelihood(select_component(lgssm, torch.tensor(k)), a[:, k])
+            log_p = kalman.log_likelihood(select_component(lgssm, torch.tensor(k)), a[:, k])
             assert float((log_p + 0.5 * w[k].square().sum((1, 2))).std()) < 1e-6
 
 
@@ -242,7 +242,7 @@ def test_one_coordinate_for_both(world):
 def test_components_that_are_the_same(world):
     dynamics, tracks, data = world
     same = make_dynamics()
-    whole = exact.LGSSM(*dynamics.lgssm()).Sigma[0].float() + torch.diag(torch.tensor([0.36, 0, 0.09, 0]))
+    whole = kalman.LGSSM(*dynamics.lgssm()).Sigma[0].float() + torch.diag(torch.tensor([0.36, 0, 0.09, 0]))
     same.set_starts(torch.tensor([0.5, 0.5]).log(), torch.tensor([[0.0, 0.2, 0, -0.4]] * 2), whole.repeat(2, 1, 1))
     health = check(same, tracks, data)
     assert "component_certainty" in names(health)

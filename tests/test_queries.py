@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer
@@ -96,7 +96,7 @@ def test_interpolation_is_the_papers_procedure(small_data):
     k = model.dynamics.component_posterior(mu, seen).logits.argmax(-1)
     lgssm = model.dynamics.lgssm()
     lgssm = lgssm._replace(mu=lgssm.mu[k], Sigma=lgssm.Sigma[k])
-    wanted = exact.rts_smoother(lgssm, mu, seen).mean[..., :2]
+    wanted = kalman.rts_smoother(lgssm, mu, seen).mean[..., :2]
     found = interpolate(model, guide, images, n_objects, seen)
     torch.testing.assert_close(found.mean[:, :, ~seen], wanted[:, :, ~seen], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(found.mean[:, :, seen], mu[:, :, seen], rtol=1e-6, atol=1e-8)
@@ -109,7 +109,7 @@ patterns = st.lists(st.lists(st.booleans(), min_size=6, max_size=6).filter(any),
 
 def brute_force(dynamics, k, y, observed, noise=0.0):
     """Mean (T, 2) and covariances (T, 2, 2) of a given a + N(0, noise I) = y (T, 2) at the observed frames, z = k."""
-    lgssm = exact.LGSSM(*(x.detach().numpy() for x in dynamics.lgssm()))
+    lgssm = kalman.LGSSM(*(x.detach().numpy() for x in dynamics.lgssm()))
     system = oracles.System(*lgssm[:5], lgssm.mu[k], lgssm.Sigma[k])
     T = len(y)
     mean, cov = (x[-2 * T :] if x.ndim == 1 else x[-2 * T :, -2 * T :] for x in oracles.joint_moments(system, T))
@@ -233,7 +233,7 @@ def test_smoothing_averages_the_components():
     states = smooth(dynamics, a, observed)
     n = 40_000
     z = dynamics.component_posterior(a, observed).sample((n,))
-    both = exact.sample_posterior(dynamics.lgssm(), a.expand(2, 6, 2), observed, (n,))
+    both = kalman.sample_posterior(dynamics.lgssm(), a.expand(2, 6, 2), observed, (n,))
     h = both[torch.arange(n), z]
     assert ((h.mean(0) - states.mean).abs() < 6 * h.std(0) / n**0.5).all()
     variance = states.cov.diagonal(dim1=-2, dim2=-1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, select_component
 from pyro_pixels.training.start_mixture import fit_starts
 
@@ -27,7 +27,7 @@ def true_dynamics():
 def draw(dynamics, n, n_frames=12):
     z = torch.multinomial(dynamics.pi.detach(), n, replacement=True)
     with torch.no_grad():
-        return exact.sample(select_component(dynamics.lgssm(), z), n_frames)[1], z
+        return kalman.sample(select_component(dynamics.lgssm(), z), n_frames)[1], z
 
 
 def test_set_starts_sets_what_it_says():

@@ -9,10 +9,10 @@ from conftest import SMALL, make_guide, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.queries.latent_states import averaged, filter_states, positions, posterior_states, retrodict, states
 from pyro_pixels.queries.predict import States, generate, interpolate, smooth
@@ -30,7 +30,7 @@ def make_dynamics(K=3, seed=1, **options):
 
 def systems(dynamics):
     """Its components, for the oracles."""
-    lgssm = exact.LGSSM(*(x.detach().numpy() for x in dynamics.lgssm()))
+    lgssm = kalman.LGSSM(*(x.detach().numpy() for x in dynamics.lgssm()))
     return [oracles.System(*lgssm[:5], mu, Sigma) for mu, Sigma in zip(lgssm.mu, lgssm.Sigma)]
 
 
@@ -78,8 +78,8 @@ def test_averaged_states_are_those_given_what_was_measured():
     y, found = measured(dynamics, n)
     lgssm = dynamics.lgssm()
     noisy = lgssm._replace(Sigma_A=lgssm.Sigma_A + 0.3 * torch.eye(2))
-    w = (exact.log_likelihood(noisy, y.unsqueeze(-3)) + dynamics.pi.log()).softmax(-1)
-    each = exact.rts_smoother(noisy, y.unsqueeze(-3))
+    w = (kalman.log_likelihood(noisy, y.unsqueeze(-3)) + dynamics.pi.log()).softmax(-1)
+    each = kalman.rts_smoother(noisy, y.unsqueeze(-3))
     mean = torch.einsum("bk,bktd->btd", w, each.mean)
     variance = torch.einsum("bk,bktd->btd", w, (each.mean - mean.unsqueeze(1)) ** 2 + each.cov.diagonal(0, -2, -1))
     for value in (found.mean, found.samples.mean(0)):
@@ -175,9 +175,9 @@ def test_the_past_is_that_of_a_dense_gaussian_with_a_wide_start():
     a = np.random.default_rng(0).standard_normal((T + n, 2))
     observed = np.arange(T + n) >= n
     mean, cov = oracles.smoothed(system._replace(mu=np.zeros(4), Sigma=wide * np.eye(4)), a, observed)
-    lgssm = exact.LGSSM(*(torch.tensor(x) for x in system))
-    backwards = exact.reverse(lgssm)
-    h = exact.rollout(backwards, torch.tensor(mean[n]), torch.tensor(cov[n]), n)
+    lgssm = kalman.LGSSM(*(torch.tensor(x) for x in system))
+    backwards = kalman.reverse(lgssm)
+    h = kalman.rollout(backwards, torch.tensor(mean[n]), torch.tensor(cov[n]), n)
     np.testing.assert_allclose(h.mean.flip(0), mean[:n], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(h.cov.flip(0), cov[:n], rtol=1e-4, atol=1e-4)
 
@@ -189,7 +189,7 @@ def test_there_and_back_again():
     dynamics.lgssm = lambda: lgssm
     _, found = measured(dynamics, 50)
     before = retrodict(dynamics, found, 4)
-    again = exact.rollout(lgssm, before.mean[..., 0, :], before.cov[..., 0, :, :], 4)
+    again = kalman.rollout(lgssm, before.mean[..., 0, :], before.cov[..., 0, :, :], 4)
     torch.testing.assert_close(again.mean[..., -1, :], found.mean[..., 0, :])
     torch.testing.assert_close(again.cov[..., -1, :, :], found.cov[..., 0, :, :])
     torch.testing.assert_close(before.samples[..., -1, :] @ lgssm.A.mT + lgssm.u, found.samples[..., 0, :])

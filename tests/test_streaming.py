@@ -4,12 +4,12 @@ import pytest
 import torch
 from conftest import SMALL, make_guide, make_model
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.guides.tracking_head import TrackingHead
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.queries.predict import generate, interpolate, smooth
 from pyro_pixels.queries.streaming import filtered, forecast, start, start_images, step, step_image
@@ -29,7 +29,7 @@ def test_a_stream_is_the_batch_filter(dynamics):
     """Every component's moments, p(z | a_{1:t}) and log p(a_{1:t}), with frames missing, after every frame."""
     torch.manual_seed(2)
     a, observed = torch.randn(2, 3, 9, 2, dtype=torch.float64), torch.rand(2, 3, 9) > 0.3
-    batch = exact.kalman_filter(dynamics.lgssm(), a.unsqueeze(-3), observed.unsqueeze(-2))
+    batch = kalman.kalman_filter(dynamics.lgssm(), a.unsqueeze(-3), observed.unsqueeze(-2))
     a = a.masked_fill(~observed.unsqueeze(-1), torch.nan)
     state = start(dynamics, (2, 3))
     for t in range(9):

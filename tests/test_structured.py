@@ -9,11 +9,12 @@ from conftest import SMALL, make_model
 from pyro.infer import Predictive
 from torch.autograd import gradcheck
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide, factor_sum, solve_sum
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.lgssm.marginal import marginal_moments
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.training.schedule import Schedule
@@ -44,7 +45,7 @@ def test_it_is_bayes_rule(dynamics, measured):
     joint = dynamics.positions(5).log_prob(a) + torch.distributions.Normal(a, R.sqrt()).log_prob(y).sum((-2, -1))
     R_constant = torch.full_like(R, 0.3)
     noisier = dynamics.lgssm()._replace(Sigma_A=dynamics.lgssm().Sigma_A + 0.3 * torch.eye(2, dtype=torch.float64))
-    by_filter = (exact.log_likelihood(noisier, y.unsqueeze(-3)) + dynamics.pi.log()).logsumexp(-1)
+    by_filter = (kalman.log_likelihood(noisier, y.unsqueeze(-3)) + dynamics.pi.log()).logsumexp(-1)
     torch.testing.assert_close(ConditionedTracks(dynamics, y, R_constant).log_evidence, by_filter, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(q.log_prob(a), joint - q.log_evidence, rtol=1e-9, atol=1e-9)
 
@@ -64,7 +65,7 @@ def test_moments_and_samples_agree(measured):
 def test_moments_by_brute_force(dynamics, measured):
     """Mean and variance of the mixture from dense Gaussian conditioning, component by component."""
     y, R, q = measured
-    m, C = exact.marginal_moments(dynamics.lgssm(), 5)
+    m, C = marginal_moments(dynamics.lgssm(), 5)
     first, second = torch.zeros(4, 10, dtype=torch.float64), torch.zeros(4, 10, dtype=torch.float64)
     for b, k in itertools.product(range(4), range(3)):
         gain = C[k] @ torch.linalg.inv(C[k] + torch.diag(R[b].flatten()))
@@ -100,8 +101,8 @@ def test_unseen_frames_are_integrated_out(small_data):
     lgssm = model.dynamics.lgssm()
     # a is h's position with its own noise Sigma_A, measured with noise R; R is the same everywhere but for 1e-3 weights
     noisy = lgssm._replace(Sigma_A=lgssm.Sigma_A + R * torch.eye(2))
-    log_z = exact.log_likelihood(noisy, y.unsqueeze(-3), observed) + model.dynamics.pi.log()
-    hidden = exact.rts_smoother(noisy, y.unsqueeze(-3), observed)
+    log_z = kalman.log_likelihood(noisy, y.unsqueeze(-3), observed) + model.dynamics.pi.log()
+    hidden = kalman.rts_smoother(noisy, y.unsqueeze(-3), observed)
     mean = (log_z.softmax(-1)[..., None, None] * hidden.mean[..., :2]).sum(-3)
     torch.testing.assert_close(q.mean[:, :, ~observed], mean[:, :, ~observed], rtol=0.02, atol=0.02)
     torch.testing.assert_close(p_z.probs, log_z.softmax(-1), rtol=0.05, atol=0.02)
@@ -137,7 +138,7 @@ def test_gradients_of_the_solver():
 def test_gradient_of_the_log_evidence_is_that_of_autograd(dynamics, measured):
     y, R, _ = measured
     R = R.clone().requires_grad_()
-    m, C = exact.marginal_moments(dynamics.lgssm(), 5)
+    m, C = marginal_moments(dynamics.lgssm(), 5)
     by_torch = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(logits=dynamics.log_pi),
         torch.distributions.MultivariateNormal(m, C + torch.diag_embed(R.flatten(-2)).unsqueeze(-3)),

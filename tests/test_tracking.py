@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels.guides.heads import WhitePixels
 from pyro_pixels.guides.tracking_head import (
     TRACK_NOISE,
@@ -18,6 +17,7 @@ from pyro_pixels.guides.tracking_head import (
     log_density,
     share,
 )
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, collapse_components
 from pyro_pixels.worlds.drawing import render_disks
 
@@ -122,9 +122,9 @@ def test_following_forward_is_the_kalman_filter_and_smoothing_the_smoother():
     lgssm = collapse_components(dynamics.lgssm(), dynamics.pi)
     noise = TRACK_NOISE**2 * torch.eye(2, dtype=torch.float64)
     measured = lgssm._replace(Sigma_A=lgssm.Sigma_A + noise)
-    filtered = exact.kalman_filter(measured, y)
+    filtered = kalman.kalman_filter(measured, y)
     smoothed = tracks.smooth(y)  # of a, that is of B h plus what Sigma_A adds
-    a_given_h = exact.rts_smoother(measured, y).mean @ lgssm.B.mT
+    a_given_h = kalman.rts_smoother(measured, y).mean @ lgssm.B.mT
     gain = lgssm.Sigma_A @ torch.linalg.inv(measured.Sigma_A)
     torch.testing.assert_close(smoothed, a_given_h + (y - a_given_h) @ gain.mT, rtol=0, atol=1e-10)
 
@@ -133,7 +133,7 @@ def test_following_forward_is_the_kalman_filter_and_smoothing_the_smoother():
     white = white._replace(v=white.v.double() * ~unseen[:, None])
     claim, penalty = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(3, 1)
     followed = follow(tracks, Pixels.of(white), claim, penalty, torch.arange(9).unsqueeze(0))[:, 0, 0]
-    forecast = exact.rollout(measured, filtered.mean[:, 5], filtered.cov[5], 3).mean @ lgssm.B.mT
+    forecast = kalman.rollout(measured, filtered.mean[:, 5], filtered.cov[5], 3).mean @ lgssm.B.mT
     torch.testing.assert_close(followed[:, :6], y[:, :6], rtol=0, atol=1e-9)
     torch.testing.assert_close(followed[:, 6:], forecast, rtol=0, atol=1e-3)  # the least mass, 1e-4, pulls a little
 

@@ -5,7 +5,7 @@ import torch
 from conftest import make_guide, make_model
 from test_queries import Oracle, true_world
 
-from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.queries.counterfactual import Change, scale_force, scale_period, what_if
 from pyro_pixels.queries.latent_states import averaged
 from pyro_pixels.queries.predict import generate
@@ -45,7 +45,7 @@ def test_half_the_period_shows_every_moment_twice():
     lgssm = model.dynamics.lgssm()
     slow = scale_period(lgssm, 0.5)
     h, P = torch.randn(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
-    one, two = exact.rollout(lgssm, h, P, 3).mean, exact.rollout(slow, h, P, 6).mean[1::2]
+    one, two = kalman.rollout(lgssm, h, P, 3).mean, kalman.rollout(slow, h, P, 6).mean[1::2]
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
 
 

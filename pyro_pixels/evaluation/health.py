@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from scipy.stats import chi2
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.metrics import nll_per_frame, pairwise_distances
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.lgssm.marginal import response
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.predict import infer, smooth
 from pyro_pixels.training.elbo import bound
@@ -175,9 +176,9 @@ def standardised_innovations(dynamics: Dynamics, a: Tensor) -> Tensor:
     L_t L_t' is the covariance of a_t given a_{1:t-1}. Independent standard normals for draws from p(a | z = k).
     """
     lgssm = dynamics.lgssm()
-    filtered = exact.kalman_filter(lgssm, a.unsqueeze(-3))
-    states = exact.Gaussians(filtered.predicted_mean, filtered.predicted_cov)
-    mean, cov = exact.observation_moments(lgssm, states)  # (..., K, T, 2), (K, T, 2, 2)
+    filtered = kalman.kalman_filter(lgssm, a.unsqueeze(-3))
+    states = kalman.Gaussians(filtered.predicted_mean, filtered.predicted_cov)
+    mean, cov = kalman.observation_moments(lgssm, states)  # (..., K, T, 2), (K, T, 2, 2)
     identity = torch.eye(2, dtype=cov.dtype, device=cov.device)
     whiten = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(cov).L, identity, upper=False)
     return (whiten @ (a.unsqueeze(-3) - mean).unsqueeze(-1)).squeeze(-1)
@@ -248,7 +249,7 @@ def _largest_rms(second_moment: Tensor, whiten: Tensor) -> float:
 
 def _path_residuals(dynamics: Dynamics, a: Tensor) -> Tensor:
     """Tracks a (M, T, 2) minus the nearest path, by least squares over h_1, that the dynamics take without noise."""
-    F, drift, _ = exact.response(dynamics.lgssm(), a.shape[-2])
+    F, drift, _ = response(dynamics.lgssm(), a.shape[-2])
     Q = torch.linalg.qr(F).Q  # (2T, 4), an orthonormal basis of what h_1 can add to the drift
     e = a.flatten(1) - drift
     return (e - e @ Q @ Q.mT).unflatten(1, a.shape[1:])

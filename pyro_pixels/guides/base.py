@@ -23,10 +23,10 @@ from pyro_pixels.guides.pixel_evidence import FilmStatistics, PixelEvidence
 
 
 class Guide(nn.Module, ABC):
-    """q(a | v). Subclasses implement `encode`; everything else in the library needs nothing more.
+    """The base class of guides q(a | v); a subclass only has to implement `encode`.
 
-    `encode` is given what `see` makes of the images: the images as they are, or, once `fit` (or `look_at`) found noise,
-    a background or clutter in the film, the weights of `PixelEvidence`.
+    `encode` receives the images as `see` returns them: unchanged, or, after `fit` (or `look_at`) has found noise, a
+    background or clutter in the film, as the weights of `PixelEvidence`.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,11 @@ class Guide(nn.Module, ABC):
         return None
 
     def q(self, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> dist.TorchDistribution:
-        """What `encode` gives for images of any type, its shape checked.
+        """Returns `encode` of images of any type, with the shapes checked.
+
+        Args:
+            images: (B, T, H, W).
+            n_objects: (B,), or one number for all sequences.
 
         Raises:
             ValueError: if the arguments do not fit together, or `encode` returns a distribution of another shape.
@@ -81,11 +85,11 @@ class Guide(nn.Module, ABC):
         return q_a
 
     def look_at(self, images: Tensor, n_objects: Tensor) -> FilmStatistics:
-        """Estimates noise, background and clutter of a film (n, T, H, W), which `see` then takes out. `fit` does it."""
+        """Estimates noise, background and clutter of a film (n, T, H, W) for `see` to remove; `fit` calls it."""
         return self.pixel_evidence.estimate(images, n_objects)
 
     def see(self, images: Tensor) -> Tensor:
-        """What `encode` reads of images of any type: floats in [0, 1]; frames that are NaN, not seen, are black.
+        """Returns the input of `encode` for images of any type: floats in [0, 1], black where frames are NaN (unseen).
 
         Raises:
             ValueError: in half precision, or under autocast.
@@ -103,7 +107,7 @@ class Guide(nn.Module, ABC):
         return next((p.dtype for p in self.parameters()), torch.get_default_dtype())
 
     def forward(self, images: Tensor, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None) -> Tensor:
-        """The Pyro guide: samples the site ``a`` (B, N, T, 2). Takes the arguments of the model, as Pyro asks."""
+        """Runs the Pyro guide, which samples the site ``a`` (B, N, T, 2); the arguments are those of the model."""
         announce_parameters("guide", self)
         n_objects = counts(n_objects, len(images), images)
         q_a = self.q(images, n_objects)

@@ -9,25 +9,26 @@ from pyro_pixels.guides.recurrence import recur
 
 
 class StateNetwork(nn.Module):
-    """What gives a head its states: called with images and numbers of objects, it returns s (B, N, T, D)."""
+    """The base class of networks that map images and numbers of objects to states s (B, N, T, D) for a head."""
 
     height: int
     width: int
     state_size: int
-    """D, for the head."""
+    """D, the length of a state."""
 
 
 class InferenceRNN(StateNetwork):
     """The states s_t^n of Eq (8), recurrent over t and over n.
 
-    The products of W with the images are shared by all objects and done for all t at once; `recur` does the rest.
+    The products of W with the images are shared by all objects and computed for all t at once; `recur` does the rest.
 
     Args:
-        height, width: of the images.
+        height: H of the images.
+        width: W of the images.
         state_size: D.
-        max_objects: s_0^n is learned separately for every N up to it (footnote 2). Sequences with more objects begin
-            with what was learned for ``max_objects``, further objects as the last.
-        front_end: maps images (B, T, H, W) to what Eq (8) reads in the place of v, (B, T, P); default the pixels.
+        max_objects: s_0^n is learned separately for every N up to this one (footnote 2). Sequences with more objects
+            start from the s_0 of ``max_objects``, and additional objects from that of the last object.
+        front_end: maps images (B, T, H, W) to features (B, T, P) that replace v in Eq (8); by default the pixels.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class InferenceRNN(StateNetwork):
         nn.init.normal_(self.phi_s0, std=D**-0.25)
 
     def forward(self, images: Tensor, n_objects: Tensor) -> Tensor:
-        """States s (B, N, T, D).
+        """Returns the states s (B, N, T, D).
 
         Raises:
             ValueError: if the images have another size.
@@ -57,12 +58,12 @@ class InferenceRNN(StateNetwork):
         return self.advance(self.start(n_objects), images)
 
     def start(self, n_objects: Tensor) -> Tensor:
-        """s_0 (B, N, D), the states before the first frame."""
+        """Returns s_0 (B, N, D), the states before the first frame."""
         last = self.max_objects - 1
         n = torch.arange(most_objects(n_objects), device=n_objects.device).clamp(max=last)
         return self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n].tanh()
 
     def advance(self, s: Tensor, images: Tensor) -> Tensor:
-        """The states (B, N, T, D) at T more frames (B, T, H, W), from those before them, ``s`` (B, N, D)."""
+        """Returns the states (B, N, T, D) in T more frames (B, T, H, W), given the states ``s`` (B, N, D) before."""
         from_image = F.linear(self.front_end(images), self.from_image.weight, self.from_states.bias)  # (B, T, 2 D)
         return recur(from_image.transpose(0, 1), s.transpose(0, 1), self.from_states.weight).permute(2, 0, 1, 3)

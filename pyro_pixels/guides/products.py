@@ -1,7 +1,7 @@
-"""Sums of many products with one matrix, which a recursion is made of: to += x W, time after time.
+"""Repeated products with one matrix, to += x W, as a recursion needs them.
 
-Large matrices that do not fit into a core's cache are brought into the order in which MKL reads them once, instead of
-at every product. With 20 to 60 rows a product of 1024 x 2048 then takes half the time (docs/performance.md).
+Matrices that do not fit into a core's cache are packed once into the order in which MKL reads them, instead of at every
+product. With 20 to 60 rows a product of 1024 x 2048 then takes half the time (docs/performance.md).
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ PACKED = torch.ops.mkl._mkl_linear if hasattr(torch.ops.mkl, "_mkl_linear") else
 
 
 def accumulator(W: Tensor, n_rows: int) -> Callable[[Tensor, Tensor], None]:
-    """What does ``to += x W`` in place, for ``to`` (n, j), ``x`` (n, i) and this W (i, j); no gradient.
+    """Returns a function that computes ``to += x W`` in place, for ``to`` (n, j), ``x`` (n, i), without gradients.
 
     Args:
-        W: not to be changed while this is in use.
-        n_rows: the n that most products will have, 0 if there will be none. Others are right too, and slower.
+        W: (i, j); it must not change while the function is in use.
+        n_rows: the n of most products, 0 if there will be none; other n are correct but slower.
     """
     if PACKED is not None and n_rows > 0 and packs(W):  # MKL's packing crashes for products of no rows
         product, columns = PACKED, _in_order(W.mT)
@@ -40,11 +40,11 @@ def accumulator(W: Tensor, n_rows: int) -> Callable[[Tensor, Tensor], None]:
 
 
 def packs(W: Tensor) -> bool:
-    """Whether `accumulator` packs a matrix: large, float32, on a processor, by a torch that was built with MKL."""
+    """Tells whether `accumulator` packs a matrix: it must be large, float32 and on a CPU, and torch built with MKL."""
     return PACKED is not None and W.device.type == "cpu" and W.dtype == torch.float32 and W.numel() >= PACK_FROM
 
 
 def _in_order(W: Tensor) -> Tensor:
-    """``W.contiguous()``; on a processor in strips where rows and columns change places: a quarter of the time."""
+    """Returns ``W.contiguous()``; transposed matrices on a CPU are copied in strips, in a quarter of the time."""
     in_strips = W.device.type == "cpu" and W.stride(-1) != 1
     return torch.cat(W.split(64, 1), 1) if in_strips else W.contiguous()

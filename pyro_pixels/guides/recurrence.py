@@ -1,10 +1,10 @@
-"""The recursion of Eq (8) over time and objects, along its diagonals, with its gradient by hand.
+"""The recursion of Eq (8) over time and objects, computed along diagonals, with a hand-written gradient.
 
-s_t^n needs only s_{t-1}^n and s_t^{n-1}, so all cells with equal t + n can be computed at once: T + N - 1 steps
-instead of T N. States are kept by diagonal, s_t^n at `H[d + 1, n + 1]` with d = t + n (t, n counted from 0), so that
-the cells of a step, and what they read, are rows that follow each other; and the gradient of the weights is one product
-over all cells at the end instead of one a step. The first object has none before it, and no product is spent on that.
-tests/test_guides.py compares both with the literal double loop.
+s_t^n depends only on s_{t-1}^n and s_t^{n-1}, so all cells with equal t + n are computed at once, in T + N - 1 steps
+instead of T N. States are stored by diagonal, s_t^n at `H[d + 1, n + 1]` with d = t + n (t, n counted from 0), so that
+the cells of a step and their inputs are contiguous rows. The gradient of the weights is one product over all cells at
+the end instead of one per step. The first object has none before it, and no product is spent on it.
+tests/test_guides.py compares states and gradients with the literal double loop.
 """
 
 from collections.abc import Iterator
@@ -18,22 +18,21 @@ from pyro_pixels.guides.products import accumulator
 
 
 def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
-    """The states of Eq (8).
+    """Computes the states of Eq (8).
 
     Args:
-        from_image: (T, B, 2 D), what the image and the biases contribute to the mask's and the contribution's
-            arguments at every t.
+        from_image: (T, B, 2 D), the contributions of images and biases to the arguments of sigm and tanh.
         s_0: (N, B, D), the states before the first frame.
         W: (2 D, 2 D), the columns of [W^beta; W^s] that act on [s_{t-1}^n, s_t^{n-1}].
 
     Returns:
-        s (N, T, B, D).
+        The states s (N, T, B, D).
     """
     return _Recurrence.apply(from_image, s_0, W)  # type: ignore[no-any-return]
 
 
 def _diagonals(N: int, T: int, B: int) -> Iterator[tuple[int, slice, slice]]:
-    """(d, the rows of its cells, those of them that have an object before them) of every diagonal."""
+    """Yields d, the rows of its cells, and the rows of its cells with n > 0, for every diagonal."""
     for d in range(T + N - 1):
         first, last = max(0, d - T + 1), min(N - 1, d) + 1
         yield d, slice(first * B, last * B), slice(max(1, first) * B, last * B)
@@ -44,7 +43,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx: Any, from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
         (T, B, _), (N, _, D) = from_image.shape, s_0.shape
         H = s_0.new_zeros(T + N, N + 1, B, D)  # H[:, 0] = s_t^0 = 0
-        gates = s_0.new_empty(T + N - 1, N, B, 2 * D)  # (beta, s_hat) of every cell; the corners are no cells
+        gates = s_0.new_empty(T + N - 1, N, B, 2 * D)  # (beta, s_hat) of every cell; the corners are not used
         for n in range(N):
             H[: n + 1, n + 1] = s_0[n]
             gates[n : n + T, n] = from_image

@@ -1,17 +1,17 @@
-"""A guide with the dynamics inside (Sec 2.3 calls for one): q(a | v) is p(a) times what the network saw, normalised.
+"""The structured guide, which contains the dynamics (called for in Sec 2.3): q(a | v) is p(a) times potentials.
 
 The recurrent network emits a Gaussian potential for each object and frame, N(y_t^n; a_t^n, R_t^n) with diagonal R, as
-if it were a noisy measurement, and
+if from a noisy measurement, and
 
     q(a^n | v) = p(a^n) prod_t N(y_t^n; a_t^n, R_t^n) / Z^n,   Z^n = sum_k pi_k N(y^n; m_k, C_k + R^n)
 
-is computed exactly: a mixture over the component z, weighed by its evidence, each part a Gaussian over all frames that
-is correlated in time. In the bound, log q(a) - log p(a) = sum_t log N(y_t; a_t, R_t) - log Z. If the images were linear
-in a with Gaussian noise, the true potentials would make the bound tight.
+is computed exactly: a mixture over the component z, weighted by the evidence, of Gaussians over all frames that are
+correlated in time. In the ELBO, log q(a) - log p(a) = sum_t log N(y_t; a_t, R_t) - log Z. If the images were linear in
+a with Gaussian noise, the true potentials would make the bound tight.
 
-The gradient of a sample flows through the Gaussian of the component that was drawn, not through the probabilities
-of the draw. It is exact for K = 1 and where z is certain, and biased where components overlap, as they still do after
-the quick preset (docs/decisions.md).
+The gradient of a sample flows through the Gaussian of the drawn component, not through the component probabilities. It
+is exact for K = 1 and where z is certain, and biased where components overlap, as they still do after the quick preset
+(docs/decisions.md).
 """
 
 import math
@@ -34,14 +34,14 @@ from pyro_pixels.lgssm.dynamics import Dynamics, dense_components
 from pyro_pixels.lgssm.small_matrices import categorical_sample, cholesky_inverse, cholesky_solve
 
 DENSE_FRAMES = 128  # up to this many frames p(a | y) is one dense Gaussian a component; beyond, a filter
-UNSEEN = 1e8  # variance of the potential of a frame that was not seen: it says nothing
+UNSEEN = 1e8  # variance of the potentials of unobserved frames, which makes them uninformative
 
 
 class ConditionedTracks(TorchDistribution):
-    """p(a_{1:T} | y) when y = a + N(0, R) was measured: event shape (T, 2), exact in float64.
+    """The posterior p(a_{1:T} | y) given measurements y = a + N(0, R), with event shape (T, 2), exact in float64.
 
     Args:
-        dynamics: gives the prior p(a), Eq (10).
+        dynamics: the dynamics, whose p(a) of Eq (10) is the prior.
         y: (..., T, 2), measurements.
         R: (..., T, 2), their variances, above 0.
     """
@@ -72,7 +72,7 @@ class ConditionedTracks(TorchDistribution):
         return self._prior.log_prob(a) + potentials - self.log_evidence
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draws a prior path and a measurement of it, moves the path by what the real measurement says, and picks z."""
+        """Draws a prior path with measurements, corrects it by the actual measurements, and selects a component z."""
         shape = torch.Size(sample_shape) + self.batch_shape + self._m.shape  # (S, ..., K, 2T)
         a = self._m + torch.einsum("kij,...kj->...ki", self._prior_L, self._m.new_empty(shape).normal_())
         a = self._updated(a, a + self._R.sqrt().unsqueeze(-2) * torch.randn_like(a))
@@ -80,7 +80,7 @@ class ConditionedTracks(TorchDistribution):
         return a.gather(-2, z.expand(*z.shape[:-1], a.shape[-1])).squeeze(-2).unflatten(-1, self.event_shape)
 
     def _updated(self, a: Tensor, y: Tensor) -> Tensor:
-        """a + C (C + R)^-1 (y observed - y), (..., K, 2T)."""
+        """Returns a + C (C + R)^-1 (y observed - y), (..., K, 2T)."""
         W_d, _ = solve_sum(self._C, self._R, self._y.unsqueeze(-2) - y, self._L)
         return a + torch.einsum("kij,...kj->...ki", self._C, W_d)
 
@@ -91,7 +91,7 @@ class ConditionedTracks(TorchDistribution):
 
     @property
     def frame_covariance(self) -> Tensor:
-        """(..., T, 2, 2), the covariance of a_t in each frame."""
+        """The covariance of a_t in each frame, (..., T, 2, 2)."""
         means, w = self._updated(self._m, self._m), self.component.probs  # (..., K, 2T), (..., K)
         explained = self._C @ cholesky_solve(self._C.expand_as(self._L), self._L)
         within = _frame_blocks(self._C - explained)  # (..., K, T, 2, 2)
@@ -105,12 +105,12 @@ class ConditionedTracks(TorchDistribution):
 
 
 class StructuredGuide(Guide):
-    """q(a | v) = p(a) x potentials from the recurrent network, normalised; it shares the model's dynamics.
+    """The guide q(a | v) = p(a) x potentials / Z, which shares the dynamics of the model.
 
     Args:
-        dynamics: the model's own, ``model.dynamics``.
-        rnn: gives s_t^n, Eq (8).
-        head: reads y_t^n and the square root of R_t^n from s_t^n; default a `TrackingHead`.
+        dynamics: the dynamics of the model, ``model.dynamics``.
+        rnn: the network that computes s_t^n, Eq (8).
+        head: maps s_t^n to y_t^n and the square root of R_t^n; by default a `TrackingHead`.
     """
 
     def __init__(self, dynamics: Dynamics, rnn: StateNetwork, head: nn.Module | None = None) -> None:
@@ -128,8 +128,8 @@ class StructuredGuide(Guide):
         observed = observed.expand(len(images), int(n_objects.max()), images.shape[1])
         frames_seen = observed.any(1)  # (B, T)
         images = torch.where(images.isnan() & ~frames_seen[..., None, None], 0.0, images)
-        seen = images * frames_seen[..., None, None]  # identities are not to depend on what was only imagined
-        first = int(frames_seen.any(0).nonzero().min())  # before it the network has nothing to go by
+        seen = images * frames_seen[..., None, None]  # identities must not depend on generated images
+        first = int(frames_seen.any(0).nonzero().min())  # the network starts here
         T = images.shape[1]
         if T > DENSE_FRAMES:  # nor behind the last, and there the head's work would grow with T^3
             T = int(frames_seen.any(0).nonzero().max()) + 1
@@ -146,21 +146,23 @@ def _tracks_given(dynamics: Dynamics, y: Tensor, R: Tensor) -> ConditionedTracks
 
 @torch.no_grad()
 def factor_sum(C: Tensor, R: Tensor) -> Tensor:
-    """Cholesky factors (..., K, d, d) of C + diag R, for every pair of a C (K, d, d) and an R (..., d)."""
+    """Returns the Cholesky factors (..., K, d, d) of C + diag R for all pairs of C (K, d, d) and R (..., d)."""
     S = C.expand(*R.shape[:-1], *C.shape).clone()
     S.diagonal(dim1=-2, dim2=-1).add_(R.unsqueeze(-2))
     return torch.linalg.cholesky_ex(S).L
 
 
 def solve_sum(C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-    """(C + diag R)^-1 b and log det (C + diag R), differentiable in C, R and b.
+    """Returns (C + diag R)^-1 b and log det (C + diag R), differentiable in C, R and b.
 
-    The gradient is taken from the solution instead of through the Cholesky factors, and summed over sequences at once:
+    The gradient is computed from the solution, not through the Cholesky factors, and summed over sequences at once:
     several times faster than autograd for many small matrices.
 
     Args:
-        C: (K, d, d), symmetric positive definite; R: (..., d), above 0; b: (*S, ..., K, d).
-        L: what `factor_sum` gives for C and R.
+        C: (K, d, d), symmetric positive definite.
+        R: (..., d), above 0.
+        b: (*S, ..., K, d).
+        L: the Cholesky factors from `factor_sum`.
 
     Returns:
         (*S, ..., K, d) and (..., K).
@@ -192,7 +194,7 @@ class _SolveSum(torch.autograd.Function):
 
 
 def _frame_blocks(cov: Tensor) -> Tensor:
-    """The (T, 2, 2) blocks on the diagonal of (..., 2T, 2T)."""
+    """Returns the diagonal blocks (..., T, 2, 2) of covariances (..., 2T, 2T)."""
     T = cov.shape[-1] // 2
     t = torch.arange(T, device=cov.device)
     return cov.unflatten(-1, (T, 2)).unflatten(-3, (T, 2))[..., t, :, t, :].movedim(0, -3)

@@ -34,10 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.lgssm.marginal import marginal_moments
 
 MOST_EXCHANGES = 30
 LEAST_GAIN = 1e-6  # nats
@@ -80,7 +81,7 @@ class _Moves:
     def __init__(self, dynamics: Dynamics, n_objects: Tensor, N: int, T: int, windows: bool, slack: float) -> None:
         lgssm = dynamics.lgssm()
         lgssm = lgssm._replace(Sigma_A=lgssm.Sigma_A + slack * torch.eye(2).to(lgssm.Sigma_A))
-        self.mean, C = exact.marginal_moments(lgssm, T)  # (K, 2 T), (K, 2 T, 2 T)
+        self.mean, C = marginal_moments(lgssm, T)  # (K, 2 T), (K, 2 T, 2 T)
         L = torch.linalg.cholesky_ex(C).L
         self.P = torch.cholesky_inverse(L)
         log_pi = dynamics.log_pi.to(C.dtype).log_softmax(-1)
@@ -162,7 +163,7 @@ def untangle(
     """
     B, N, T = _check(a, n_objects)
     given, labels = a.nan_to_num(), torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
-    gain = torch.zeros(B, dtype=exact.exact_dtype(a.device), device=a.device)
+    gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     if N > 1 and T > 1:
         moves = _Moves(dynamics, n_objects, N, T, windows, slack)
         for _ in range(most):
@@ -211,7 +212,7 @@ def resample_labels(
     """
     B, N, T = _check(a, n_objects)
     labels = torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
-    gain = torch.zeros(B, dtype=exact.exact_dtype(a.device), device=a.device)
+    gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     several = n_objects > 1
     if N < 2 or T < 2:
         return Untangled(a, labels, gain)

@@ -1,9 +1,10 @@
-"""Distributions over the path of one object, with the LGSSM's batch of starts in front (Sec 2.1.2).
+"""Pyro distributions over the path of one object (Sec 2.1.2).
 
-`DenseTracks` and `BlockTracks` are the same p(a_{1:T} | z) of Eq (3) with h integrated out: as one Gaussian over all
-2 T coordinates, O(T^3), and as a Kalman filter that takes many frames at a time, O(T). `StatePath` is p(h_{1:T} | z).
+`DenseTracks` and `BlockTracks` are the same density, p(a_{1:T} | z) of Eq (3) with h integrated out, computed as one
+Gaussian over all 2 T coordinates, O(T^3), and by a Kalman filter that advances many frames at a time, O(T). `StatePath`
+is p(h_{1:T} | z). Their batch shape is that of the LGSSM's starts.
 
-Departures from the paper: none. The density does not depend on how it is computed.
+Departures from the paper: none.
 """
 
 import math
@@ -16,20 +17,23 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_pixels import lgssm as exact
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.lgssm.marginal import on_diagonal, response
 from pyro_pixels.lgssm.small_matrices import inverse_lower
 
-BLOCK_FRAMES = 32  # frames a step of `BlockTracks`: fewer make more steps, more make larger matrices
+BLOCK_FRAMES = 32  # frames per step of `BlockTracks`: fewer make more steps, more make larger matrices
 
 
 class DenseTracks(TorchDistribution):
-    """Positions (T, 2) with a dense joint Gaussian: what Eq (3) leaves when h is integrated out.
+    """The dense joint Gaussian of positions (T, 2), Eq (3) with h integrated out.
+
+    One Cholesky factor per component serves all sequences and objects, since the covariance does not depend on the
+    data.
 
     Args:
-        mean: (K, 2 T) and
-        cov: (K, 2 T, 2 T), the stacked positions' moments (`lgssm.marginal_moments`). One Cholesky factor a component
-            serves every sequence and object, since the covariance does not depend on the data.
+        mean: (K, 2 T), mean of the stacked positions, from `marginal_moments`.
+        cov: (K, 2 T, 2 T), their covariance.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -45,13 +49,13 @@ class DenseTracks(TorchDistribution):
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "DenseTracks":
         new = object.__new__(type(self))
-        new._mean, new._cov, new._L = self._mean, self._cov, self._L  # kept small: they broadcast
+        new._mean, new._cov, new._L = self._mean, self._cov, self._L  # not expanded, as they broadcast
         new._set_shapes(torch.Size(batch_shape))
         return new
 
     @property
     def stacked_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (K, 2 T), covariance and its Cholesky factor (K, 2 T, 2 T) of the stacked positions."""
+        """The mean (K, 2 T), covariance and Cholesky factor (K, 2 T, 2 T) of the stacked positions."""
         return self._mean, self._cov, self._L
 
     @property
@@ -73,15 +77,16 @@ class DenseTracks(TorchDistribution):
 
 
 class BlockTracks(TorchDistribution):
-    """Positions (T, 2) by a Kalman filter that takes ``block`` frames at a time, as one observation of 2 block numbers.
+    """The distribution of positions (T, 2) by a Kalman filter whose observations are whole blocks of frames.
 
-    Given the state at its first frame, a block is Gaussian with the same covariance V whichever block it is; so is the
-    state that the next block starts from, jointly. Work and memory grow with T alone, and gains and covariances are
-    computed once for all sequences and objects. Exact for singular Sigma_H and Sigma, like the filter frame by frame.
+    Given the state in its first frame, the positions of a block and the first state of the next one are jointly
+    Gaussian, with the same covariance for every block. Time and memory are O(T), and gains and covariances are computed
+    once for all sequences and objects. Like the filter frame by frame it is exact for singular Sigma_H and Sigma.
 
     Args:
-        lgssm: with a batch (K,) of starts.
+        lgssm: the parameters, with a batch (K,) of starts.
         n_frames: T.
+        block: frames per block.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -109,18 +114,18 @@ class BlockTracks(TorchDistribution):
         return self._marginals.cov.diagonal(dim1=-2, dim2=-1).expand(self.batch_shape + self.event_shape)
 
     @property
-    def _marginals(self) -> exact.Gaussians:
+    def _marginals(self) -> kalman.Gaussians:
         mu, Sigma = self._lgssm.mu, self._lgssm.Sigma
-        later = exact.rollout(self._lgssm, mu, Sigma, self.event_shape[0] - 1)
+        later = kalman.rollout(self._lgssm, mu, Sigma, self.event_shape[0] - 1)
         states = (torch.cat([now.unsqueeze(1), then], 1) for now, then in zip((mu, Sigma), later))
-        return exact.observation_moments(self._lgssm, exact.Gaussians(*states))
+        return kalman.observation_moments(self._lgssm, kalman.Gaussians(*states))
 
     def log_prob(self, value: Tensor) -> Tensor:
         (_, B, _, _, Sigma_A, m, P), b = self._lgssm, self._block
-        F, drift, V = exact.response(_states_observed(self._lgssm), b + 1)  # of the block's states and the next one
-        to_a = exact.on_diagonal(B, b)  # (2b, 4b)
+        F, drift, V = response(_states_observed(self._lgssm), b + 1)  # states of a block and the next one
+        to_a = on_diagonal(B, b)  # (2b, 4b)
         F_a, drift_a = to_a @ F[:-4], drift[:-4] @ to_a.mT
-        V_a = to_a @ V[:-4, :-4] @ to_a.mT + exact.on_diagonal(Sigma_A, b)
+        V_a = to_a @ V[:-4, :-4] @ to_a.mT + on_diagonal(Sigma_A, b)
         F_h, drift_h, V_h, V_ha = F[-4:], drift[-4:], V[-4:, -4:], V[-4:, :-4] @ to_a.mT
         log_prob = value.new_zeros(())
         for a in value.flatten(-2).split(2 * b, -1):
@@ -138,19 +143,19 @@ class BlockTracks(TorchDistribution):
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         starts = self._lgssm._replace(mu=self._lgssm.mu.expand(*shape, -1))
-        return exact.sample(starts, self.event_shape[0])[1]
+        return kalman.sample(starts, self.event_shape[0])[1]
 
 
 def _states_observed(lgssm: LGSSM) -> LGSSM:
-    """The LGSSM whose observations are the states themselves."""
+    """Returns the LGSSM whose observations are the states themselves."""
     identity = torch.eye(lgssm.A.shape[-1], dtype=lgssm.A.dtype, device=lgssm.A.device)
     return lgssm._replace(B=identity, Sigma_A=torch.zeros_like(identity))
 
 
 class StatePath(TorchDistribution):
-    """p(h_{1:T} | z): the states of Eq (5), event shape (T, d), batch shape that of the LGSSM's starts.
+    """The distribution p(h_{1:T} | z) of the states in Eq (5): event shape (T, d), batch shape that of the starts.
 
-    Needs positive definite Sigma_H and Sigma for `log_prob`; sampling needs neither.
+    `log_prob` needs positive definite Sigma_H and Sigma; sampling does not.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -169,13 +174,14 @@ class StatePath(TorchDistribution):
         return start + step.log_prob(h[..., 1:, :]).sum(-1)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        return exact.sample(self._lgssm, self.event_shape[0], tuple(sample_shape))[0]
+        return kalman.sample(self._lgssm, self.event_shape[0], tuple(sample_shape))[0]
 
 
 class _LogNormal(torch.autograd.Function):
-    """log N(e; 0, C) (..., K) of e (..., K, d), C (K, d, d) and its Cholesky factor L.
+    """The function log N(e; 0, C) (..., K) of e (..., K, d), C (K, d, d) and its Cholesky factor L.
 
-    With x = C^-1 e the gradients are -x and (x x' - C^-1) / 2, summed over sequences: no need to go through the factor.
+    With x = C^-1 e the gradients are -x and (x x' - C^-1) / 2, summed over sequences, without differentiating through
+    the Cholesky factor.
     """
 
     @staticmethod

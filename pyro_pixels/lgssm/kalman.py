@@ -22,7 +22,7 @@ from pyro_pixels.lgssm.small_matrices import cholesky_solve
 
 
 class LGSSM(NamedTuple):
-    """Parameters of Eq (3), with a Gaussian start. A mixture is an LGSSM whose mu, Sigma carry a batch of K."""
+    """The parameters of Eq (3) with a Gaussian prior of h_1; for a mixture, mu and Sigma have a batch of K."""
 
     A: Tensor  # (d, d)
     B: Tensor  # (p, d)
@@ -34,14 +34,14 @@ class LGSSM(NamedTuple):
 
 
 class Gaussians(NamedTuple):
-    """Gaussian marginals, of one time step (...) or of a sequence (..., T)."""
+    """Gaussian marginals of one time step (...) or of a sequence (..., T)."""
 
     mean: Tensor  # (..., d)
-    cov: Tensor  # (..., d, d); its batch may be smaller than the mean's: covariances do not depend on the data
+    cov: Tensor  # (..., d, d); may have fewer batch dimensions than the mean, as covariances do not depend on the data
 
 
 class Filtered(NamedTuple):
-    """What the Kalman filter knows of h_t from a_{1:t}, and what it knew just before."""
+    """The moments of h_t given a_{1:t} and given a_{1:t-1}, from the Kalman filter."""
 
     mean: Tensor  # (..., T, d), E[h_t | a_{1:t}]
     cov: Tensor  # (..., T, d, d)
@@ -51,12 +51,12 @@ class Filtered(NamedTuple):
 
 
 def kalman_filter(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Filtered:
-    """Filtered and predicted moments of h, and log p(a).
+    """Returns the filtered and predicted moments of h, and log p(a).
 
     Args:
         lgssm: the model; the shape of ``mu`` (..., d) broadcasts against the batch of ``a``.
         a: observations (..., T, p); values at missing steps are ignored and may be NaN.
-        observed: (..., T) bool, False where a step is missing; default: all observed.
+        observed: (..., T) bool, False where a step is missing; by default all are observed.
 
     Raises:
         ValueError: if ``a`` or ``observed`` has the wrong shape.
@@ -76,14 +76,15 @@ def kalman_filter(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Fi
 
 
 def predict(lgssm: LGSSM, state: Gaussians) -> Gaussians:
-    """Moments of h_{t+1} from those of h_t, mean (..., d) and cov (..., d, d): one step of the dynamics."""
+    """Returns the moments of h_{t+1} given those of h_t, mean (..., d) and cov (..., d, d): one prediction step."""
     return Gaussians(state.mean @ lgssm.A.mT + lgssm.u, lgssm.A @ state.cov @ lgssm.A.mT + lgssm.Sigma_H)
 
 
 def update(lgssm: LGSSM, predicted: Gaussians, a_t: Tensor, observed: Tensor | None = None) -> tuple[Gaussians, Tensor]:
-    """Moments of h_t once a_t (..., p) is seen, and log p(a_t | what was predicted) (...): one step of the filter.
+    """Returns the moments of h_t given a_t (..., p), and log p(a_t | a_{1:t-1}) (...): one update step.
 
-    Where ``observed`` (...) is False, the prediction and 0. ``lgssm.Sigma_A`` may have a batch (..., p, p).
+    Where ``observed`` (...) is False these are the predicted moments and 0. ``lgssm.Sigma_A`` may have a batch
+    (..., p, p).
     """
     m, P = predicted
     e, L, K = _innovation(lgssm, a_t, m, P)
@@ -97,15 +98,15 @@ def update(lgssm: LGSSM, predicted: Gaussians, a_t: Tensor, observed: Tensor | N
 
 
 def log_likelihood(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Tensor:
-    """log p(a_{1:T}) (...), in nats, with missing steps integrated out. Arguments as in `kalman_filter`."""
+    """Returns log p(a_{1:T}) (...) in nats, missing steps integrated out; the arguments are `kalman_filter`'s."""
     return kalman_filter(lgssm, a, observed).log_likelihood
 
 
 def rts_smoother(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Gaussians:
-    """Moments of p(h_t | a_{1:T}) at every t, missing steps included. Arguments as in `kalman_filter`.
+    """Returns the moments of p(h_t | a_{1:T}) for every t, missing or not; the arguments are `kalman_filter`'s.
 
-    With r_T = 0, N_T = 0 and, backwards in time, e_t and S_t the innovation and its covariance, K_t the filter's gain:
-    r_{t-1} = B' S_t^-1 e_t + (I - K_t B)' A' r_t (likewise N), mean = m_{t|t-1} + P_{t|t-1} r_{t-1},
+    Let e_t and S_t be the innovation and its covariance, and K_t the filter's gain. Backwards in time, from r_T = 0 and
+    N_T = 0: r_{t-1} = B' S_t^-1 e_t + (I - K_t B)' A' r_t (likewise N), mean = m_{t|t-1} + P_{t|t-1} r_{t-1},
     cov = P_{t|t-1} - P_{t|t-1} N_{t-1} P_{t|t-1}.
     """
     A, B = lgssm.A, lgssm.B
@@ -154,7 +155,7 @@ def sample_posterior(
 
 
 def rollout(lgssm: LGSSM, mean: Tensor, cov: Tensor, n_steps: int) -> Gaussians:
-    """Moments of h at the ``n_steps`` (>= 0) steps after a state with ``mean`` (..., d) and ``cov`` (..., d, d)."""
+    """Returns the moments of the ``n_steps`` (>= 0) states after one with ``mean`` (..., d) and ``cov`` (..., d, d)."""
     state, states = Gaussians(mean, cov), []
     for _ in range(n_steps):
         state = predict(lgssm, state)
@@ -166,7 +167,7 @@ def rollout(lgssm: LGSSM, mean: Tensor, cov: Tensor, n_steps: int) -> Gaussians:
 
 
 def sample_rollout(lgssm: LGSSM, h: Tensor, n_steps: int) -> Tensor:
-    """One draw of the ``n_steps`` (>= 0) states (..., n_steps, d) that follow the states ``h`` (..., d)."""
+    """Draws the ``n_steps`` (>= 0) states (..., n_steps, d) that follow the states ``h`` (..., d)."""
     noise = _apply(semidefinite_cholesky(lgssm.Sigma_H), _standard_normal(lgssm, (n_steps, *h.shape)))
     states = []
     for t in range(n_steps):
@@ -176,22 +177,23 @@ def sample_rollout(lgssm: LGSSM, h: Tensor, n_steps: int) -> Tensor:
 
 
 def sample_observations(lgssm: LGSSM, h: Tensor) -> Tensor:
-    """One draw of a (..., p) given the states h (..., d): a = B h + N(0, Sigma_A)."""
+    """Draws a (..., p) given the states h (..., d): a = B h + N(0, Sigma_A)."""
     shape = (*h.shape[:-1], lgssm.B.shape[-2])
     return h @ lgssm.B.mT + _apply(semidefinite_cholesky(lgssm.Sigma_A), _standard_normal(lgssm, shape))
 
 
 def observation_moments(lgssm: LGSSM, states: Gaussians, noise: bool = True) -> Gaussians:
-    """Moments of a_t = B h_t (+ Sigma_A unless ``noise`` is False) from those of h_t: mean (..., T, p)."""
+    """Returns the moments of a_t, mean (..., T, p), from those of h_t; without ``noise`` those of B h_t."""
     cov = lgssm.B @ states.cov @ lgssm.B.mT
     return Gaussians(states.mean @ lgssm.B.mT, cov + lgssm.Sigma_A if noise else cov)
 
 
 def mixture_moments(weights: Tensor, each: Gaussians) -> Gaussians:
-    """Mean (..., d) and covariance (..., d, d) of a mixture of K Gaussians.
+    """Returns the mean (..., d) and covariance (..., d, d) of a mixture of K Gaussians.
 
     Args:
-        weights: (..., K); each: mean (..., K, d), cov (..., K, d, d). Batches broadcast.
+        weights: (..., K).
+        each: the components, mean (..., K, d) and cov (..., K, d, d); batches broadcast.
     """
     mean = torch.einsum("...k,...kd->...d", weights, each.mean)
     spread = each.mean - mean.unsqueeze(-2)
@@ -200,18 +202,19 @@ def mixture_moments(weights: Tensor, each: Gaussians) -> Gaussians:
 
 
 def reverse(lgssm: LGSSM) -> LGSSM:
-    """The dynamics backwards in time, h_{t-1} = A^-1 (h_t - u - eta): `rollout` then goes into the past.
+    """Returns the dynamics backwards in time, h_{t-1} = A^-1 (h_t - u - eta), so that `rollout` goes into the past.
 
-    This is p(h_{t-1} | h_t) when nothing is known of h_{t-1} but what h_t says: a flat prior on earlier states.
+    This is p(h_{t-1} | h_t) under a flat prior of h_{t-1}.
     """
     A = torch.linalg.inv(lgssm.A)
     return lgssm._replace(A=A, u=-(A @ lgssm.u), Sigma_H=A @ lgssm.Sigma_H @ A.mT)
 
 
 def semidefinite_cholesky(Sigma: Tensor) -> Tensor:
-    """Lower L (..., d, d) with L L' = Sigma for positive semi-definite, possibly singular or zero, Sigma.
+    """Returns lower triangular L (..., d, d) with L L' = Sigma, for Sigma that may be singular or zero.
 
-    A column whose pivot is zero (below 1e-14 of the largest variance) is zero. Differentiable where the rank stays.
+    Columns with a pivot below 1e-14 of the largest variance are set to zero. L is differentiable where the rank of
+    Sigma does not change.
     """
     d = Sigma.shape[-1]
     tiny = 1e-14 * Sigma.diagonal(dim1=-2, dim2=-1).amax(-1)
@@ -227,12 +230,16 @@ def semidefinite_cholesky(Sigma: Tensor) -> Tensor:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """What exact inference is done in: float64, but float32 on Apple's GPUs, which have nothing else."""
+    """Returns the type for exact inference: float64, or float32 on Apple GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def check_observations(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The positions, 0 where they are missing, in the type of the model, and a mask; a ValueError for wrong shapes."""
+    """Returns positions in the type of the model, 0 where missing, and a mask.
+
+    Raises:
+        ValueError: if ``a`` or ``observed`` has the wrong shape or type.
+    """
     p = lgssm.B.shape[-2]
     if a.dim() < 2 or a.shape[-1] != p or a.shape[-2] < 1:
         raise ValueError(f"positions have shape {tuple(a.shape)}; wanted (..., T >= 1, {p})")
@@ -248,20 +255,21 @@ def check_observations(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) 
 
 
 def _innovation(lgssm: LGSSM, a_t: Tensor, m: Tensor, P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Innovation e, Cholesky factor of its covariance S = B P B' + Sigma_A, and the gain K = P B' S^-1."""
+    """Returns the innovation e, the Cholesky factor of its covariance S = B P B' + Sigma_A, and the gain P B' S^-1."""
     B = lgssm.B
     L = torch.linalg.cholesky_ex(B @ P @ B.mT + lgssm.Sigma_A).L
     return a_t - m @ B.mT, L, cholesky_solve(B @ P, L).mT
 
 
 def _log_normal(e: Tensor, L: Tensor) -> Tensor:
+    """Returns log N(e; 0, L L') (...) for e (..., p)."""
     white = torch.linalg.solve_triangular(L, e.unsqueeze(-1), upper=False).squeeze(-1)
     log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -0.5 * white.square().sum(-1) - log_det - 0.5 * e.shape[-1] * math.log(2 * math.pi)
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    """matrix (..., i, j) times vector (..., j), batches broadcast."""
+    """Returns the products of matrices (..., i, j) and vectors (..., j); batches broadcast."""
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""The positions of all frames as one Gaussian: Eq (3) with the states integrated out."""
+"""The joint Gaussian over the positions in all frames: Eq (3) with the states integrated out."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from pyro_pixels.lgssm.sharing import once
 
 
 class Response(NamedTuple):
-    """How the stacked observations answer to the first state: a_{1:T} = F h_1 + drift + N(0, V)."""
+    """The stacked observations as a linear-Gaussian function of the first state, a_{1:T} = F h_1 + drift + N(0, V)."""
 
     F: Tensor  # (T p, d)
     drift: Tensor  # (T p,)
@@ -20,11 +20,11 @@ class Response(NamedTuple):
 
 
 def response(lgssm: LGSSM, n_steps: int) -> Response:
-    """The a_{1:T} that follow h_1, Eq (3) with all later states integrated out, no loop over T.
+    """Returns a_{1:T} given h_1, Eq (3) with all later states integrated out, without a loop over T.
 
-    With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise, so V is G Sigma_H G' + Sigma_A on the
-    diagonal, where G is the block-Toeplitz matrix of the F_j. The starts of ``lgssm`` play no part. The gradient is
-    written by hand; second derivatives do not exist.
+    With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise. So V is G Sigma_H G' plus Sigma_A on the
+    diagonal blocks, where G is the block-Toeplitz matrix of the F_j. The distribution of h_1 in ``lgssm`` is not used.
+    The gradient is hand-written and cannot be differentiated again.
     """
     A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
     return once("response", lambda: _response(A, B, u, Sigma_H, Sigma_A, n_steps), A, u, Sigma_H, Sigma_A, n_steps)
@@ -37,9 +37,9 @@ def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor,
 
 
 class _Response(torch.autograd.Function):
-    """drift (T p,) and V (T p, T p) of F (T, p, d), u, Sigma_H and Sigma_A, with their gradients by hand.
+    """The map from F (T, p, d), u, Sigma_H and Sigma_A to drift (T p,) and V (T p, T p) with a hand-written gradient.
 
-    Row (t, i) of G, and column (s, j), is F_{t-1-s}[i, j], or 0 where s >= t; there is one s less than frames.
+    The entry of G in row (t, i) and column (s, j) is F_{t-1-s}[i, j], or 0 for s >= t; s takes T - 1 values.
     """
 
     @staticmethod
@@ -61,7 +61,8 @@ class _Response(torch.autograd.Function):
         T, p, d = F.shape
         grad_V_G = (grad_V @ G.flatten(1)).view(-1, d)
         grad_G = ((grad_V + grad_V.mT) @ G_Sigma.flatten(1)).view(T, p, T - 1, d)
-        # What was laid along the diagonals is added up along them: row t, moved by t, has lag l in column T - 1 + l.
+        # G repeats each F_j along a diagonal, so its gradient sums along it: row t, shifted by t, has lag j in column
+        # T - 1 + j.
         rows = pad(grad_G.movedim(2, 1).flip(1), (0, 0, 0, 0, 0, T + 1)).flatten(0, 1)
         by_lag = rows[: T * (2 * T - 1)].view(T, 2 * T - 1, p, d).sum(0)[T - 1 : -1]
         later = grad_drift.view(T, p)[1:].flip(0).cumsum(0).flip(0)
@@ -71,12 +72,12 @@ class _Response(torch.autograd.Function):
 
 
 def on_diagonal(block: Tensor, n: int) -> Tensor:
-    """The matrix with ``n`` times the same block (i, j) on its diagonal, and zeros elsewhere."""
+    """Returns the block-diagonal matrix of ``n`` copies of a block (i, j)."""
     return torch.kron(torch.eye(n, dtype=block.dtype, device=block.device), block)
 
 
 def marginal_moments(lgssm: LGSSM, n_steps: int) -> tuple[Tensor, Tensor]:
-    """Mean (..., T p) and covariance (..., T p, T p) of the stacked a_{1:T}: Eq (3) with h integrated out."""
+    """Returns mean (..., T p) and covariance (..., T p, T p) of the stacked a_{1:T}, Eq (3) with h integrated out."""
     return start_moments(response(lgssm, n_steps), lgssm.mu, lgssm.Sigma)
 
 
@@ -87,7 +88,7 @@ def start_moments(response: Response, mu: Tensor, Sigma: Tensor) -> tuple[Tensor
 
 
 def _after(B: Tensor, A: Tensor, n: int) -> Tensor:
-    """B A^0 .. B A^{n-1} as (n, p, d), by doubling."""
+    """Returns B A^0, ..., B A^{n-1} as (n, p, d), by repeated doubling."""
     after, step = B.unsqueeze(0), A
     while len(after) < n:
         after = torch.cat([after, after @ step])

@@ -63,7 +63,7 @@ class PixelModel(nn.Module):
     def joint(
         self, images: Tensor | None, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None
     ) -> Tensor:
-        """The same model before h and z are summed out (Eq 5): sites z, h, a, v. Arguments as in `forward`."""
+        """Runs the same model with h and z as sites (Eq 5): z, h, a, v. The arguments are those of `forward`."""
         announce_parameters("model", self)
         n_objects = counts(n_objects, None if images is None else len(images), next(self.parameters(), None))
         B, N, T = self._sizes(images, n_objects, n_frames)

@@ -1,11 +1,12 @@
-"""What if? Objects as they are in some frame, moved, removed, or taken on by other dynamics.
+"""Counterfactual queries: what if, in some frame, objects are moved or removed, or the dynamics change.
 
-`what_if` takes p(h_t, z | v) of one frame, makes a `Change`, and rolls the changed world on: means and covariances in
-closed form, samples from the jointly drawn states. Dynamics are changed by functions of an `LGSSM`, which compose::
+`what_if` takes p(h_t, z | v) of one frame, applies a `Change`, and rolls the changed world forward, with means and
+covariances in closed form and samples from jointly drawn states. Dynamics are changed by functions of an `LGSSM`, which
+can be composed::
 
     Change(dynamics=lambda lgssm: scale_period(scale_force(lgssm, 0.5), 2.0))
 
-Shapes as in `queries`.
+Shapes are those of `pyro_pixels.queries.predict`.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM, Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.latent_states import posterior_states
@@ -24,20 +25,20 @@ from pyro_pixels.queries.predict import Prediction, infer, render
 
 
 def unchanged(lgssm: LGSSM) -> LGSSM:
-    """The dynamics as they were learned."""
+    """Returns the learned dynamics unchanged."""
     return lgssm
 
 
 def scale_force(lgssm: LGSSM, factor: float) -> LGSSM:
-    """u times a factor: 0 for no gravity, -1 for gravity upwards."""
+    """Multiplies u by a factor: 0 for no gravity, -1 for gravity upwards."""
     return lgssm._replace(u=factor * lgssm.u)
 
 
 def scale_period(lgssm: LGSSM, factor: float) -> LGSSM:
-    """The sampling period delta times a factor: below 1 slow motion, above 1 a time lapse.
+    """Multiplies the sampling period delta by a factor: slow motion below 1, time lapse above 1.
 
-    What happens in one period is scaled with it: the kick that u gives to the velocities and Sigma_H by the factor,
-    u's part for the positions, which is of second order, by its square.
+    The increments of one period are scaled with it: the part of u that acts on velocities and Sigma_H by the factor,
+    the part of u that acts on positions, which is of second order, by its square.
     """
     identity = torch.eye(lgssm.A.shape[-1], dtype=lgssm.A.dtype, device=lgssm.A.device)
     position, velocity = lgssm.u.chunk(2)
@@ -47,14 +48,14 @@ def scale_period(lgssm: LGSSM, factor: float) -> LGSSM:
 
 @dataclass(frozen=True)
 class Change:
-    """What is different from some frame on; by default nothing."""
+    """A change from some frame on; by default none."""
 
     dynamics: Callable[[LGSSM], LGSSM] = unchanged
-    """Makes the dynamics that hold from then on of the learned ones; the starts it may leave alone."""
+    """A function from the learned dynamics to those that hold from then on; it may leave mu and Sigma alone."""
     shift: Tensor | None = None
-    """Added to the states h of that frame; broadcastable to (B, N, 4): positions, then velocities, latent units."""
+    """A shift of the states h in that frame, broadcastable to (B, N, 4): positions, then velocities, latent units."""
     removed: Tensor | None = None
-    """(B, N) bool, or broadcastable to it: objects that are there no more from the next frame on."""
+    """A mask, broadcastable to (B, N), of objects that are removed from the next frame on."""
 
 
 @torch.no_grad()
@@ -69,20 +70,24 @@ def what_if(
     n_frames: int,
     n_samples: int = 100,
 ) -> Prediction:
-    """The first ``frame`` frames as they were, and how they would have gone on had something changed then.
+    """Returns the first ``frame`` frames as inferred, and the following ones as predicted after a change.
 
-    The states at that frame are inferred from all the images that are given, also later ones: these say more of where
-    the objects were. Give ``images[:, :frame]`` to have it inferred from the past alone.
+    The states in frame ``frame`` are inferred from all given images, also later ones. Pass ``images[:, :frame]`` to
+    infer them from the past alone.
 
     Args:
-        images: (B, T, H, W); n_objects: (B,).
-        change: what is different after frame ``frame``.
-        frame: the frame after which the world changes, from 1 to T; n_frames: frames in all, more than ``frame``.
-        n_samples: S, at least 1; q(a | v) is averaged over them.
+        model: the trained model.
+        guide: the trained guide.
+        images: (B, T, H, W).
+        n_objects: (B,).
+        change: what changes after frame ``frame``.
+        frame: the frame after which the world changes, from 1 to T.
+        n_frames: the total number of frames, more than ``frame``.
+        n_samples: S, at least 1, the number of samples of q(a | v) to average over.
 
     Returns:
-        A Prediction of ``n_frames`` frames. ``observed`` says which are those before the change; a removed object is
-        NaN in the others.
+        A `Prediction` of ``n_frames`` frames. ``observed`` marks those before the change; removed objects are NaN in
+        the others.
 
     Raises:
         ValueError: if ``frame``, ``n_frames`` or ``n_samples`` are out of range, or as in `infer`.
@@ -91,7 +96,7 @@ def what_if(
     if not 1 <= frame <= T or n_frames <= frame:
         raise ValueError(
             f"frame is {frame}, n_frames {n_frames}, and there are {T} images; "
-            "wanted frame from 1 to the number of images, and n_frames, which counts all, above it"
+            "wanted frame from 1 to the number of images, and n_frames, the total number of frames, above it"
         )
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
@@ -101,10 +106,10 @@ def what_if(
     assert h.samples is not None
     shift = 0.0 if change.shift is None else change.shift.to(h.mean)
     lgssm, n_ahead = change.dynamics(model.dynamics.lgssm()), n_frames - frame
-    ahead = exact.rollout(lgssm, h.mean[..., frame - 1, :] + shift, h.cov[..., frame - 1, :, :], n_ahead)
-    ahead = exact.observation_moments(lgssm, ahead)
-    drawn = exact.sample_rollout(lgssm, h.samples[..., frame - 1, :] + shift, n_ahead)
-    drawn = exact.sample_observations(lgssm, drawn)
+    ahead = kalman.rollout(lgssm, h.mean[..., frame - 1, :] + shift, h.cov[..., frame - 1, :, :], n_ahead)
+    ahead = kalman.observation_moments(lgssm, ahead)
+    drawn = kalman.sample_rollout(lgssm, h.samples[..., frame - 1, :] + shift, n_ahead)
+    drawn = kalman.sample_observations(lgssm, drawn)
 
     removed = torch.zeros_like(h.mean[..., 0, 0], dtype=torch.bool) if change.removed is None else change.removed
     gone = removed.expand(h.mean.shape[:2])[..., None, None]

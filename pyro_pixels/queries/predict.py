@@ -1,12 +1,12 @@
-"""Asking a trained model (Secs 3.3-3.5): where are the objects, where will they be, what happened in between.
+"""Inference, generation and interpolation with a trained model (Secs 3.3-3.5).
 
-Every query needs a model, any guide that keeps the contract, and images; none trains anything. Means follow the paper's
-procedure; samples propagate all the uncertainty there is, of q(a | v), of the component z and of the states h. Given
-positions a, everything about h and z is exact.
+Every query takes a model, any `Guide`, and images; none of them trains anything. Means follow the paper's procedure.
+Samples propagate the uncertainty of q(a | v), of the component z and of the states h. Given positions a, everything
+about h and z is exact.
 
-Departures from the paper: k* is taken from all seen frames, also those behind a gap; frames may be missing anywhere,
-for all objects or for one; and guides that know the dynamics (`Guide.encode_observed`) answer with their own posterior
-instead of handing means to a smoother.
+Departures from the paper: k* is inferred from all observed frames, also those after a gap; any frames may be missing,
+for all objects or for single ones; and guides that contain the dynamics (`Guide.encode_observed`) return their own
+posterior instead of passing means to a smoother.
 
 Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; positions are latent, float64.
 """
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels._batch import check_batch, check_values, counts, object_mask, unseen_frames
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
 
@@ -30,7 +30,7 @@ MOMENT_SAMPLES = 256  # for guides whose distribution has no closed-form mean or
 
 
 class Inference(NamedTuple):
-    """q(a | v): where the objects are."""
+    """The moments and samples of q(a | v), the positions of the objects."""
 
     mean: Tensor  # (B, N, T, 2)
     std: Tensor  # (B, N, T, 2)
@@ -38,21 +38,21 @@ class Inference(NamedTuple):
 
 
 class States(NamedTuple):
-    """p(h | a) and p(z | a): positions and velocities given positions, exact."""
+    """The exact p(h | a) and p(z | a): positions and velocities given positions."""
 
-    mean: Tensor  # (..., T, 4), E[h_t | a], components averaged out
+    mean: Tensor  # (..., T, 4), E[h_t | a], averaged over components
     cov: Tensor  # (..., T, 4, 4)
-    p_z: Tensor  # (..., K); (..., T, K) where it is filtered
+    p_z: Tensor  # (..., K), or (..., T, K) for filtered states
     samples: Tensor | None = None  # (S, ..., T, 4), paths
 
 
 class Prediction(NamedTuple):
-    """Positions and images at all T frames, seen or not."""
+    """Positions and images in all T frames, observed or not."""
 
-    mean: Tensor  # (B, N, T, 2): inferred where the frame was seen, predicted where not
-    cov: Tensor  # (B, N, T, 2, 2): of a_t, Sigma_A included
+    mean: Tensor  # (B, N, T, 2), inferred in observed frames, predicted in the others
+    cov: Tensor  # (B, N, T, 2, 2), covariance of a_t, Sigma_A included
     images: Tensor  # (B, T, H, W) pixel probabilities, rendered from the means
-    observed: Tensor  # bool, which frames were seen: (T,), (B, 1, T), or of which objects: (B, N, T)
+    observed: Tensor  # bool, the observed frames: (T,), (B, 1, T), or for each object (B, N, T)
     component: Tensor  # (B, N), k* = argmax_k p(z = k | a)
     samples: Tensor | None  # (S, B, N, T, 2)
     sample_images: Tensor | None  # (S, B, T, H, W) pixel probabilities, rendered from the samples
@@ -77,29 +77,31 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int],
 
 @torch.no_grad()
 def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
-    """Pixel probabilities (B, T, H, W) rendered from the inferred means. Arguments and errors as in `infer`."""
+    """Renders the inferred means as pixel probabilities (B, T, H, W); arguments and errors are those of `infer`."""
     return render(model, infer(guide, images, n_objects).mean, n_objects)
 
 
 @torch.no_grad()
 def render(model: PixelModel, a: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
-    """Pixel probabilities (..., B, T, H, W) of positions (..., B, N, T, 2), Eqs (1)-(2); means for grey pixels."""
+    """Renders positions (..., B, N, T, 2) as expected images (..., B, T, H, W), Eqs (1)-(2)."""
     present = object_mask(counts(n_objects, a.shape[-4], a), a.shape[-3])
     return model.likelihood.mean(model.renderer(a, present))
 
 
 @torch.no_grad()
 def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> States:
-    """Positions and velocities at every frame given positions at the observed ones, by exact smoothing.
+    """Returns positions and velocities in every frame given positions in the observed ones, by exact smoothing.
 
     Args:
-        a: (..., T, 2); observed: (..., T) bool, False where a frame is missing; default all observed.
+        dynamics: the model's dynamics.
+        a: (..., T, 2).
+        observed: (..., T) bool, False where a frame is missing; by default all are observed.
     """
     lgssm = dynamics.lgssm()
     p_z = dynamics.component_posterior(a, observed).probs
-    each = exact.rts_smoother(lgssm, a.unsqueeze(-3), None if observed is None else observed.unsqueeze(-2))
-    over_time = exact.Gaussians(each.mean.movedim(-3, -2), each.cov.movedim(-4, -3))  # (..., T, K, ...)
-    mean, cov = exact.mixture_moments(p_z.unsqueeze(-2), over_time)
+    each = kalman.rts_smoother(lgssm, a.unsqueeze(-3), None if observed is None else observed.unsqueeze(-2))
+    over_time = kalman.Gaussians(each.mean.movedim(-3, -2), each.cov.movedim(-4, -3))  # (..., T, K, ...)
+    mean, cov = kalman.mixture_moments(p_z.unsqueeze(-2), over_time)
     return States(mean, cov, p_z)
 
 
@@ -113,16 +115,19 @@ def generate(
     n_frames: int,
     n_samples: int = 0,
 ) -> Prediction:
-    """The frames that follow (Sec 3.4).
+    """Generates the frames that follow (Sec 3.4).
 
-    a_{1:tau} are the guide's means, k* the most likely component given them, E[h_tau | a_{1:tau}, k*] the filtered
-    mean; the learned dynamics take it on to frame T, and each position is rendered. Samples draw each of these instead.
-    A guide that knows the dynamics answers by itself: E[a_{1:T} | v_{1:tau}].
+    a_{1:tau} are the guide's means, k* is the likeliest component given them, and E[h_tau | a_{1:tau}, k*] the filtered
+    mean, which the learned dynamics extend to frame T; each position is then rendered. Samples draw all of these
+    instead. A guide that contains the dynamics returns E[a_{1:T} | v_{1:tau}] itself.
 
     Args:
-        images: (B, tau, H, W), the seen frames; n_objects: (B,).
-        n_frames: T, the number of frames in all, more than tau.
-        n_samples: S, 0 for none.
+        model: the trained model.
+        guide: the trained guide.
+        images: (B, tau, H, W), the observed frames.
+        n_objects: (B,).
+        n_frames: T, the total number of frames, more than tau.
+        n_samples: S, 0 for no samples.
 
     Raises:
         ValueError: if tau >= T, or as in `infer`.
@@ -153,22 +158,24 @@ def interpolate(
     *,
     n_samples: int = 0,
 ) -> Prediction:
-    """Missing frames (Sec 3.5), anywhere: between seen ones, before the first, after the last; or hidden objects.
+    """Infers missing frames (Sec 3.5): between observed ones, before the first or after the last; or hidden objects.
 
-    Each gap is first filled with images generated from the frames before it, so that the guide arrives at the frames
-    behind it warmed in; the means it gives at the seen frames are then the observations of a smoother that takes the
-    others as missing. The paper's case is ``observed`` true at frames 1..5 and 26..30. The guide's network starts at
-    the first seen frame.
+    Each gap is first filled with images generated from the frames before it, so that the states of the guide's network
+    are warmed up when it reaches the frames after the gap. The guide's means in the observed frames are then the
+    observations of a smoother that treats the others as missing. In the paper ``observed`` is true in frames 1..5 and
+    26..30. The network starts at the first observed frame.
 
-    An object may be hidden in frames that are seen: of its position there the guide's answer is not used, and it is
-    inferred from the object's other frames.
+    An object may be hidden in an observed frame: the guide's position for it is then ignored and inferred from the
+    object's other frames.
 
     Args:
-        images: (B, T, H, W); what they hold at frames where no object is observed is ignored.
+        model: the trained model.
+        guide: the trained guide.
+        images: (B, T, H, W); frames in which no object is observed are ignored.
         n_objects: (B,).
-        observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object, in the guide's order of
-            objects; at least one true frame in every sequence. Sequences that miss other frames are done in turn.
-        n_samples: S, 0 for none.
+        observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object in the guide's order, with
+            at least one true frame in every sequence.
+        n_samples: S, 0 for no samples.
 
     Raises:
         ValueError: if ``observed`` is not such a mask, or as in `infer`.
@@ -199,7 +206,7 @@ def _interpolate(
     frames_seen: Tensor,
     n_samples: int,
 ) -> Prediction:
-    """`interpolate` for sequences of which the same frames (T,) are seen."""
+    """Interpolates sequences with the same observed frames (T,)."""
     filled = torch.where(frames_seen[:, None, None], images, 0.0)  # what is not seen may be NaN
     for start, stop in _gaps(frames_seen):
         so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
@@ -211,7 +218,7 @@ def _interpolate(
 def _predict(
     model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, n_samples: int = 0
 ) -> Prediction:
-    """All frames from the observed ones; ``images`` are filled where they are not observed."""
+    """Predicts all frames from the observed ones; unobserved ``images`` are generated ones."""
     samples, known = None, observed.unsqueeze(-1)
     knows_dynamics = guide.encode_observed(guide.see(images), n_objects, observed)
     if knows_dynamics is not None:
@@ -221,43 +228,45 @@ def _predict(
             samples = q_a.sample(torch.Size((n_samples,)))
     else:
         T, seen_at = images.shape[1], observed.reshape(-1, images.shape[1]).any(0).nonzero()
-        first, last = int(seen_at.min()), int(seen_at.max()) + 1  # what lies outside is the dynamics' affair
+        first, last = int(seen_at.min()), int(seen_at.max()) + 1  # the dynamics predict the frames outside
         q_a = guide.q(images[:, first:last], n_objects)
         seen, variance = (F.pad(x, (0, 0, first, T - last)) for x in _moments(q_a))
         dynamics = model.dynamics
         k = dynamics.component_posterior(seen, observed).logits.argmax(-1)
         lgssm = select_component(dynamics.lgssm(), k)
-        smoothed = exact.observation_moments(lgssm, exact.rts_smoother(lgssm, seen, observed))
+        smoothed = kalman.observation_moments(lgssm, kalman.rts_smoother(lgssm, seen, observed))
         mean = torch.where(known, seen, smoothed.mean)
         cov = torch.where(known.unsqueeze(-1), torch.diag_embed(variance), smoothed.cov)
         if n_samples:
             a = F.pad(q_a.sample(torch.Size((n_samples,))).to(mean.dtype), (0, 0, first, T - last))
             lgssm = select_component(dynamics.lgssm(), dynamics.component_posterior(a, observed).sample())
             samples = torch.where(
-                known, a, exact.sample_observations(lgssm, exact.sample_posterior(lgssm, a, observed))
+                known, a, kalman.sample_observations(lgssm, kalman.sample_posterior(lgssm, a, observed))
             )
     sample_images = None if samples is None else render(model, samples, n_objects)
     return Prediction(mean, cov, render(model, mean, n_objects), observed, k, samples, sample_images)
 
 
 class _Moments(NamedTuple):
+    """The first two moments of q(a | v)."""
+
     mean: Tensor  # (B, N, T, 2)
     variance: Tensor  # (B, N, T, 2)
 
 
 def _moments(q_a: dist.TorchDistribution) -> _Moments:
-    """In `lgssm.exact_dtype`; from samples where the distribution has no closed form for them."""
+    """Returns the mean and variance of q(a | v), from samples if they have no closed form."""
     try:
         mean, variance = q_a.mean, q_a.variance
     except NotImplementedError:
         samples = q_a.sample(torch.Size((MOMENT_SAMPLES,)))
         mean, variance = samples.mean(0), samples.var(0)
-    dtype = exact.exact_dtype(mean.device)
+    dtype = kalman.exact_dtype(mean.device)
     return _Moments(mean.to(dtype), variance.to(dtype))
 
 
 def _checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
-    """``observed`` as (T,) or (B, N or 1, T)."""
+    """Checks ``observed`` and returns it as (T,) or (B, N or 1, T)."""
     (B, T), N = images.shape[:2], int(n_objects.max())
     if observed.dtype != torch.bool or observed.shape not in ((T,), (B, T), (B, N, T)):
         raise ValueError(
@@ -268,7 +277,7 @@ def _checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor
     unknown = unseen_frames(images)  # marked by NaN, whatever the mask says
     if bool((unknown & _frames_seen(observed)).any()):
         observed = observed & ~unknown.unsqueeze(1)
-    if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects see nothing
+    if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects are never observed
         observed = observed & object_mask(n_objects, N).unsqueeze(-1)
     unseen = ~_frames_seen(observed).any(-1)
     if unseen.any():
@@ -278,12 +287,12 @@ def _checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor
 
 
 def _frames_seen(observed: Tensor) -> Tensor:
-    """(T,) or (B, T): frames in which any object is observed."""
+    """Returns a mask (T,) or (B, T) of the frames in which any object is observed."""
     return observed if observed.dim() == 1 else observed.any(1)
 
 
 def _joined(parts: Sequence[Prediction], rows: Tensor) -> Prediction:
-    """Predictions of some sequences each, as one whose sequence ``rows[i]`` is the i-th of them."""
+    """Joins predictions of different sequences; the i-th sequence of the parts becomes sequence ``rows[i]``."""
     N, order = max(part.mean.shape[1] for part in parts), rows.argsort()
 
     def join(name: str) -> Tensor | None:
@@ -300,11 +309,11 @@ def _joined(parts: Sequence[Prediction], rows: Tensor) -> Prediction:
 
 
 def _with_objects(x: Tensor, dim: int, n_objects: int) -> Tensor:
-    """x with zeros for objects that it lacks in that dimension."""
+    """Pads dimension ``dim`` of x with zeros up to ``n_objects``."""
     return F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, n_objects - x.shape[dim]])
 
 
 def _gaps(seen: Tensor) -> list[tuple[int, int]]:
-    """(start, stop) of every run of missing frames between two seen ones, of a mask (T,)."""
+    """Returns (start, stop) of every run of missing frames between two observed ones of a mask (T,)."""
     frames = seen.nonzero().squeeze(1).tolist()
     return [(before + 1, after) for before, after in itertools.pairwise(frames) if after > before + 1]

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_pixels import lgssm as exact
 from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.lgssm.marginal import response
 
 VARIANCE_FLOOR = 1e-5  # latent units, of Sigma_k in any direction
 
@@ -65,7 +65,7 @@ def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterati
 
 def _seen_starts(dynamics: Dynamics, a: Tensor) -> tuple[Tensor, Tensor]:
     """m (n, 4) and P (4, 4) of tracks a (n, T, 2)."""
-    F, drift, V = exact.response(dynamics.lgssm(), a.shape[1])
+    F, drift, V = response(dynamics.lgssm(), a.shape[1])
     V_inv_F = torch.linalg.solve(V, F)
     P = torch.linalg.inv(F.mT @ V_inv_F)
     return (a.to(V.dtype).flatten(1) - drift) @ V_inv_F @ P, P
