@@ -46,17 +46,13 @@ def what_is_not_finite(
 
 
 @contextmanager
-def saying_what_is_not_finite(
-    modules: Mapping[str, nn.Module], say: Callable[[str], str], images: Tensor
-) -> Iterator[None]:
+def saying_what_is_not_finite(modules: Mapping[str, nn.Module], say: Callable[[str], str]) -> Iterator[None]:
     """Errors that are but the consequence of a number that is none, such as those of a Categorical or of a Cholesky
     factor, become a FloatingPointError that says which number it is."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         bad = first_not_finite(modules)
-        if bad is None and not images.isfinite().all():
-            bad = "a pixel"
         if bad is None and not _is_of_numbers(error):
             raise
         raise FloatingPointError(say(bad or "the loss")) from None

@@ -155,7 +155,7 @@ class Training(Loop):
 
     def _take_step(self) -> None:
         torch.set_rng_state(self._rng)
-        with saying_what_is_not_finite(self._modules, self._diverged, self.images), self.steps.stream():
+        with saying_what_is_not_finite(self._modules, self._diverged), self.steps.stream():
             schedule, step = self.schedule, self.step
             for name, p in self.parameters.items():
                 p.requires_grad_(step >= by_longest_prefix(schedule.learn_from, name, 0))
@@ -275,8 +275,9 @@ class Training(Loop):
         states.check_optimizer(self.steps.optimizer, state.get("optimizer"), path)
         states.check_tensor(state, "totals", self.steps.read_totals(), path)
         states.check_tensor(state, "rng", self._rng, path)
-        if "cuda_rng" in state and self.device.type == "cuda":
-            states.check_tensor(state, "cuda_rng", torch.cuda.get_rng_state(self.device), path)
+        random_state = self.steps.random_state()
+        if random_state is not None and "cuda_rng" in state:
+            states.check_tensor(state, "cuda_rng", random_state, path)
 
     def _restore(self, state: dict[str, Any], source: str | Path) -> None:
         load_weights(self.model, state["model"], source)
