@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from examples.experiments import train_edlstm
+
 import pyro
 import pytest
 import torch
@@ -24,7 +26,6 @@ import ask as asking
 import gallery
 import teach
 import to_arviz
-from examples.experiments import train_edlstm
 from pyro_pixels._batch import Known
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.table import evaluate
