@@ -15,14 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from examples._common import device_of, new_folder, say_where, start, write_json
+
 import torch
 
 from benchmarks import asking, densities, growth, memory, report, steps
 from benchmarks.timing import Stopwatch
-from examples._common import device_of, environment, new_folder, say_where, start, write_json
 from pyro_pixels._files import atomic_write
 from pyro_pixels.plots.paper import save_figure
-from pyro_pixels.result_tables import insert
+from pyro_pixels.result_tables import environment, insert
 
 PARTS: dict[str, Callable[[Stopwatch], dict[str, Any]]] = {
     "step": partial(steps.measure, preset="quick"),
@@ -96,8 +97,6 @@ def fill(page: Path, name: str, found: dict[str, Any]) -> None:
 
 
 def main(args: Arguments) -> None:
-    if args.rounds < 1:
-        raise ValueError(f"--rounds is {args.rounds}; wanted at least 1")
     if args.page is not None and not args.page.exists():
         raise ValueError(f"there is no {args.page}; give --page a page with markers")
     watch = Stopwatch(device_of(args.device), args.rounds, args.seconds)

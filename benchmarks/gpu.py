@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from examples._common import device_of, environment, start, write_json
+
 import torch
 
 from benchmarks import gpu_report
-from examples._common import device_of, environment, start, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+from examples.paper_in_pyro import PaperInPyro, Settings
+
 import torch
 from torch import Tensor
 
-from examples.paper_in_pyro import PaperInPyro, Settings
 from pyro_pixels.guides.heads import LinearHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide

@@ -1,39 +1,64 @@
 """What the scripts share: the command line, errors of one line, devices, and opening a run and its sequences."""
 
-import json
-import os
-import platform
-import re
+# ruff: noqa: E402
 import sys
-from collections.abc import Callable, Sequence
+from types import TracebackType
+
+if sys.stderr.isatty():  # torch and Pyro take seconds to import
+    print("loading ...", end="\r", file=sys.stderr, flush=True)
+
+
+def _no_traceback_for_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _no_traceback_for_ctrl_c
+
+import json
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import pyro
 import torch
 import tyro
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_pixels._files import atomic_write
+from pyro_pixels._options import check_limits
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.run_sequences import TEST_SEED, sequences_to_ask
 from pyro_pixels.runs import Run, load_pretrained, load_run
 
 Arguments = TypeVar("Arguments")
+Item = TypeVar("Item")
 
 
 def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], doc: str | None) -> None:
     """Reads the command line into ``arguments`` and runs ``main``; what is wrong is one line and exit code 2."""
     try:
-        sys.exit(main(tyro.cli(arguments, description=doc)) or 0)
+        args = tyro.cli(arguments, description=doc)
+        check_limits(args)
+        sys.exit(main(args) or 0)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (FloatingPointError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
+    """The items, with a progress bar on a terminal."""
+    return tqdm(items, desc=what, total=total, disable=None, leave=False)
 
 
 def device_of(name: str) -> torch.device:
@@ -61,7 +86,10 @@ class QueryArguments:
     weights: str = "quick"
     """Which of these weights: quick, or long, which learned for fifteen times as many steps. Needs --pretrained."""
     data: Path | None = None
-    """An .npz of image sequences to ask about. By default fresh ones are simulated as the run's were."""
+    """An .npz of image sequences to ask about. By default fresh ones are simulated as the run's were; of a run that
+    learned from a file, what was held out is taken."""
+    simulated: bool = False
+    """Simulate sequences also where the run learned from a file."""
     out: Path | None = None
     """Where results go. By default in the run's folder, or in runs/pretrained (runs/pretrained_NAME for other
     weights)."""
@@ -86,8 +114,11 @@ class Opened(NamedTuple):
     device: torch.device
 
 
-def open_run(args: QueryArguments) -> Opened:
-    """The run and the sequences that a script is to ask about, and the device.
+def open_run(args: QueryArguments, *, trained_on_too: bool = True) -> Opened:
+    """The run and the sequences that a script is to ask about, and the device; says which sequences they are.
+
+    Args:
+        trained_on_too: where --data is the file that the run learned from, take also what it was trained on.
 
     Raises:
         ValueError: if weights that come with the package are named, and a run is asked.
@@ -97,24 +128,16 @@ def open_run(args: QueryArguments) -> Opened:
             f"--weights {args.weights} names weights that come with the package, and {args.run} is asked; "
             f"add --pretrained, or leave --weights out"
         )
+    if args.simulated and args.data is not None:
+        raise ValueError(f"--simulated and --data {args.data} contradict each other; leave one of them out")
     device = device_of(args.device)
     torch.manual_seed(args.seed)
     run = load_pretrained(args.weights, device) if args.pretrained else load_run(args.run, device)
-    return Opened(run, sequences_to_ask(run.config, args.data, args.n_sequences, args.seed), device)
-
-
-def environment(device: torch.device) -> dict[str, str | int | None]:
-    """What a number was measured with."""
-    cpuinfo = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "processor": platform.processor() if name is None else name[1],
-        "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pyro": pyro.__version__,
-    }
+    data, source = sequences_to_ask(
+        run.config, args.data, args.n_sequences, args.seed, simulated=args.simulated, trained_on_too=trained_on_too
+    )
+    print(f"{'the pretrained weights' if args.pretrained else args.run} (step {run.step:,}), asked about {source}")
+    return Opened(run, data, device)
 
 
 def new_folder(path: Path) -> Path:

@@ -8,12 +8,17 @@ objects are there? stream: frame by frame. calibration: are the stated uncertain
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from _common import QueryArguments, new_folder, open_run, progress, say_where, start, write_json
+
 import torch
 
-from _common import QueryArguments, environment, new_folder, open_run, say_where, start, write_json
+from pyro_pixels.data import ImageSequences
 from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.question_figures import QUESTIONS, Scene, draw_calibration
-from pyro_pixels.run_sequences import sequences_to_ask
+from pyro_pixels.result_tables import environment
+from pyro_pixels.run_sequences import training_sequences
+from pyro_pixels.runs import Run
+from pyro_pixels.worlds.base import simulate
 
 Question = Literal["filter", "hidden", "retrodict", "what-if", "evidence", "count", "stream", "calibration"]
 assert set(QUESTIONS) == set(get_args(Question))
@@ -29,14 +34,21 @@ class Arguments(QueryArguments):
     """How many further sequences a correction of the uncertainties is fitted on, for --question calibration."""
 
 
+def further(run: Run, args: Arguments) -> ImageSequences:
+    """Sequences that nothing is asked about: simulated ones, or the last of a file that the run was trained on."""
+    if run.config.data_file is not None and not args.simulated:
+        return training_sequences(run.config)[-args.n_validation :]
+    return simulate(run.config.data, args.n_validation, seed=args.seed + 1)
+
+
 @torch.no_grad()
 def main(args: Arguments) -> None:
     out = new_folder(args.out or args.home / "ask")
     run, data, device = open_run(args)
     scene = Scene(run, data, device, n_samples=args.n_samples)
+    scene.progress = progress
     if args.question == "calibration":
-        validation = sequences_to_ask(run.config, None, args.n_validation, args.seed + 1)
-        answer = draw_calibration(scene, validation)
+        answer = draw_calibration(scene, further(run, args))
     else:
         answer = QUESTIONS[args.question](scene)
     if answer.text:

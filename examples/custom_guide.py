@@ -7,11 +7,12 @@ examples/experiments/compare_guides.py sets the result beside the guides of the 
 import time
 from dataclasses import dataclass, replace
 
+from _common import start
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from _common import start
 from pyro_pixels._batch import object_mask
 from pyro_pixels.evaluation.table import evaluate, format_table
 from pyro_pixels.guides.base import Guide

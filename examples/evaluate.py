@@ -6,11 +6,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from _common import QueryArguments, environment, open_run, say_where, start, write_json
+from _common import QueryArguments, open_run, say_where, start, write_json
+
+from pyro_pixels._options import result_file
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
 from pyro_pixels.evaluation.table import N_SEEN, evaluate, format_table
 from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
-from pyro_pixels.result_tables import per_n
+from pyro_pixels.result_tables import environment, per_n
 from pyro_pixels.run_figures import RunView, draw_error_over_time
 
 
@@ -20,23 +22,24 @@ class Arguments(QueryArguments):
     """How many sequences to measure on; of a file, the first ones."""
     n_seen: int = N_SEEN
     """How many frames are seen before generation, and at either end for interpolation."""
+    trained_on_too: bool = False
+    """Measure also on what the run was trained on, where --data is the file that it learned from."""
     untangle: bool = False
     """Measure also what comes out when p(a) renames the objects frame by frame: untangled_... in the JSON."""
 
 
 def main(args: Arguments) -> None:
-    run, data, device = open_run(args)
-    what = "the pretrained weights" if args.pretrained else args.run
-    print(f"evaluating {what} (step {run.step:,}) on {len(data)} sequences")
-    result = evaluate(run.model, run.guide, data, n_seen=args.n_seen)
+    out = result_file(args.out or args.home / "metrics.json", ".json", args.data)
+    run, data, device = open_run(args, trained_on_too=args.trained_on_too)
+    result = evaluate(run.model, run.guide, data, n_seen=args.n_seen, progress=True)
     if args.untangle:
         result = merged(result, evaluate_untangled(run.model, run.guide, data, n_seen=args.n_seen))
-    result |= {"step": run.step, "train_seed": run.config.seed, "test_seed": args.seed if args.data is None else None}
+    fresh = args.data is None and (args.simulated or run.config.data_file is None)
+    result |= {"step": run.step, "train_seed": run.config.seed, "test_seed": args.seed if fresh else None}
     result["environment"] = environment(device)
     health = check_health(run.model, run.guide, data) if data.images.shape[1] > START_FRAMES + 1 else None
     if health is not None:
         result["health"] = health._asdict()
-    out = args.out or args.home / "metrics.json"
     write_json(out, result, indent=2)
     print(format_table(result))
     if args.untangle:

@@ -1,20 +1,21 @@
 """One picture for each question that a trained model answers (docs/gallery.md).
 
-The weights that come with the package are asked unless --no-pretrained is given.
+The weights that come with the package are asked unless --no-pretrained is given. Pictures go to the folder `gallery` in
+the folder of the run, or in runs/pretrained.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
+
+from _common import QueryArguments, new_folder, open_run, progress, say_where, start
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from _common import QueryArguments, new_folder, open_run, say_where, start
 from pyro_pixels.evaluation.metrics import Affine, assign, reorder
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.plots import answers as plots
@@ -35,8 +36,8 @@ CLOSER = {"positions", "velocities", "fan", "missing", "hidden", "stream"}  # ba
 class Arguments(QueryArguments):
     pretrained: bool = True
     """Ask the weights that come with the package; with --no-pretrained ask the run in --run."""
-    out: Path = Path("docs/figures/gallery")
-    """Folder for the pictures."""
+    docs: bool = False
+    """Draw the pictures of the documentation anew, in docs/figures/gallery."""
     seed: int = 26
     """Seed of simulated sequences and of samples."""
     pictures: tuple[Picture, ...] = get_args(Picture)
@@ -131,10 +132,13 @@ assert OWN.keys() | QUESTIONS.keys() | {"forecast"} == set(get_args(Picture))
 
 @torch.no_grad()
 def main(args: Arguments) -> None:
-    out = new_folder(args.out)
+    if args.docs and args.out is not None:
+        raise ValueError(f"--docs and --out {args.out} contradict each other; leave one of them out")
+    out = new_folder(Path("docs/figures/gallery") if args.docs else args.out or args.home / "gallery")
     scenes: dict[int, Scene] = {}
-    for name in args.pictures:
-        began, n = time.perf_counter(), args.n_sequences if name in MANY else min(12, args.n_sequences)
+    paths, texts = [], []
+    for name in progress(args.pictures, "pictures"):
+        n = args.n_sequences if name in MANY else min(12, args.n_sequences)
         if n not in scenes:
             scenes[n] = Scene(*open_run(replace(args, n_sequences=n)), per_n=1, n_samples=args.n_samples)
         torch.manual_seed(args.seed)  # a picture is the same whichever others are made
@@ -146,9 +150,11 @@ def main(args: Arguments) -> None:
         else:
             answer = QUESTIONS[name](scenes[n])
             save_figure(closer(answer.figure, scenes[n], name), path)
-            print(answer.text, end="\n" if answer.text else "")
-        say_where([path])
-        print(f"  in {time.perf_counter() - began:.0f} s")
+            if answer.text:
+                texts.append(f"{name}: {answer.text}")
+        paths.append(path)
+    print("\n".join(texts), end="\n" if texts else "")
+    say_where(paths)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
+
 from pyro_pixels.evaluation.table import N_SEEN
 from pyro_pixels.run_figures import RunView, draw_generation
 

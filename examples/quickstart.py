@@ -7,16 +7,19 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from _common import device_of, new_folder, say_where, start, write_json
+
 import torch
 
-from _common import device_of, environment, new_folder, say_where, start, write_json
 from pyro_pixels import lgssm
+from pyro_pixels._options import refuse_changes
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
 from pyro_pixels.evaluation.table import evaluate, format_table
 from pyro_pixels.plots.paper import plot_start, save_figure
 from pyro_pixels.presets import PRESETS
+from pyro_pixels.result_tables import environment
 from pyro_pixels.run_figures import (
     RunView,
     Snapshots,
@@ -56,6 +59,10 @@ def main(args: Arguments) -> int:
 
     print("1. learning from images alone" + (" (a run is there already: going on with it)" if there else ""))
     training, held_out, config = run_sequences(load_config(out) if there else configure(args))
+    if there:
+        data_file = None if config.data_file is None else Path(config.data_file)
+        args.data = None if args.data is None else args.data.resolve()
+        refuse_changes(args, {"data": data_file, "seed": config.seed}, out)
     if there and args.steps is not None:
         config = replace(config, schedule=replace(config.schedule, steps=args.steps))
     snapshots = Snapshots(out / "snapshots.npz", training if held_out is None else held_out, resume=there)
@@ -66,11 +73,12 @@ def main(args: Arguments) -> int:
     print(f"trained {result.step:,} steps in {result.seconds:.0f} s")
     paths = draw_training(out)
 
-    print("2. measuring it on fresh sequences" if args.data is None else "2. measuring it on the file's sequences")
-    test = sequences_to_ask(config, args.data, N_TEST, TEST_SEED)
+    all_of_file = config.data_file if held_out is None else None  # nothing is held out of a small file
+    test, source = sequences_to_ask(config, all_of_file, N_TEST, TEST_SEED)
+    print(f"2. measuring it on {source}")
     torch.manual_seed(TEST_SEED)
-    table = evaluate(run.model, run.guide, test)
-    table |= {"step": run.step, "train_seed": config.seed, "test_seed": TEST_SEED if args.data is None else None}
+    table = evaluate(run.model, run.guide, test, progress=True)
+    table |= {"step": run.step, "train_seed": config.seed, "test_seed": TEST_SEED if config.data_file is None else None}
     table["environment"] = environment(device)
     print(format_table(table))
     if test.images.shape[1] > START_FRAMES + 1:
@@ -82,7 +90,8 @@ def main(args: Arguments) -> int:
     paths += draw_error_over_time(view, view.generation(), view.interpolation(), out)
 
     print("3. drawing what it knows")
-    paths += draw(run, sequences_to_ask(config, args.data, N_DRAWN, TEST_SEED + 1), args.seed, out, device)
+    shown, _ = sequences_to_ask(config, config.data_file, N_DRAWN, TEST_SEED + 1)
+    paths += draw(run, shown, config.seed, out, device)
     say_where([out / "metrics.json", *paths])
     print(f"done in {time.perf_counter() - started:.0f} s; look at {out / 'generation.gif'} first")
     return 0

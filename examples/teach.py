@@ -8,9 +8,11 @@ SIGTERM save first; --resume then goes on as if nothing had happened.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from _common import device_of, new_folder, say_where, start
+
 import torch
 
-from _common import device_of, new_folder, say_where, start
+from pyro_pixels._options import refuse_changes
 from pyro_pixels.data import load_sequences
 from pyro_pixels.run_sequences import MOST_HELD_OUT, VALIDATION_SEED, training_sequences
 from pyro_pixels.run_training import teach_run, teaching_schedule
@@ -48,16 +50,13 @@ class Arguments:
 
 
 def main(args: Arguments) -> int:
-    for name in ("state_size", "steps", "threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; wanted at least 1")
     if args.guide not in GUIDES:
         raise ValueError(f"there is no guide '{args.guide}'; wanted one of {sorted(GUIDES)}")
     if not args.resume and (args.out / "checkpoint.pt").exists():
         raise ValueError(
             f"{args.out} holds a trained run; give --resume to go on with it, or another folder with --out"
         )
-    device = device_of(args.device)
+    device, folder = device_of(args.device), new_folder(args.out)
     torch.set_num_threads(args.threads)
     teacher = load_pretrained(device=device) if args.pretrained else load_run(args.teacher, device)
     config = replace(
@@ -69,9 +68,14 @@ def main(args: Arguments) -> int:
     )
     if args.resume:
         config = load_config(args.out)
-    data = training_sequences(teacher.config) if args.data is None else load_sequences(args.data)
+        there = {"guide": config.guide, "state_size": config.guide_state_size, "seed": config.seed}
+        refuse_changes(args, {**there, "steps": config.schedule.steps}, args.out)
+    if args.data is None:
+        data, source = training_sequences(teacher.config), "the teacher's own training sequences"
+    else:
+        data, source = load_sequences(args.data), f"the sequences in {args.data}"
+    print(f"teaching the guide '{config.guide}' from {source}, {config.schedule.steps:,} steps")
     validation = simulate(config.data, MOST_HELD_OUT, seed=VALIDATION_SEED) if config.data_file is None else None
-    folder = new_folder(args.out)
     _, result = teach_run(teacher, config, folder, data, validation=validation, progress=args.progress)
     if result.interrupted:
         print(f"stopped and saved at step {result.step:,}; give the same command with --resume to go on")

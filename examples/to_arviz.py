@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from _common import QueryArguments, new_folder, open_run, progress, say_where, start
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -14,7 +16,6 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
-from _common import QueryArguments, new_folder, open_run, say_where, start
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.plots.paper import save_figure
@@ -50,24 +51,24 @@ def main(args: Arguments) -> None:
     print(f"drawing {args.n_samples} times what {len(data)} sequences were and will be")
     inference = to_inference_data(
         run.model, run.guide, view.images, view.n_objects, n_samples=args.n_samples, n_frames_ahead=T - args.n_seen,
-        positions=None if truth is None else first_frames(truth, args.n_seen).positions, seed=args.seed,
+        positions=None if truth is None else first_frames(truth, args.n_seen).positions, seed=args.seed, progress=True,
     )  # fmt: skip
     inference.to_netcdf(str(out / "posterior.nc"))
     if hasattr(az, "convert_to_datatree"):
         say_where([out / "posterior.nc"])
         print("the pictures are drawn with arviz 0.x; arviz 1 reads the file, and has other functions for them")
         return
-    figures = {
-        "launches": draw_launches(inference, view.to_pixels),
-        "first_steps": draw_first_steps(inference, view.to_pixels, truth),
-        "futures": draw_futures(inference, view.to_pixels, truth),
-        "white_pixels": draw_white_pixels(inference),
-        "pareto_k": draw_weights(inference),
+    figures: dict[str, Callable[[], Figure]] = {
+        "launches": lambda: draw_launches(inference, view.to_pixels),
+        "first_steps": lambda: draw_first_steps(inference, view.to_pixels, truth),
+        "futures": lambda: draw_futures(inference, view.to_pixels, truth),
+        "white_pixels": lambda: draw_white_pixels(inference),
+        "pareto_k": lambda: draw_weights(inference),
     }
     if truth is not None:
-        figures["calibration"] = draw_calibration(inference, view.to_pixels, truth)
-    for name, figure in figures.items():
-        save_figure(figure, out / f"{name}.png")
+        figures["calibration"] = lambda: draw_calibration(inference, view.to_pixels, truth)
+    for name, draw in progress(figures.items(), "pictures", len(figures)):
+        save_figure(draw(), out / f"{name}.png")
     say_where([out / "posterior.nc", *(out / f"{name}.png" for name in figures)])
 
 

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from _common import device_of, new_folder, say_where, start
 
 import torch
 import torch.distributed as distributed
 
-from _common import device_of, new_folder, say_where, start
+from pyro_pixels._options import refuse_changes
 from pyro_pixels.config import RunConfig
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
 from pyro_pixels.presets import PRESETS
@@ -73,7 +75,7 @@ class Arguments:
     """How many CPU threads to use. By default one for states up to 256, whose products are too small to share, else one
     a core."""
     resume: bool = False
-    """Go on with the run in the folder, on its own data and with its own configuration; only --steps may change it."""
+    """Go on with the run in the folder, on its own data and with its own configuration; only --steps and --parts may change it."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -93,6 +95,8 @@ def configure(args: Arguments) -> RunConfig:
         config = replace(config, schedule=config.schedule.with_steps(args.steps))
     if args.data is not None:
         config = replace(config, data_file=str(args.data.resolve()))
+    if args.clutter and not any(hasattr(part, "clutter") for part in build(config).guide.modules()):
+        raise ValueError(f"--clutter {args.clutter} is given, and the guide '{config.guide}' knows none; leave it out")
     return config
 
 
@@ -100,8 +104,8 @@ class Job:
     """One run: what it learns from, and what is shown of it."""
 
     def __init__(self, folder: Path, config: RunConfig, device: torch.device, *, resume: bool) -> None:
-        self.data, self.held_out, self.config = run_sequences(config)
         self.folder, self.device = new_folder(folder), device
+        self.data, self.held_out, self.config = run_sequences(config)
         shown = self.data if self.held_out is None else self.held_out
         self.snapshots = Snapshots(folder / "snapshots.npz", shown, resume=resume)
 
@@ -112,6 +116,11 @@ class Job:
             f"training {self.folder}: guide '{self.config.guide}', {n_parameters:,} parameters, {len(self.data)} "
             f"sequences {tuple(self.data.images.shape[1:])}, {self.config.schedule.steps:,} steps on {self.device}"
         )
+        if self.config.data_file is not None:
+            print(
+                f"the last {self.config.n_held_out} of the {self.config.n_sequences} sequences in "
+                f"{self.config.data_file} are held out; the other scripts ask about these by default"
+            )
 
     def train(self, n_starts: int, progress: bool) -> FitResult:
         self.run, result = train_run(
@@ -144,10 +153,10 @@ class Job:
 
 
 def main(args: Arguments) -> int:
-    for name in ("threads", "starts", "seeds", "parts"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; wanted at least 1")
+    for name in ("world", "n_sequences") if args.data is not None else ():
+        if getattr(args, name) is not None:
+            option = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{option} describes what to simulate, and --data {args.data} is a file; leave one out")
     if args.seeds > 1 and args.starts > 1:
         raise ValueError(f"seeds is {args.seeds} and starts {args.starts}; wanted only one of them above 1")
     with processes(device_of(args.device)) as (device, first):
@@ -180,6 +189,7 @@ def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
     folder = args.run if args.seeds == 1 else args.run / f"seed{seed}"
     if args.resume:
         config = load_config(folder)
+        refuse_changes(replace(args, data=args.data and args.data.resolve()), options_of(config, seed, args), folder)
         changes = {"steps": args.steps, "parts": args.parts}
         changes = {name: value for name, value in changes.items() if value is not None}
         config = replace(config, schedule=replace(config.schedule, **changes))
@@ -188,6 +198,21 @@ def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
     else:
         config = configure(replace(args, seed=seed))
     return Job(folder, config, device, resume=args.resume)
+
+
+def options_of(config: RunConfig, seed: int, args: Arguments) -> dict[str, Any]:
+    """The options that a run's configuration answers to."""
+    like_preset = replace(PRESETS[args.preset], guide=config.guide).state_size == config.state_size
+    return {
+        "preset": args.preset if like_preset else "another",
+        "guide": config.guide,
+        "likelihood": config.likelihood,
+        "clutter": config.clutter,
+        "world": config.data.world,
+        "data": None if config.data_file is None else Path(config.data_file),
+        "n_sequences": config.n_sequences,
+        "seed": args.seed if seed == config.seed else config.seed,
+    }
 
 
 def steps_note(args: Arguments) -> str:

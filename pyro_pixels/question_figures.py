@@ -144,7 +144,7 @@ def draw_what_if(scene: Scene) -> Answer:
     row, T = scene.rows[:1], scene.images.shape[1]
     frame = 2 * T // 5
     means, covs = [], []
-    for change in changes.values():
+    for change in scene.progress(changes.values(), "changes"):
         found = what_if(
             scene.model, scene.guide, scene.images, scene.n_objects, change,
             frame=frame, n_frames=T, n_samples=scene.n_samples,
@@ -165,7 +165,9 @@ def draw_what_if(scene: Scene) -> Answer:
 def draw_evidence(scene: Scene) -> Answer:
     """log p(v) by importance sampling beside the bound of Eq (7)."""
     args, T = (scene.model, scene.guide, scene.images, scene.n_objects), scene.images.shape[1]
-    one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in range(5)]).mean(0)
+    one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in scene.progress(range(5), "bound")]).mean(
+        0
+    )
     found = log_evidence(*args, n_samples=scene.n_samples)
     text = (
         f"bound of Eq (7) {float(one.mean()) / T:.2f}, with {scene.n_samples} samples "
@@ -198,7 +200,7 @@ def draw_stream(scene: Scene) -> Answer:
             ahead.append(forecast(lgssm, tracks))
             tracks = step(lgssm, tracks, a_t)
     else:
-        for image in scene.images.unbind(1):
+        for image in scene.progress(scene.images.unbind(1), "frames"):
             ahead.append(forecast(lgssm, stream.tracks))
             stream = step_image(scene.model, scene.guide, stream, image)
     mean, cov = torch.stack([x.mean for x in ahead], 2), torch.stack([x.cov for x in ahead], 2)

@@ -1,10 +1,15 @@
-"""Tables of results in Markdown, and where they stand in a page of the documentation."""
+"""Tables of results in Markdown, what they were measured with, and where they stand in a page of the documentation."""
 
+import os
+import platform
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
+import torch
 
 Row = dict[str, Any]
 
@@ -34,6 +39,20 @@ def medians_per_n(results: Sequence[Row]) -> Row:
 def percent(share: float | None, digits: int = 1) -> str:
     """A share such as "1.6 %", or "-" where there is none."""
     return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def environment(device: torch.device) -> dict[str, str | int | None]:
+    """What a number was measured with."""
+    cpuinfo = Path("/proc/cpuinfo")
+    name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "processor": platform.processor() if name is None else name[1],
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+    }
 
 
 def machine(result: Row) -> str:

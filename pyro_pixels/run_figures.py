@@ -1,8 +1,9 @@
 """Figures of a trained run: what it infers, generates and fills in, beside the truth. Each returns its paths."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,10 @@ class RunView:
         to_pixels: maps latent positions to pixels; the identity where no true positions are known.
         size: (H, W), or None where positions are plotted in latent units.
         order: (B, N), which inferred object is which true one; None where no true positions are known.
+        progress: what items that take long are looped over with, such as a progress bar with a name.
     """
+
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = staticmethod(lambda items, name: items)
 
     def __init__(self, run: Run, data: ImageSequences, device: torch.device, *, n_seen: int = 5) -> None:
         self.run, self.data, self.device, self.n_seen = run, data, device, n_seen

@@ -57,6 +57,8 @@ def run_sequences(config: RunConfig) -> RunSequences:
     if not bool((data.n_objects == 1).any()):
         config = replace(config, schedule=replace(config.schedule, single_object_steps=0))
     n = len(data) - n_held_out
+    if n < 1 or n_held_out < 0:
+        raise ValueError(f"{n_held_out} of the {len(data)} sequences in {config.data_file} are held out; wanted fewer")
     return RunSequences(data[:n], data[n:] if n_held_out else None, config)
 
 
@@ -67,17 +69,60 @@ def training_sequences(config: RunConfig) -> ImageSequences:
     return run_sequences(config).training
 
 
-def sequences_to_ask(config: RunConfig, data: str | Path | None, n_sequences: int, seed: int) -> ImageSequences:
-    """Sequences from a file, or fresh ones simulated as the run's were.
+class AskedSequences(NamedTuple):
+    """Sequences that a run is asked about."""
+
+    data: ImageSequences
+    source: str
+    """Where they come from, in words."""
+
+
+def sequences_to_ask(
+    config: RunConfig,
+    data: str | Path | None,
+    n_sequences: int,
+    seed: int,
+    *,
+    simulated: bool = False,
+    trained_on_too: bool = True,
+) -> AskedSequences:
+    """Sequences from a file, those that were held out of the run's own file, or fresh ones of the run's world.
+
+    Args:
+        config: the run's configuration.
+        data: a file, or None for what was held out where the run learned from a file, and else for simulated ones.
+        n_sequences: how many at most, the first ones.
+        seed: of simulated sequences.
+        simulated: simulate also where the run learned from a file.
+        trained_on_too: where ``data`` is the file that the run learned from, take also what it was trained on.
 
     Raises:
-        ValueError: if the file cannot be read, or its images are of another size than the run's.
+        ValueError: if the file cannot be read, its images are of another size than the run's, or nothing was held out
+            where it is asked for.
     """
-    found = simulate(config.data, n_sequences, seed=seed) if data is None else load_sequences(data)[:n_sequences]
+    if data is None and (simulated or config.data_file is None):
+        return AskedSequences(
+            simulate(config.data, n_sequences, seed=seed), f"{n_sequences} simulated sequences, seed {seed}"
+        )
+    own = config.data_file is not None and (data is None or Path(data).resolve() == Path(config.data_file))
+    if own and (data is None or not trained_on_too):
+        held_out = run_sequences(config).held_out
+        if held_out is None:
+            raise ValueError(
+                f"no sequences of {config.data_file} were held out of training; give others with --data, or "
+                "--simulated for a world of the preset's"
+            )
+        found, source = held_out, f"sequences that were held out of {config.data_file}"
+    else:
+        assert data is not None
+        found, source = load_sequences(data), f"sequences in {data}"
+        if own:
+            source += f", of which this run was trained on {len(training_sequences(config))}"
     wanted = (config.data.height, config.data.width)
     if found.size != wanted:
         raise ValueError(
             f"the sequences are {found.size[0]} x {found.size[1]} pixels; "
             f"this run was trained on {wanted[0]} x {wanted[1]}"
         )
-    return found
+    some = f"the first {n_sequences} of {len(found)}" if n_sequences < len(found) else f"{len(found)}"
+    return AskedSequences(found[:n_sequences], f"{some} {source}")

@@ -14,15 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from examples.experiments import train_edlstm
+
 import pyro
 import pytest
 import torch
 from rehearsal import RehearsedSteps, rehearse
 from test_census import CASES, small
 
-from examples import ask as asking
-from examples import gallery, teach, to_arviz
-from examples.experiments import train_edlstm
+import ask as asking
+import gallery
+import teach
+import to_arviz
 from pyro_pixels._batch import Known
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.table import evaluate

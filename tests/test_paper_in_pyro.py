@@ -7,6 +7,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from examples import paper_in_pyro
+from examples.paper_in_pyro import PAPER, PaperInPyro, Settings
+
 import numpy as np
 import oracles
 import pyro
@@ -17,8 +20,6 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 
 from benchmarks.paper_weights import in_paper_names, paper_program
-from examples import paper_in_pyro
-from examples.paper_in_pyro import PAPER, PaperInPyro, Settings
 from pyro_pixels import PRESETS, AnnealedELBO, InferenceRNN, RecurrentGuide, Renderer, build, simulate
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.model.pixel_model import PixelModel

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples._common import start
+
 from pyro_pixels.runs import PRETRAINED, export_weights, load_run
 
 
@@ -21,6 +22,8 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    if args.run.resolve() == (args.folder / args.name).resolve():
+        raise ValueError(f"{args.run} would be overwritten by its own weights; choose another --folder or --name")
     run = load_run(args.run)
     measured = args.run / "metrics.json"
     if not measured.exists():

@@ -7,9 +7,11 @@ image lie far apart. The health check, which sees neither labels nor this figure
 
 from dataclasses import dataclass
 
+from examples._common import QueryArguments, open_run, say_where, start
+
 import matplotlib.pyplot as plt
 
-from examples._common import QueryArguments, open_run, say_where, start
+from pyro_pixels._options import result_file
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.health import check_health, format_health
 from pyro_pixels.plots.paper import save_figure
@@ -25,6 +27,7 @@ class Arguments(QueryArguments):
 
 
 def main(args: Arguments) -> None:
+    out = result_file(args.out or args.home / "latent_space.png", ".png")
     run, data, device = open_run(args)
     alone = data[data.n_objects == 1]
     if alone.positions is None or not len(alone):
@@ -42,7 +45,6 @@ def main(args: Arguments) -> None:
         axis.scatter(*latent.flatten(0, 1).T, c=colour, s=1)
         axis.set_title(f"coloured by {name}")
     figure.suptitle(f"step {run.step:,}, seed {run.config.seed}: R² of the affine map {affine.r2:.2f}")
-    out = args.out or args.home / "latent_space.png"
     save_figure(figure, out)
     print(f"R^2 of the best affine map to pixels, N = 1: {affine.r2:.3f}")
     print(format_health(check_health(run.model, run.guide, data)))

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from examples._common import device_of, new_folder, say_where, start, write_json
+
 import torch
 
-from examples._common import device_of, environment, new_folder, say_where, start, write_json
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.health import EXPECTED, check_health
 from pyro_pixels.evaluation.table import evaluate
 from pyro_pixels.plots import paper as plots
 from pyro_pixels.presets import PRESETS
-from pyro_pixels.result_tables import markdown, per_n
+from pyro_pixels.result_tables import environment, markdown, per_n
 from pyro_pixels.run_figures import RunView
 from pyro_pixels.run_sequences import TEST_SEED, VALIDATION_SEED
 from pyro_pixels.run_training import train_run

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from examples._common import device_of, say_where, start, write_json
+from examples.experiments._paper_figures import draw_edlstm, draw_model_figures, draw_worst
+from examples.experiments._reproduction_text import baselines_text, generalisation_text, model_text, sweeps_text
+
 import torch
 from torch import Tensor
 
-from examples._common import device_of, environment, say_where, start, write_json
-from examples.experiments._paper_figures import draw_edlstm, draw_model_figures, draw_worst
-from examples.experiments._reproduction_text import baselines_text, generalisation_text, model_text, sweeps_text
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
@@ -25,7 +26,7 @@ from pyro_pixels.evaluation.ed_lstm import evaluate_edlstm, load_edlstm
 from pyro_pixels.evaluation.table import evaluate
 from pyro_pixels.plots import paper as plots
 from pyro_pixels.queries.predict import infer
-from pyro_pixels.result_tables import insert
+from pyro_pixels.result_tables import environment, insert
 from pyro_pixels.run_figures import RunView, draw_stages
 from pyro_pixels.run_sequences import TEST_SEED
 from pyro_pixels.runs import Run, load_pretrained, load_run

@@ -15,17 +15,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from examples._common import device_of, say_where, start, write_json
+from examples.experiments._suites import configurations
+
 import torch
 
-from examples._common import device_of, environment, say_where, start, write_json
-from examples.experiments._suites import configurations
 from pyro_pixels.config import RunConfig
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.blob_tracker import evaluate_tracker
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.table import evaluate
 from pyro_pixels.queries.predict import infer
-from pyro_pixels.result_tables import seeds_table
+from pyro_pixels.result_tables import environment, seeds_table
 from pyro_pixels.run_sequences import TEST_SEED, VALIDATION_SEED, training_sequences
 from pyro_pixels.run_training import teach_run, train_run
 from pyro_pixels.runs import Run, load_run
@@ -138,8 +139,6 @@ def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
 
 
 def main(args: Arguments) -> int:
-    if args.seeds < 1 or args.workers < 1:
-        raise ValueError(f"seeds is {args.seeds} and workers {args.workers}; wanted at least 1 of each")
     configs = configurations(args.suite, args.steps)
     if args.job is not None:
         name, _, seed = args.job.rpartition("/")

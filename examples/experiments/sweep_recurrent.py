@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from examples._common import device_of, start, write_json
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from examples._common import device_of, environment, start, write_json
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
@@ -29,7 +30,7 @@ from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
 from pyro_pixels.guides.untangling import untangle
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import infer
-from pyro_pixels.result_tables import markdown
+from pyro_pixels.result_tables import environment, markdown
 from pyro_pixels.run_sequences import TEST_SEED, VALIDATION_SEED
 from pyro_pixels.runs import Run, build, load_run
 from pyro_pixels.training.distillation import GivenTracks
@@ -263,8 +264,6 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def main(args: Arguments) -> int:
-    if args.seeds < 1 or args.workers < 1:
-        raise ValueError(f"seeds is {args.seeds} and workers {args.workers}; wanted at least 1 of each")
     configs = variants(args)
     if args.job is not None:
         name, _, seed = args.job.rpartition("/")

@@ -10,14 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from examples._common import device_of, new_folder, say_where, start, write_json
+
 import torch
 
-from examples._common import device_of, environment, new_folder, say_where, start, write_json
+from pyro_pixels._options import refuse_changes
 from pyro_pixels.data import ImageSequences, load_sequences
 from pyro_pixels.evaluation.ed_lstm import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm
 from pyro_pixels.evaluation.table import N_SEEN
 from pyro_pixels.plots import paper as plots
 from pyro_pixels.presets import PRESETS
+from pyro_pixels.result_tables import environment
 from pyro_pixels.run_sequences import TEST_SEED
 from pyro_pixels.runs import load_config
 from pyro_pixels.worlds.base import WorldConfig, simulate
@@ -113,14 +116,18 @@ def draw(net: EDLSTM, data: ImageSequences, path: Path) -> None:
 
 def main(args: Arguments) -> int:
     device = device_of(args.device)
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"threads is {args.threads}; wanted at least 1")
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     if not args.resume and (args.run / "checkpoint.pt").exists():
         raise ValueError(
             f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run"
         )
-    config = load_config(args.run, Config) if args.resume else configure(args)
+    folder = new_folder(args.run)
+    config = load_config(folder, Config) if args.resume else configure(args)
+    if args.resume:
+        there = {"state_size": config.net.state_size, "layers": config.net.n_layers, "seed": config.seed}
+        there |= {"own_predictions": config.own_predictions, "n_sequences": config.n_sequences}
+        there["data"] = None if config.data_file is None else Path(config.data_file)
+        refuse_changes(replace(args, data=args.data and args.data.resolve()), there, folder)
     if args.steps is not None:
         config = replace(config, steps=args.steps)
     data, test = sequences(config, args.n_test)
@@ -129,7 +136,6 @@ def main(args: Arguments) -> int:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = EDLSTM(config.net).to(device)
-    folder = new_folder(args.run)
     write_json(folder / "config.json", dataclasses.asdict(config), indent=2)
     print(
         f"training {folder}: ED-LSTM, {sum(p.numel() for p in net.parameters()):,} parameters, {len(data)} sequences "

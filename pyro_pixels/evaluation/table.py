@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
@@ -26,6 +27,7 @@ def evaluate(
     n_seen: int = N_SEEN,
     n_futures: int = 0,
     batch_size: int = 100,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a model and its guide: errors, losses and floors, for each N and for all sequences.
 
@@ -37,6 +39,7 @@ def evaluate(
         n_futures: sampled futures per sequence whose images are averaged for ``averaged_nll_per_frame_nats``; with 0
             it is left out.
         batch_size: sequences per batch.
+        progress: show a progress bar on a terminal.
 
     Returns:
         ``by_n_objects`` and ``all``, each with the measures that docs/reproduction.md explains (None where a measure
@@ -54,7 +57,9 @@ def evaluate(
         )
     time = torch.arange(T)
     ends = (time < n_seen) | (time >= T - n_seen)
-    inferred, generated, interpolated, values = _query(model, guide, data, ends, n_seen, n_futures, batch_size)
+    inferred, generated, interpolated, values = _query(
+        model, guide, data, ends, n_seen, n_futures, batch_size, progress
+    )
 
     result: dict[str, Any] = {"n_seen": n_seen, "n_frames": T}
     if data.positions is not None and bool((data.n_objects == 1).any()):
@@ -77,13 +82,15 @@ def _query(
     n_seen: int,
     n_futures: int,
     batch_size: int,
+    progress: bool,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """Returns latent positions (n, N, T, 2) by inference, generation and interpolation, and losses (n,)."""
     device = next(model.parameters()).device
     T, N = data.images.shape[1], int(data.n_objects.max())
     positions: list[list[Tensor]] = [[], [], []]
     losses: dict[str, list[Tensor]] = {}
-    for start in range(0, len(data), batch_size):
+    batches = range(0, len(data), batch_size)
+    for start in tqdm(batches, desc="errors and losses", disable=None if progress else True, leave=False):
         part = data[start : start + batch_size]
         images, n_objects = part.images.to(device), part.n_objects.to(device)
         future = generate(model, guide, images[:, :n_seen], n_objects, n_frames=T, n_samples=n_futures)

@@ -26,6 +26,7 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_pixels._batch import check_batch, object_mask
 from pyro_pixels.guides.base import Guide
@@ -77,6 +78,7 @@ def to_inference_data(
     n_frames_ahead: int = 0,
     positions: Tensor | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> Any:
     """Collects posterior, predictions, prior and data with labelled dimensions for ``arviz``.
 
@@ -106,6 +108,7 @@ def to_inference_data(
         n_frames_ahead: the number of frames to predict.
         positions: (B, N, T, 2), true positions in pixels in the order of the model's objects, stored unchanged.
         seed: seeds all samples; the caller's random state is not changed.
+        progress: show a progress bar on a terminal.
 
     Returns:
         An ``arviz.InferenceData``, which ``arviz.from_netcdf`` reads again, or from arviz 1 on an ``xarray.DataTree``,
@@ -126,7 +129,7 @@ def to_inference_data(
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        groups = _in_parts(draw, n_samples, PIXELS_AT_ONCE // images.numel())
+        groups = _in_parts(draw, n_samples, PIXELS_AT_ONCE // images.numel(), progress)
     groups = {group: {name: x.unsqueeze(0) for name, x in drawn.items()} for group, drawn in groups.items()}
     groups["observed_data"] = {"v": images.to(torch.uint8)}
     groups["constant_data"] = _constants(model, n_objects, positions)
@@ -178,11 +181,12 @@ def _without_absent(draws: dict[str, Tensor], n_objects: Tensor) -> dict[str, Te
     return {name: torch.where(present[(..., *[None] * (x.dim() - 3))], x, torch.nan) for name, x in draws.items()}
 
 
-def _in_parts(draw: Callable[[int], Groups], n_samples: int, batch_size: int) -> Groups:
+def _in_parts(draw: Callable[[int], Groups], n_samples: int, batch_size: int, progress: bool) -> Groups:
     """Draws ``n_samples`` samples in batches and moves them to the CPU."""
     batch_size = max(1, batch_size)
     sizes = [min(batch_size, n_samples - start) for start in range(0, n_samples, batch_size)]
-    parts = [{group: {name: x.cpu() for name, x in drawn.items()} for group, drawn in draw(n).items()} for n in sizes]
+    bar = tqdm(sizes, desc="samples", disable=None if progress else True, leave=False)
+    parts = [{group: {name: x.cpu() for name, x in drawn.items()} for group, drawn in draw(n).items()} for n in bar]
     return {
         group: {name: torch.cat([part[group][name] for part in parts]) for name in drawn}
         for group, drawn in parts[0].items()

@@ -186,9 +186,7 @@ class Training(Loop):
             parts = self.steps.parts_that_fit(batch, free)
         parts = -(-max(parts, self.schedule.parts + 1) // n_processes()) * n_processes()
         if parts > len(batch.index):
-            return (
-                f"{self.device} has too little memory for one sequence; {self._kept()}. Use a smaller model"
-            )
+            return f"{self.device} has too little memory for one sequence; {self._kept()}. Use a smaller model"
         return (
             f"{self.device} has too little memory for {len(batch.index)} sequences in {self.schedule.parts} part(s); "
             f"{self._kept()}. About {parts} would fit: --parts {parts}, or Schedule.parts"
