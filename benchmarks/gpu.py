@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples._common import device_of, environment, start, write_json
+from examples._common import device_of, start, write_json
+from pyro_pixels.result_tables import environment
 
 import torch
 

@@ -15,9 +15,6 @@ import matplotlib.pyplot as plt
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
-from pyro.optim import ClippedAdam  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from tqdm import trange
 
@@ -27,7 +24,7 @@ from pyro_pixels import CannonballConfig, simulate
 class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 3.1-3.2; K = 2, as there
     H: int = 32  # 48
     W: int = 32  # 48
-    D: int = 256  # 1024
+    D: int = 128  # 1024
     delta: float = 0.2  # 0.1
     Sigma_H: float = 1e-6  # 0.001; times I, like the other covariances
     Sigma_A: float = 2e-3  # 1
@@ -36,18 +33,19 @@ class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 
     mu_velocity: float = 0.3  # 0, that of the velocities
     W_std: float = 12.0  # 0 for that of all weights; of W^alpha and W^x, so that x can draw all over [-1, 1]^2
     b_v: float = -4.5  # 0; below it the canvas starts dark
+    ramps: float = 3.0  # 0; so that pixels side by side start with similar columns of W^beta and W^s
     learn_dynamics: float = 0  # 10,000, the step from which the dynamics are learned
     learn_noise: float = math.inf  # 10,000, the step from which Sigma_H and Sigma_A are
     beta: float = 3.0  # 100, the weight of the KL at the first step
     beta_last: float = 3.0  # 1, and at the last
-    rate_phi: float = 1e-3  # 0.001, Adam's learning rate
-    rate_theta: float = 3e-3  # 0.001
-    rate_u: float = 2e-4  # 0.001, of u and delta
+    rate_phi: float = 2e-3  # 0.001, Adam's learning rate
+    rate_theta: float = 6e-3  # 0.001
+    rate_u: float = 4e-4  # 0.001, of u and delta
     decay: float = 0.1  # 1, by how much the rates have fallen at the last step
     steps: int = 1_500  # 200,000
 
 
-PAPER = Settings(48, 48, 1024, 0.1, 1e-3, 1, 1, 1, 0, 0, 0, 10_000, 10_000, 100, 1, 1e-3, 1e-3, 1e-3, 1, 200_000)
+PAPER = Settings(48, 48, 1024, 0.1, 1e-3, 1, 1, 1, 0, 0, 0, 0, 10_000, 10_000, 100, 1, 1e-3, 1e-3, 1e-3, 1, 200_000)
 
 
 def linear(n_in: int, n_out: int, std: float = 0.0) -> nn.Linear:  # W ~ N(0, 1 / sqrt(d)) of d elements, b = 0: Sec 3.2
@@ -62,8 +60,7 @@ class Dynamics(nn.Module):  # T -> p(a_{1:T}) of one object, h and z summed out
         super().__init__()
         self.log_delta, self.u = nn.Parameter(torch.tensor(s.delta).log()), nn.Parameter(torch.zeros(4))
         self.root_H = nn.Parameter(torch.eye(4) * math.log(s.Sigma_H) / 2)
-        self.root_A = nn.Parameter(torch.eye(2) * math.log(s.Sigma_A) / 2)
-        self.log_pi = nn.Parameter(torch.zeros(2))
+        self.root_A, self.log_pi = nn.Parameter(torch.eye(2) * math.log(s.Sigma_A) / 2), nn.Parameter(torch.zeros(2))
         self.mu = nn.Parameter(torch.randn(2, 4) * torch.tensor([s.mu_position] * 2 + [s.mu_velocity] * 2))
         self.root_k = nn.Parameter(torch.eye(4).repeat(2, 1, 1) * math.log(s.Sigma_k) / 2)
         self.double().eval()  # GaussianHMM in float32 is silently wrong; pyro.module warns of what is held in training
@@ -101,6 +98,9 @@ class InferenceNetwork(nn.Module):  # images -> means and standard deviations of
         self.phi_s0 = nn.Parameter(torch.randn(N_max, N_max, s.D) * s.D**-0.25)  # [N - 1, n - 1], footnote 2
         self.beta, self.s_hat = (linear(2 * s.D + s.H * s.W, s.D) for _ in range(2))
         self.mu_sigma = linear(s.D, 4)
+        grid = torch.cartesian_prod(torch.linspace(-1, 1, s.H), torch.linspace(-1, 1, s.W)).T  # (2, P)
+        for W in (self.beta.weight.data, self.s_hat.weight.data):
+            W[:, 2 * s.D :] += s.ramps * W.std() * torch.randn(s.D, 2) @ grid
 
     def forward(self, v: Tensor, N: Tensor) -> tuple[Tensor, Tensor]:
         s, states = [self.phi_s0[N - 1, n].tanh() for n in range(int(N.max()))], []  # s_0^n
@@ -125,7 +125,7 @@ class PaperInPyro(nn.Module):  # p(v, a) and q(a | v) for images v of N objects 
         pyro.module("renderer", self.renderer)
         present = torch.arange(int(N.max()), device=N.device) < N[:, None]  # (B, N)
         with pyro.plate("sequences", len(v)):
-            with poutine.scale(scale=beta):
+            with pyro.poutine.scale(scale=beta):
                 p_a = self.dynamics(v.shape[1]).expand(present.shape)  # Eq (10)
                 a = pyro.sample("a", p_a.mask(present).to_event(1))
             p_v = dist.Bernoulli(logits=self.renderer(a, present))  # Eq (2)
@@ -135,7 +135,7 @@ class PaperInPyro(nn.Module):  # p(v, a) and q(a | v) for images v of N objects 
         pyro.module("network", self.network)
         present = torch.arange(int(N.max()), device=N.device) < N[:, None]  # (B, N)
         mu, sigma = self.network(v, N)
-        with pyro.plate("sequences", len(v)), poutine.scale(scale=beta):
+        with pyro.plate("sequences", len(v)), pyro.poutine.scale(scale=beta):
             q_a = dist.Normal(mu.double(), sigma.double()).to_event(2)  # Eq (9)
             pyro.sample("a", q_a.mask(present).to_event(1))
 
@@ -146,7 +146,7 @@ def train(program: PaperInPyro, v: Tensor, N: Tensor, s: Settings) -> None:  # m
         return {"lr": lr, "lrd": s.decay ** (1 / s.steps), "clip_norm": math.inf}
 
     pyro.clear_param_store()
-    svi = SVI(program.model, program.guide, ClippedAdam(adam), Trace_ELBO())
+    svi = pyro.infer.SVI(program.model, program.guide, pyro.optim.ClippedAdam(adam), pyro.infer.Trace_ELBO())
     for step in (bar := trange(s.steps, unit="step")):
         for name, parameter in program.dynamics.named_parameters():
             parameter.requires_grad_(step >= (s.learn_noise if name in ("root_H", "root_A") else s.learn_dynamics))

@@ -58,7 +58,7 @@ def configure(args: Arguments) -> WorldConfig:
         ValueError: if it is described twice.
     """
     names = ("height", "width", "n_frames", "n_objects", "radius")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.config is None:
         return WORLDS[args.world or "cannonballs"](**({"height": SIZE, "width": SIZE} | given))
     if args.world not in (None, args.config.world):

@@ -75,7 +75,8 @@ class Arguments:
     """How many CPU threads to use. By default one for states up to 256, whose products are too small to share, else one
     a core."""
     resume: bool = False
-    """Go on with the run in the folder, on its own data and with its own configuration; only --steps and --parts may change it."""
+    """Go on with the run in the folder, on its own data and with its own configuration; only --steps and --parts may
+    change it."""
     progress: bool = True
     """Show a progress bar."""
 
