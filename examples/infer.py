@@ -1,4 +1,4 @@
-"""Where are the objects? Infers positions from image sequences (Sec 3.3); a picture like Fig 3 and an .npz."""
+"""Where are the objects? Infers positions from image sequences (Sec 3.3): a picture like Fig 3, .npz, CSV and GIF."""
 
 from dataclasses import dataclass
 
@@ -6,12 +6,17 @@ from _common import QueryArguments, new_folder, open_run, save_arrays, say_where
 
 from pyro_pixels.queries.predict import infer, smooth
 from pyro_pixels.run_figures import RunView, draw_inference
+from pyro_pixels.run_tracks import write_tracks
 
 
 @dataclass
 class Arguments(QueryArguments):
     n_samples: int = 0
     """How many samples of the positions to save as well."""
+    scale: float | None = None
+    """Metres in a pixel of the film: tracks.csv is in metres then."""
+    fps: float | None = None
+    """Frames in a second of the film: tracks.csv has the time then."""
 
 
 def main(args: Arguments) -> None:
@@ -26,7 +31,8 @@ def main(args: Arguments) -> None:
         out / "positions.npz", mean=inferred.mean, std=inferred.std, samples=inferred.samples, states=states.mean,
         states_cov=states.cov, component_probabilities=states.p_z, images=view.reconstruction(),
     )  # fmt: skip
-    say_where([*paths, arrays])
+    tracks = write_tracks(view, out, data_file=args.data, scale=args.scale, fps=args.fps) if view.size else []
+    say_where([*paths, arrays, *tracks])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pyro_pixels.runs import build, load_config
 from pyro_pixels.training.fitting import fit_together
 from pyro_pixels.training.loop import FitResult
 from pyro_pixels.training.svi import Training
+from pyro_pixels.video.check import check_film
 from pyro_pixels.worlds.others import WORLDS
 
 JUDGES = 60  # sequences for the health check
@@ -117,11 +118,8 @@ class Job:
             f"training {self.folder}: guide '{self.config.guide}', {n_parameters:,} parameters, {len(self.data)} "
             f"sequences {tuple(self.data.images.shape[1:])}, {self.config.schedule.steps:,} steps on {self.device}"
         )
-        if self.config.data_file is not None:
-            print(
-                f"the last {self.config.n_held_out} of the {self.config.n_sequences} sequences in "
-                f"{self.config.data_file} are held out; the other scripts ask about these by default"
-            )
+        for warning in check_film(self.data) if self.config.data_file is not None else ():
+            print(f"  ! {warning}")
 
     def train(self, n_starts: int, progress: bool) -> FitResult:
         self.run, result = train_run(

@@ -69,9 +69,9 @@ class Scene(RunView):
         known = known.expand(mean.shape[:-1]).cpu()
         known = known if self.order is None else metrics.reorder(known, self.order)
         truth = self.data.positions if truth is None else truth
-        rows = self.rows
+        rows, truth = self.rows, None if self.order is None else truth
         return plots.plot_regions(
-            mean[rows], cov[rows], known=known[rows], truth=None if truth is None or self.size is None else truth[rows],
+            mean[rows], cov[rows], known=known[rows], truth=None if truth is None else truth[rows],
             n_objects=self.data.n_objects[rows], size=self.size,
         )  # fmt: skip
 
@@ -86,7 +86,7 @@ class Scene(RunView):
     def true_moves(self) -> Tensor | None:
         """(B, N, T, 2) in pixels, NaN in the last frame; None where the true paths are not known."""
         paths = self.data.paths
-        if self.size is None or paths is None:
+        if self.order is None or paths is None:
             return None
         return torch.cat([paths.diff(dim=2), torch.full_like(paths[:, :, :1], torch.nan)], 2)
 
@@ -155,7 +155,7 @@ def draw_what_if(scene: Scene) -> Answer:
     mean, truth, n = torch.cat(means), scene.data.positions, len(changes)
     figure = plots.plot_regions(
         mean, torch.cat(covs), known=(torch.arange(T) < frame).expand(mean.shape[:-1]),
-        truth=None if truth is None or scene.size is None else truth[row].repeat(n, 1, 1, 1),
+        truth=None if truth is None or scene.order is None else truth[row].repeat(n, 1, 1, 1),
         n_objects=scene.data.n_objects[row].repeat(n), size=scene.size, columns=2,
         titles=[f"{name} from frame {frame + 1} on" for name in changes],
     )  # fmt: skip

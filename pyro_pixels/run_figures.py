@@ -9,20 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_pixels._batch import object_mask
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.pixel_map import map_to_pixels
 from pyro_pixels.plots import paper as plots
 from pyro_pixels.queries.predict import Prediction, generate, infer, interpolate, reconstruct
 from pyro_pixels.runs import Run
 
 
 class RunView:
-    """Some sequences with a run's answers about them, in pixels where true positions are known.
+    """Some sequences with a run's answers about them, in pixels.
 
     Attributes:
         inference: positions inferred from all frames, in latent units.
-        to_pixels: maps latent positions to pixels; the identity where no true positions are known.
+        to_pixels: maps latent positions to pixels: fitted to the true positions of single objects where there are any,
+            else `map_to_pixels`; the identity where the renderer draws nothing yet.
         size: (H, W), or None where positions are plotted in latent units.
         order: (B, N), which inferred object is which true one; None where no true positions are known.
         progress: what items that take long are looped over with, such as a progress bar with a name.
@@ -41,6 +44,13 @@ class RunView:
             self.to_pixels = metrics.fit_affine(self.inference.mean.cpu(), data.positions, data.n_objects)
             self.size = data.size
             self.order = metrics.assign(self.to_pixels(self.inference.mean.cpu()), data.positions, data.n_objects)
+            return
+        present = self.inference.mean[object_mask(self.n_objects, self.inference.mean.shape[1])]
+        try:
+            self.to_pixels = map_to_pixels(run.model, run.guide, present).affine
+            self.size = data.size
+        except ValueError:
+            pass  # an untrained run
 
     def tracks(self, a: Tensor) -> Tensor:
         """Latent positions as they are plotted: in pixels and in the true objects' order if there is a truth."""
@@ -71,7 +81,7 @@ class RunView:
 
     def truth_and_inferred(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
         """True positions of the sequences, None where they are not known, and inferred ones."""
-        truth = None if self.size is None or self.data.positions is None else self.data.positions[rows]
+        truth = None if self.order is None or self.data.positions is None else self.data.positions[rows]
         return truth, self.tracks(self.inference.mean)[rows]
 
 
@@ -90,7 +100,10 @@ def draw_inference(view: RunView, out: Path) -> list[Path]:
     if truth is None:
         absent = torch.arange(mean.shape[1]) >= n_objects[:, None]
         mean = mean.masked_fill(absent[:, :, None, None], torch.nan)
-        figure = plots.plot_inference_means({"inferred, latent units": mean})
+        if view.size is None:
+            figure = plots.plot_inference_means({"inferred, latent units": mean})
+        else:
+            figure = plots.plot_trajectories(None, mean, n_objects=n_objects, size=view.size, columns=3)
     else:
         figure = plots.plot_positions(truth, mean, n_objects=n_objects, size=view.size)
     plots.save_figure(figure, path)
@@ -147,7 +160,7 @@ def draw_interpolation(view: RunView, generated: Prediction, interpolated: Predi
 def draw_error_over_time(view: RunView, generated: Prediction, interpolated: Prediction, out: Path) -> list[Path]:
     """error_over_time.png: mean error in each frame beside the floor; only where the true dynamics are known."""
     data, path = view.data, out / "error_over_time.png"
-    if view.size is None or data.dynamics is None or data.positions is None:
+    if view.order is None or data.dynamics is None or data.positions is None:
         return []
     truth, n_objects = data.positions, data.n_objects
     errors, floors, observed = {}, {}, {}

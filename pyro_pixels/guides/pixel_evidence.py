@@ -4,8 +4,8 @@ Guides read images as weights: a white pixel speaks for an object, a black one f
 images are binary). In a film from a camera the background has structure and every pixel has noise, and brightness
 is no measure of evidence any more. `PixelEvidence` estimates from a film, once, before training:
 
-- the background image, the median of every still pixel over all frames of all sequences, and whether to subtract it:
-  only where the number of connected components then agrees better with the known numbers of objects;
+- the background, the median of every still pixel over all frames of all sequences, and whether to subtract it: only
+  where the number of connected components then agrees better with the known numbers of objects;
 - the noise: smoothed with a 3 x 3 kernel, the background is a bulk with a centre and a spread, the empirical null of
   Efron (Large-Scale Inference, 2010), and the local false discovery rate says how likely a pixel above it is object;
 - clutter, white pixels of nobody: the share of white pixels among those whose neighbours are all black, and with it the

@@ -1,6 +1,6 @@
 """Queries of a trained model (Secs 2.3, 3.3-3.5): inference, prediction, retrodiction, counterfactuals, evidence."""
 
-from pyro_pixels.queries.counterfactual import Change, scale_force, scale_period, unchanged, what_if
+from pyro_pixels.queries.counterfactual import Change, canonical, scale_force, scale_period, unchanged, what_if
 from pyro_pixels.queries.evidence import Count, Evidence, count_objects, log_evidence
 from pyro_pixels.queries.inference_data import to_inference_data
 from pyro_pixels.queries.latent_states import averaged, filter_states, positions, posterior_states, retrodict, states
@@ -36,6 +36,7 @@ __all__ = [
     "Prediction",
     "States",
     "averaged",
+    "canonical",
     "count_objects",
     "filter_states",
     "filtered",

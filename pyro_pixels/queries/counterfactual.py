@@ -30,19 +30,48 @@ def unchanged(lgssm: LGSSM) -> LGSSM:
 
 
 def scale_force(lgssm: LGSSM, factor: float) -> LGSSM:
-    """Multiplies u by a factor: 0 for no gravity, -1 for gravity upwards."""
-    return lgssm._replace(u=factor * lgssm.u)
+    """The acceleration times a factor: 0 for no gravity, -1 for gravity upwards.
+
+    The acceleration is u's part for the velocities, u_v, and the part for the positions that an even force brings with
+    it, delta u_v / 2. Whatever else learning put into the position part is a constant drift, which no image can tell
+    from a velocity (`canonical`); it stays. So objects of constant velocity go on as they were.
+    """
+    velocity = factor * lgssm.u[2:]
+    _, drift = _acceleration(lgssm)
+    return lgssm._replace(u=torch.cat([drift + _half(lgssm, velocity), velocity]))
+
+
+def canonical(lgssm: LGSSM) -> LGSSM:
+    """The same distribution of tracks with u = (delta u_v / 2, u_v): what is left of u's position part is velocity.
+
+    A drift d in the position part and velocities that are all d / delta smaller make the same tracks. Here the drift
+    is 0, so that velocities are those that are seen in the middle of a step.
+    """
+    _, drift = _acceleration(lgssm)
+    shift = torch.cat([torch.zeros_like(drift), torch.linalg.solve(lgssm.A[:2, 2:], drift)])
+    return lgssm._replace(u=torch.cat([_half(lgssm, lgssm.u[2:]), lgssm.u[2:]]), mu=lgssm.mu + shift)
+
+
+def _half(lgssm: LGSSM, velocity: Tensor) -> Tensor:
+    """delta u_v / 2, how far an even force moves an object within the step in which it changes its velocity by u_v."""
+    return lgssm.A[:2, 2:] @ velocity / 2
+
+
+def _acceleration(lgssm: LGSSM) -> tuple[Tensor, Tensor]:
+    """u's position part, split into that of the force and the drift that is left."""
+    force = _half(lgssm, lgssm.u[2:])
+    return force, lgssm.u[:2] - force
 
 
 def scale_period(lgssm: LGSSM, factor: float) -> LGSSM:
     """Multiplies the sampling period delta by a factor: slow motion below 1, time lapse above 1.
 
-    The increments of one period are scaled with it: the part of u that acts on velocities and Sigma_H by the factor,
-    the part of u that acts on positions, which is of second order, by its square.
+    What happens in one period is scaled with it: the kick that u gives to the velocities and Sigma_H by the factor,
+    the part of u for the positions that belongs to it, which is of second order, by its square, a drift by the factor.
     """
     identity = torch.eye(lgssm.A.shape[-1], dtype=lgssm.A.dtype, device=lgssm.A.device)
-    position, velocity = lgssm.u.chunk(2)
-    u = torch.cat([factor**2 * position, factor * velocity])
+    force, drift = _acceleration(lgssm)
+    u = torch.cat([factor**2 * force + factor * drift, factor * lgssm.u[2:]])
     return lgssm._replace(A=identity + factor * (lgssm.A - identity), u=u, Sigma_H=factor * lgssm.Sigma_H)
 
 

@@ -1,0 +1,44 @@
+"""What a run found, as files for other programs and over the user's own film: tracks.csv and tracks.gif."""
+
+from pathlib import Path
+
+import torch
+
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.queries.predict import smooth
+from pyro_pixels.run_figures import RunView
+from pyro_pixels.video.prepare import Source, load_source
+from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
+
+
+def write_tracks(
+    view: RunView, out: Path, *, data_file: Path | None = None, scale: float | None = None, fps: float | None = None
+) -> list[Path]:
+    """Writes tracks.csv, all sequences, and tracks.gif, the first of the most objects. Returns their paths.
+
+    Positions are in the pixels of the film that prepare.py read, where ``data_file`` came from it; else in those of the
+    sequences; in metres with ``scale``, metres in a pixel; with ``fps`` there is a time in seconds.
+
+    Raises:
+        ValueError: if ``scale`` or ``fps`` are not above 0, or the map to pixels could not be found.
+    """
+    if not isinstance(view.to_pixels, metrics.Affine):
+        raise ValueError("positions are in latent units, as the renderer draws nothing yet; train for more steps")
+    source = None if data_file is None else load_source(data_file)
+    source = None if source is None else _of_rows(source, len(view.data))
+    found = view.inference
+    mean, cov = view.tracks(found.mean), view.to_pixels.covariance(torch.diag_embed(found.std.cpu().square()))
+    component = smooth(view.run.model.dynamics, found.mean).p_z.argmax(-1).cpu()
+    if view.order is not None:
+        cov, component = metrics.reorder(cov, view.order), metrics.reorder(component, view.order)
+    table = track_rows(mean, cov, component, view.data.n_objects, source=source, scale=scale, fps=fps)
+    write_csv(out / "tracks.csv", *table)
+    row = int(view.pick(1)[0])
+    n = int(view.data.n_objects[row])
+    frames = view.data.images[row].float().nan_to_num()
+    draw_tracks_gif(out / "tracks.gif", frames, mean[row, :n])
+    return [out / "tracks.csv", out / "tracks.gif"]
+
+
+def _of_rows(source: Source, n: int) -> Source:
+    return source._replace(first_frames=source.first_frames[:n])
