@@ -16,6 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.timing import Stopwatch
+
 ROOT = Path(__file__).parent.parent
 COMMIT = "478dc58"  # before the step was made faster
 WORKER = """
@@ -96,6 +100,16 @@ def compare(commit: str = COMMIT, rounds: int = 15, n_threads: int = 1) -> dict[
         for version in versions.values():
             version.close()
     return {"commit": commit, "threads": n_threads, "seconds": seconds, "ratio": ratios(seconds)}
+
+
+def measure(watch: Stopwatch) -> dict[str, Any]:
+    """`compare` for `bench.py`; nothing where this is no clone with the commit, or the device no CPU."""
+    if watch.device.type != "cpu":
+        return {"skipped": f"{watch.device.type}: both versions run on a CPU"}
+    try:
+        return compare(rounds=watch.rounds, n_threads=torch.get_num_threads())
+    except ValueError as error:
+        return {"skipped": str(error)}
 
 
 def ratios(seconds: dict[str, dict[str, list[list[float]]]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from examples._common import device_of, new_folder, say_where, start, write_json
 
 import torch
 
-from benchmarks import asking, densities, growth, memory, report, steps
+from benchmarks import against, asking, by_hand, densities, growth, memory, report, steps
 from benchmarks.timing import Stopwatch
 from pyro_pixels._files import atomic_write
 from pyro_pixels.plots.paper import save_figure
@@ -27,6 +27,8 @@ from pyro_pixels.result_tables import environment, insert
 
 PARTS: dict[str, Callable[[Stopwatch], dict[str, Any]]] = {
     "step": partial(steps.measure, preset="quick"),
+    "against": against.measure,
+    "by_hand": by_hand.measure,
     "density": densities.measure,
     "queries": asking.measure,
     "memory": partial(memory.measure, preset="quick"),
@@ -35,12 +37,23 @@ PARTS: dict[str, Callable[[Stopwatch], dict[str, Any]]] = {
     "paper_step": partial(steps.measure, preset="paper"),
     "paper_memory": partial(memory.measure, preset="paper"),
 }
-Part = Literal["step", "density", "queries", "memory", "growth", "memory_growth", "paper_step", "paper_memory"]
+Part = Literal[
+    "step",
+    "against",
+    "by_hand",
+    "density",
+    "queries",
+    "memory",
+    "growth",
+    "memory_growth",
+    "paper_step",
+    "paper_memory",
+]
 
 
 @dataclass
 class Arguments:
-    only: tuple[Part, ...] = ("step", "density", "queries", "memory", "growth", "memory_growth")
+    only: tuple[Part, ...] = ("step", "against", "density", "queries", "memory", "growth", "memory_growth")
     """What to measure."""
     paper: bool = False
     """The steps also at the sizes of the paper's preset (minutes, and 1 GB a program)."""

@@ -99,9 +99,32 @@ def _more(sweep: dict[str, dict[str, int]]) -> dict[str, list[float]]:
     return {size: [x["peak"] - x["before"]] for size, x in sweep.items()}
 
 
+def against(r: Results) -> str:
+    if "skipped" in r:
+        return f"Not measured: {r['skipped']}."
+    names = ["mean over N", "N = 1", "N = 2", "N = 3"]
+    rows = []
+    for name in names:
+        picked = (lambda x: statistics.fmean(x)) if name == names[0] else (lambda x, i=int(name[-1]) - 1: x[i])
+        ms = [f"{1e3 * statistics.median(picked(x) for x in r['seconds'][v]['wall']):.1f}" for v in ("before", "now")]
+        rows.append([name, *ms, f"{r['ratio'][f'{name}, wall']:.2f}", f"{r['ratio'][f'{name}, busy']:.2f}"])
+    header = ["quick preset's step", f"ms at {r['commit']}", "ms now", "times as fast", "in processor time"]
+    return markdown(header, rows)
+
+
+def by_hand(r: Results) -> str:
+    rows = []
+    for name, times in r["seconds"].items():
+        whole = times["as it is"]
+        for piece, without in times.items():
+            more = "-" if piece == "as it is" else f"{100 * (ratio(whole, without) - 1):+.0f} %"
+            rows.append([name, piece, milliseconds(without), more])
+    return markdown(["step, N = 3", "", "ms", "longer by"], rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
-    "step": step, "density": density, "queries": queries, "memory": memory, "growth": growth,
-    "memory_growth": memory_growth, "paper_step": step, "paper_memory": memory,
+    "step": step, "against": against, "by_hand": by_hand, "density": density, "queries": queries,
+    "memory": memory, "growth": growth, "memory_growth": memory_growth, "paper_step": step, "paper_memory": memory,
 }  # fmt: skip
 
 

@@ -39,6 +39,15 @@ def accumulator(W: Tensor, n_rows: int) -> Callable[[Tensor, Tensor], None]:
     return add
 
 
+def accumulator_reference(W: Tensor, n_rows: int) -> Callable[[Tensor, Tensor], None]:
+    """What `accumulator` makes, by torch's own product."""
+
+    def add(to: Tensor, x: Tensor) -> None:
+        to.add_(x @ W)
+
+    return add
+
+
 def packs(W: Tensor) -> bool:
     """Tells whether `accumulator` packs a matrix: it must be large, float32 and on a CPU, and torch built with MKL."""
     return PACKED is not None and W.device.type == "cpu" and W.dtype == torch.float32 and W.numel() >= PACK_FROM

@@ -31,6 +31,21 @@ def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
     return _Recurrence.apply(from_image, s_0, W)  # type: ignore[no-any-return]
 
 
+def recur_reference(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
+    """What `recur` computes, cell by cell as Eq (8) has it, its gradient torch's."""
+    (T, _, _), (N, _, D) = from_image.shape, s_0.shape
+    states, nobody = [], torch.zeros_like(s_0[0])
+    for n in range(N):
+        s, row = s_0[n], []
+        for t in range(T):
+            before = states[n - 1][t] if n > 0 else nobody
+            beta, s_hat = (from_image[t] + torch.cat([s, before], -1) @ W.mT).split(D, -1)
+            s = torch.lerp(before, s_hat.tanh(), beta.sigmoid())
+            row.append(s)
+        states.append(row)
+    return torch.stack([torch.stack(row) for row in states])
+
+
 def _diagonals(N: int, T: int, B: int) -> Iterator[tuple[int, slice, slice]]:
     """Yields d, the rows of its cells, and the rows of its cells with n > 0, for every diagonal."""
     for d in range(T + N - 1):

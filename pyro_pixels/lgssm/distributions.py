@@ -68,7 +68,7 @@ class DenseTracks(TorchDistribution):
         return variance.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return _LogNormal.apply(value.flatten(-2) - self._mean, self._cov, self._L.detach())  # type: ignore[no-any-return]
+        return log_normal(value.flatten(-2) - self._mean, self._cov, self._L.detach())
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape + self._mean.shape[-1:]
@@ -175,6 +175,16 @@ class StatePath(TorchDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         return kalman.sample(self._lgssm, self.event_shape[0], tuple(sample_shape))[0]
+
+
+def log_normal(e: Tensor, C: Tensor, L: Tensor) -> Tensor:
+    """log N(e; 0, C) (..., K) of e (..., K, d), for C (K, d, d) and its Cholesky factor L."""
+    return _LogNormal.apply(e, C, L)  # type: ignore[no-any-return]
+
+
+def log_normal_reference(e: Tensor, C: Tensor, L: Tensor) -> Tensor:
+    """What `log_normal` computes, its gradient torch's."""
+    return dist.MultivariateNormal(torch.zeros_like(C[..., 0]), C, validate_args=False).log_prob(e)
 
 
 class _LogNormal(torch.autograd.Function):

@@ -32,8 +32,22 @@ def response(lgssm: LGSSM, n_steps: int) -> Response:
 
 def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor, n_steps: int) -> Response:
     F = _after(B, A, n_steps)  # (T, p, d)
-    drift, V = _Response.apply(F, u, Sigma_H, Sigma_A)
+    drift, V = summed_response(F, u, Sigma_H, Sigma_A)
     return Response(F.flatten(0, 1), drift, V)
+
+
+def summed_response(F: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor) -> tuple[Tensor, Tensor]:
+    """drift (T p,) and V (T p, T p) of `response`, from F (T, p, d), u, Sigma_H and Sigma_A."""
+    return _Response.apply(F, u, Sigma_H, Sigma_A)  # type: ignore[no-any-return]
+
+
+def summed_response_reference(F: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor) -> tuple[Tensor, Tensor]:
+    """What `summed_response` computes, its gradient torch's."""
+    T, p, d = F.shape
+    falling = torch.cat([F.flip(0), torch.zeros_like(F)])
+    G = falling.unfold(0, T - 1, 1)[1 : T + 1].flip(0).movedim(-1, 2).reshape(T * p, T - 1, d)
+    summed = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]).flatten(0, 1)
+    return summed @ u, (G @ Sigma_H).flatten(1) @ G.flatten(1).mT + on_diagonal(Sigma_A, T)
 
 
 class _Response(torch.autograd.Function):
