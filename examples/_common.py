@@ -84,7 +84,8 @@ class QueryArguments:
     pretrained: bool = False
     """Ask the weights that come with the package instead of a run."""
     weights: str = "quick"
-    """Which of these weights: quick, or long, which learned for fifteen times as many steps. Needs --pretrained."""
+    """Which of these weights: quick; long, which learned for fifteen times as many steps; or recurrent, the paper's
+    network on its own. Needs --pretrained."""
     data: Path | None = None
     """An .npz of image sequences to ask about. By default fresh ones are simulated as the run's were; of a run that
     learned from a file, what was held out is taken."""

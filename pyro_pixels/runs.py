@@ -194,8 +194,8 @@ def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> 
     """Weights that come with the package: the runs that docs/reproduction.md shows, ready for queries.
 
     Args:
-        name: quick, of 1,000 steps, or long, of 15,000; a folder in pyro_pixels/pretrained, whose about.json says
-            what made it, and how good it is.
+        name: quick, of 1,000 steps; long, of 15,000; or recurrent, the paper's network by the bound alone: a folder in
+            pyro_pixels/pretrained, whose about.json says what made it, and how good it is.
 
     Raises:
         ValueError: if there is none of that name.

@@ -62,6 +62,7 @@ def _paper_noises(c: RunConfig) -> RunConfig:
 ABLATION: dict[str, Change] = {
     "recurrent": lambda c: c,
     "renderer: starts as the paper's": _run(background_logit=0.0, renderer_input_scale=None),
+    "all weights start as the paper's": _run(background_logit=0.0, renderer_input_scale=None, image_ramps=None),
     "noises: start as the paper's": _paper_noises,
     "noises: free from the start": _schedule(learn_from={}),
     "no ramps": _run(image_ramps=None),

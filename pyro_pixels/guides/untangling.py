@@ -50,11 +50,19 @@ class ImageModel(Protocol):
     """The parts of a `PixelModel` that `resample_labels` uses; guides do not import the model."""
 
     @property
-    def dynamics(self) -> Dynamics: ...
+    def dynamics(self) -> Dynamics:
+        """Gives p(a)."""
+        ...
+
     @property
-    def renderer(self) -> Callable[..., Tensor]: ...
+    def renderer(self) -> Callable[..., Tensor]:
+        """Maps positions and which objects there are to logits of the pixels."""
+        ...
+
     @property
-    def likelihood(self) -> Callable[[Tensor], Any]: ...
+    def likelihood(self) -> Callable[[Tensor], Any]:
+        """Maps logits to p(v | a)."""
+        ...
 
 
 class Untangled(NamedTuple):
