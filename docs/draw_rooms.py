@@ -10,7 +10,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pyro_pixels"
 FIGURE = ROOT / "docs/figures/rooms.svg"
-SHARED = "data"  # with the modules whose names begin with an underscore: what every room may use
 TITLES = {
     "lgssm": ("lgssm/", "exact inference in", "linear-Gaussian models"),
     "worlds": ("worlds/", "simulated image", "sequences (Sec 3.1)"),
@@ -21,12 +20,20 @@ TITLES = {
     "evaluation": ("evaluation/", "errors, floors,", "calibration, baselines"),
     "plots": ("plots/", "the paper's figures,", "figures of answers"),
     "shared": ("data, _batch, ...", "the data container", "and small helpers"),
-    "top": ("config, presets, runs", "configurations, and", "trained runs on disk"),
+    "top": ("config, presets, run*", "configurations, runs on", "disk and their figures"),
 }
 COLUMNS = {
-    "top": 0, "evaluation": 1.5, "training": 1, "queries": 2, "worlds": 0, "model": 1, "guides": 2, "plots": 3,
-    "shared": 1.5, "lgssm": 1.5,
-}  # fmt: skip
+    "top": 0.5,
+    "evaluation": 1.75,
+    "training": 1,
+    "queries": 2,
+    "worlds": 0,
+    "model": 1,
+    "guides": 2,
+    "shared": 1.5,
+    "lgssm": 1.5,
+    "plots": 3,
+}
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 178, 74, 22, 56, 16
 
 
@@ -39,10 +46,16 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def node_of(module: str) -> str:
-    """Returns the box that a module belongs to: its folder, "shared" or "top" for root modules."""
+def node_of(module: str) -> str | None:
+    """Returns the box of a module: its folder, "shared" or "top" for root modules, None for plain helpers.
+
+    "shared" are the data container and the modules with an underscore, which every room may use. Plain helpers are the
+    modules among them that import nothing from the package; they are not drawn.
+    """
     head = module.split(".")[0]
-    return head if (PACKAGE / head).is_dir() and head else "shared" if head == SHARED or head.startswith("_") else "top"
+    if not head.startswith("_") and head != "data":
+        return head if (PACKAGE / head).is_dir() else "top"
+    return "shared" if imports(modules()[head]) else None
 
 
 def imports(path: Path) -> set[str]:
@@ -66,9 +79,10 @@ def arrows() -> dict[str, set[str]]:
     """Returns box -> the boxes that its modules import."""
     found: dict[str, set[str]] = {}
     for module, path in modules().items():
-        if module:
-            box = node_of(module)
-            found.setdefault(box, set()).update({node_of(name) for name in imports(path) if name} - {box})
+        box = node_of(module) if module else None
+        if box:
+            others = {node_of(name) for name in imports(path) if name}
+            found.setdefault(box, set()).update(other for other in others if other and other != box)
     return found
 
 
@@ -88,6 +102,8 @@ def draw() -> str:
     """Returns the diagram as SVG: rooms above what they import, without arrows that a longer path implies."""
     graph = arrows()
     level = {name: len(longest_path(graph, name)) for name in graph}
+    for name in (name for name in graph if not graph[name]):
+        level[name] = min(level[other] for other in graph if name in graph[other]) - 1
     n_rows = max(level.values())
     width = round(2 * MARGIN + (max(COLUMNS.values()) + 1) * (WIDTH + GAP_X) - GAP_X)
     height = 2 * MARGIN + n_rows * (HEIGHT + GAP_Y) - GAP_Y

@@ -1,12 +1,12 @@
-"""Has training worked? A check of a trained run that needs images and numbers of objects, and no labels.
+"""A health check of trained runs that needs images and numbers of objects, but no labels.
 
-Training can fail quietly: the latent space folds and noise pays for the fold, identities swap, a component of the start
-goes unused. Each leaves a trace in the tracks a ~ q(a | v) when they are held against the dynamics that were learned
-with them. `check_health` measures these traces, and says in a sentence each what is wrong and what to try. The
-measures do not change under affine maps of the latent space, which is found only up to one. Not in the paper.
+Training can fail silently: the latent space folds and noise explains the fold, identities swap, or a component of the
+mixture over h_1 goes unused. Each failure shows when tracks a ~ q(a | v) are compared with the learned dynamics.
+`check_health` measures these signs and reports each problem in one sentence, with a remedy. The measures are invariant
+to affine maps of the latent space, which is identified only up to one. The check is not in the paper.
 
-What it may not see: a structured guide draws tracks that follow the learned dynamics, even where identities swap in
-what its network saw.
+Its blind spot: a structured guide samples tracks that follow the learned dynamics, even where identities swap in the
+potentials of its network.
 """
 
 import math
@@ -67,21 +67,21 @@ _NOT_LINEAR = (
 )
 _ADVICE = {
     "bound_ratio": "images cost {x:.2f} of what one grey value everywhere would cost (a good run: about 0.2): "
-    "positions and renderer have not found each other, unless the pixels are noisy, which no position explains; "
+    "the renderer does not draw the images from the inferred positions, unless the pixels are noisy; "
     f"train for more steps; if that does not help, {_RESTART}",
     "innovation_autocorrelation": "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): "
     f"tracks do not move as the dynamics say, as when the latent space is warped{_NOT_LINEAR}; {_STIFFEN}",
     "path_residual": "tracks stray from noise-free paths by {x:.2f} of their spread (Sec 3.1's data: 0.1): noise "
-    "explains what the dynamics can not, the sign of a folded or warped latent space (unless the objects' own motion "
+    "explains what the dynamics cannot, a sign of a folded or warped latent space (unless the objects' own motion "
     f"is as random, or all of it along one line){_NOT_LINEAR}; {_STIFFEN}",
     "unexplained_tracks": "{x:.0%} of the tracks do not fit the dynamics that explain the others: identities swap "
     f"halfway, or objects are lost; {_STIFFEN}",
-    "smallest_component": "the least used component of the start has {x:.1%} of the tracks: it means nothing; "
+    "smallest_component": "the least used component of the mixture over h_1 has {x:.1%} of the tracks: it is unused; "
     + _STARTS,
-    "component_certainty": "tracks tell their component with a mean probability of only {x:.2f}: components of the "
-    f"start overlap, and do not mean different ways to start; {_STARTS}",
+    "component_certainty": "components are inferred with a mean probability of only {x:.2f}: the components of the "
+    f"mixture over h_1 overlap and do not stand for different ways to start; {_STARTS}",
     "coinciding_objects": "in {x:.0%} of the sequences with several objects two of them have nearly the same track: "
-    f"one follows another, which leaves an object unseen; {_RESTART}",
+    f"one follows another, which leaves an object undetected; {_RESTART}",
 }
 _TOO_SMALL = (
     "innovations have a mean square of {x:.2f} (1 if calibrated): Sigma_A, Sigma_H or Sigma_k are larger than the "
@@ -96,7 +96,7 @@ _TOO_LARGE = (
 
 
 class Health(NamedTuple):
-    """What `check_health` found."""
+    """The measures and problems that `check_health` found."""
 
     measures: dict[str, float]
     problems: list[str]
@@ -104,6 +104,7 @@ class Health(NamedTuple):
 
     @property
     def ok(self) -> bool:
+        """Whether no problem was found."""
         return not self.problems
 
 
@@ -111,18 +112,20 @@ class Health(NamedTuple):
 def check_health(
     model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0
 ) -> Health:
-    """Looks for signs that training has failed. Uses ``images`` and ``n_objects`` alone.
+    """Looks for signs that training has failed, from ``images`` and ``n_objects`` alone.
 
-    The measures, M tracks being one draw from q(a | v) for each object of each sequence. Lengths are relative to the
-    spread of these positions over all tracks and frames, each direction of the plane to its own.
+    The measures use M tracks, one sample from q(a | v) for each object of each sequence. Lengths are relative to the
+    spread of all sampled positions, separately for each direction of the plane.
 
-    - ``bound_per_frame_nats``; ``bound_ratio``: minus the bound, relative to what the best grey value for everything
-      costs, mean over the values of N; the latter only where the likelihood is no density, whose zero means nothing.
-    - ``innovation_mean_square``, ``innovation_autocorrelation``: of a Kalman filter under the likeliest component,
-      standardised, from the third frame on, without unexplained tracks; the latter between neighbouring frames.
-    - ``path_residual``: root mean square of a minus the nearest path that the dynamics can take without noise, in the
-      direction in which that is largest; ``smoothing_residual``: the same of a - B E[h | a], much smaller where Sigma_H
-      explains a fold; ``position_noise``: the same of Sigma_A.
+    - ``bound_per_frame_nats``: the ELBO; ``bound_ratio``: minus the ELBO relative to the cost of the best constant grey
+      image, averaged over the values of N; the ratio is left out if the likelihood is a density, whose zero is
+      arbitrary.
+    - ``innovation_mean_square``, ``innovation_autocorrelation``: of the standardised innovations of a Kalman filter
+    under
+      the likeliest component, from the third frame on, without unexplained tracks; the latter between adjacent frames.
+    - ``path_residual``: root mean square of a minus the nearest noise-free path of the dynamics, in the direction in
+      which it is largest; ``smoothing_residual``: the same of a - B E[h | a], much smaller where Sigma_H explains a
+      fold; ``position_noise``: the same of Sigma_A.
     - ``unexplained_tracks``: share of tracks whose sum of squared innovations, scaled so that its median is that of
       chi-square with 2 (T - 2) degrees of freedom, lies beyond the upper quantile `UNEXPLAINED`.
     - ``smallest_component``: smallest share of tracks of which a component is the likeliest; ``component_certainty``:
@@ -185,7 +188,7 @@ def standardised_innovations(dynamics: Dynamics, a: Tensor) -> Tensor:
 
 
 def format_health(health: Health) -> str:
-    """The measures with where they should lie, and the problems, as a few lines for people."""
+    """Formats the measures, their expected ranges and the problems as text."""
     lines = []
     for name, value in health.measures.items():
         low, high = EXPECTED.get(name, (-math.inf, math.inf))

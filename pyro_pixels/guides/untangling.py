@@ -78,7 +78,7 @@ class Untangled(NamedTuple):
 
 
 def renamed(x: Tensor, labels: Tensor) -> Tensor:
-    """x (B, N, T, ...) with object ``labels[b, n, t]`` of frame t in the place of object n."""
+    """Returns x (B, N, T, ...) with object ``labels[b, n, t]`` of frame t in the place of object n."""
     index = labels.reshape(*labels.shape, *(1,) * (x.dim() - 3)).expand_as(x)
     return x.gather(1, index)
 

@@ -1,4 +1,4 @@
-"""Learning (Secs 2.2.2, 3.2): the bound, the schedule, the loop, and learning from another guide."""
+"""Training (Secs 2.2.2, 3.2): the ELBO with KL annealing, the schedule, the loop, and learning from another guide."""
 
 from pyro_pixels.training.checkpoints import load_checkpoint, save_checkpoint
 from pyro_pixels.training.distillation import GivenTracks, draw_tracks

@@ -1,4 +1,4 @@
-"""Which sequences each step learns from (Sec 3.2)."""
+"""The mini-batches of training (Sec 3.2)."""
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Batches:
         self._order: list[Tensor] = []
 
     def index(self, step: int) -> Tensor:
-        """Indices (B,) of the sequences of a step.
+        """Returns the indices (B,) of the sequences of a step.
 
         An epoch uses every sequence once, except those that do not fill a batch.
         """
@@ -50,6 +50,6 @@ class Batches:
         return self._order[place]
 
     def known(self, index: Tensor) -> Known:
-        """What a recording of the step on these sequences may know of them, and of any other batch of its kind."""
+        """Returns the sizes that a recorded step may assume of these sequences and of any other batch of this kind."""
         n_objects = self.n_objects[index] if self.schedule.one_n_per_batch else self.n_objects
         return Known(int(n_objects.max()), self.most_white)

@@ -1,4 +1,4 @@
-"""What a training loop needs that may be stopped at any time: checkpoints, a file of metrics, and a kind way to stop.
+"""Checkpoints, the file of metrics, and a graceful stop for training loops that may be interrupted at any time.
 
 Files are written whole or not at all, with a checksum beside them, and read without running any code that a file may
 bring. Nothing of a checkpoint is used before all of it was checked (`training.states`).
@@ -145,7 +145,10 @@ def write_lines(run_dir: Path, lines: Sequence[dict[str, float]]) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set instead of killing; a second Ctrl-C kills. Handlers are put back."""
+    """Yields an event that Ctrl-C and SIGTERM set instead of killing the process; a second Ctrl-C kills it.
+
+    The previous signal handlers are restored on exit.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may have handlers

@@ -1,14 +1,15 @@
-"""A guide that learns from another guide what is in the images: the recipe for the paper's inference network.
+"""Distillation: a guide learns from the samples of another guide.
 
-By the bound alone the paper's network needs very many steps (docs/reproduction.md): where an object is reaches it only
-through what the renderer draws. A `StructuredGuide` knows within minutes. Its draws can be given to the other guide as
-answers (`draw_tracks`), which then learns q(a | v) by maximum likelihood (`GivenTracks`), a regression:
+With the ELBO alone the paper's network needs very many steps (docs/reproduction.md), because information on the
+positions reaches it only through the renderer. A `StructuredGuide` finds objects within minutes. Its samples
+(`draw_tracks`) can serve as targets for the other guide, which then learns q(a | v) by maximum likelihood
+(`GivenTracks`), a regression:
 
-    minimise  E_{a ~ q_teacher(a | v)} [-log q(a | v)] = KL(q_teacher || q) + what does not depend on q
+    minimise  E_{a ~ q_teacher(a | v)} [-log q(a | v)] = KL(q_teacher || q) + const.
 
-over images alone; nothing is labelled. Objects have no order, so q is held to the teacher's tracks in whichever order
-is likeliest under q itself. What comes out is an ordinary guide of the same model: all queries work, and it can go on
-learning by the bound.
+Only images are used, no labels. Objects have no order, so the loss uses the order of the teacher's tracks that is
+likeliest under q itself. The result is an ordinary guide of the same model: all queries work, and it can be trained
+further with the ELBO.
 
 Departure from the paper: this is no bound on log p(v). It is the wake-phase objective of Bornschein and Bengio
 (Reweighted wake-sleep, 2015) with a teacher's draws in the place of importance samples.
@@ -29,17 +30,17 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.training.elbo import AnnealedELBO, BoundTerms
 
 MOST_OBJECTS = 6
-"""All orders are gone through: 720 of six objects."""
+"""The largest N, as all N! orders are evaluated: 720 for six objects."""
 
 
 class GivenTracks(AnnealedELBO):
-    """What `fit(..., objective=GivenTracks, tracks=...)` minimises: -log q(a | v) of given tracks, the model aside.
+    """The objective -log q(a | v) of given tracks, for `fit(..., objective=GivenTracks, tracks=...)`, without a model.
 
     `terms` are 0 and -log q, so that the "KL" of metrics.jsonl is -log q per frame.
     """
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """-log q(a | v), summed over sequences, for images, n_objects and tracks a (B, N, T, 2).
+        """Returns -log q(a | v), summed over sequences, for images, n_objects and tracks a (B, N, T, 2).
 
         Raises:
             ValueError: if there are no tracks.
@@ -55,7 +56,7 @@ class GivenTracks(AnnealedELBO):
 
 @torch.no_grad()
 def draw_tracks(guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> Tensor:
-    """One draw of q(a | v) for each sequence, (n, N, T, 2) on the CPU, for `GivenTracks`; absent objects are last."""
+    """Draws one sample of q(a | v) for each sequence, (n, N, T, 2) on the CPU; absent objects are last."""
     device, most = next(guide.parameters()).device, int(data.n_objects.max())
     drawn = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -68,7 +69,7 @@ def draw_tracks(guide: Guide, data: ImageSequences, *, batch_size: int = 100, se
 
 
 def log_prob_in_best_order(q_a: dist.TorchDistribution, a: Tensor, n_objects: Tensor) -> Tensor:
-    """log q of each sequence's tracks, numbered as is likeliest; differentiable, nothing is read from the device.
+    """Returns log q of each sequence's tracks in their likeliest order; differentiable, and without device syncs.
 
     Args:
         q_a: batch (B, N), event (T, 2).

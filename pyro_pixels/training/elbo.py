@@ -1,8 +1,8 @@
-"""The bound of Eq (7), and the bound with a scaled KL that is maximised (Sec 3.2).
+"""The ELBO of Eq (7), and the ELBO with a weighted KL that is maximised (KL annealing, Sec 3.2).
 
-The bound is Pyro's: ``AnnealedELBO()(model, guide)`` is a module whose value is the loss, and `AnnealedELBO` is a
-`Trace_ELBO`, so ``pyro.infer.SVI(model, guide, optim, loss=AnnealedELBO())`` is the same objective. The KL weight is
-applied in one place, to every latent site of model and guide alike, whatever sites a guide has.
+``AnnealedELBO()(model, guide)`` is a module whose value is the loss, and `AnnealedELBO` is a `Trace_ELBO`, so
+``pyro.infer.SVI(model, guide, optim, loss=AnnealedELBO())`` optimises the same objective. The KL weight is applied in
+one place, to every latent site of model and guide, whatever sites a guide has.
 
 Departures from the paper: <log q> is estimated with the same sample as the rest of the bound instead of in closed
 form, which has the same gradient for Eq (9)'s guide and holds for every other guide.
@@ -24,7 +24,7 @@ from pyro_pixels.model.pixel_model import PixelModel
 
 
 class ScaleLatents(ScaleMessenger):
-    """`poutine.scale` that acts on latent sites alone: around model and guide it weighs the KL, not the data term."""
+    """A `poutine.scale` for latent sites only: around model and guide it weights the KL and not the data term."""
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and not msg["is_observed"]:
@@ -32,20 +32,21 @@ class ScaleLatents(ScaleMessenger):
 
 
 class BoundTerms(NamedTuple):
-    """The parts of Eq (7) for each sequence of a batch, in nats; the KL without its weight."""
+    """The terms of Eq (7) for each sequence of a batch, in nats; the KL is unweighted."""
 
     log_likelihood: Tensor  # (B,), <log p(v | a)>
     kl: Tensor  # (B,), KL(q(a | v) || p(a))
 
     @property
     def bound(self) -> Tensor:
+        """The ELBO (B,)."""
         return self.log_likelihood - self.kl
 
 
 class AnnealedELBO(Trace_ELBO):
-    """Eq (7) with the KL multiplied by ``kl_weight`` (Sec 3.2's beta), a positive number or 0-dimensional tensor.
+    """The ELBO of Eq (7) with its KL multiplied by ``kl_weight`` (beta in Sec 3.2), a number or 0-dimensional tensor.
 
-    After each evaluation `terms` holds the parts of the unweighted bound (of the last particle).
+    After each evaluation `terms` holds the terms of the unweighted ELBO (of the last particle).
     """
 
     def __init__(self, kl_weight: float | Tensor = 1.0, **options: Any) -> None:
@@ -66,8 +67,11 @@ class AnnealedELBO(Trace_ELBO):
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the weighed bound, summed over sequences. Every latent site is sampled with gradients, so that it is
-        its own surrogate; unlike `Trace_ELBO`'s it is computed without waiting for the device."""
+        """Returns minus the weighted ELBO, summed over sequences.
+
+        Every latent site is reparametrised, so that the loss is its own surrogate. Unlike `Trace_ELBO`, this does not
+        wait for the device.
+        """
         loss = torch.zeros(())
         with parameters_known():  # the trainer has them from `ELBOModule`; SVI takes another way
             for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
@@ -90,7 +94,7 @@ def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
 
 
 def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:
-    """The terms of Eq (7) for each sequence of ``data`` (n,), one sample each, in float64 nats; no gradient."""
+    """Returns the terms of Eq (7) for each sequence of ``data`` (n,), from one sample each, in float64 nats."""
     device = next(model.parameters()).device
     elbo = AnnealedELBO()
     loss = elbo(model, guide)

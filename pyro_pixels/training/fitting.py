@@ -1,4 +1,4 @@
-"""Learning (Secs 2.2.2, 3.2): one training from start to end, or several at once."""
+"""Training from start to end (Secs 2.2.2, 3.2), of one model or of several at once."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -27,14 +27,17 @@ def fit(
     progress: bool = True,
     **options: Unpack[TrainingOptions],
 ) -> FitResult:
-    """Maximises Eq (7) over the parameters of model and guide, in place, on the device they are on.
+    """Maximises the ELBO of Eq (7) over the parameters of model and guide, in place, on their device.
 
     On a CUDA device steps are replayed as CUDA graphs (`step_runners.CapturedSteps`). In each process of a `torchrun`
     the same call shares every batch with the others (`step_runners.DistributedSteps`); the first process writes the
     files.
 
     Args:
-        data: what to learn from; ``positions`` are never looked at.
+        model: the generative model.
+        guide: the guide.
+        data: the training sequences; ``positions`` are never used.
+        schedule: the settings of training.
         candidates: models and guides that start elsewhere. Each, and the given one, is trained for ``candidate_steps``;
             the one with the highest bound (of the validation sequences, if there are any) goes on, in ``model`` and
             ``guide``. No labels are used.

@@ -27,24 +27,24 @@ from pyro_pixels.training.checkpoints import (
 )
 from pyro_pixels.training.processes import is_first_process, n_processes
 
-LOOK_EVERY = 20  # steps between reads of the loss, each of which waits for the device
+LOOK_EVERY = 20  # steps between reads of the loss, which synchronise with the device
 
 
 class FitResult(NamedTuple):
-    """How training ended."""
+    """The outcome of a training."""
 
     step: int
-    """Steps done in all."""
+    """The total number of steps done."""
     seconds: float
-    """Time spent training, over all resumed parts."""
+    """The time spent training, resumed parts included."""
     metrics: dict[str, float]
     """The last line of metrics.jsonl."""
     interrupted: bool
-    """True where Ctrl-C or SIGTERM stopped it; the checkpoint was saved."""
+    """Whether Ctrl-C or SIGTERM stopped it; a checkpoint was saved."""
 
 
 class Loop(ABC):
-    """A training that can stop and resume at any step. Subclasses define a step, its report, and its state.
+    """A training that can stop and resume at any step; subclasses define a step, its report and its state.
 
     Args:
         n_steps: steps in all.
@@ -75,7 +75,7 @@ class Loop(ABC):
 
     @abstractmethod
     def _take_step(self) -> None:
-        """Step number `step`, counted from 0."""
+        """Takes step number `step`, counted from 0."""
 
     @abstractmethod
     def _look(self) -> Mapping[str, float]:
@@ -87,11 +87,11 @@ class Loop(ABC):
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """All that the next step depends on."""
+        """Returns all that the next step depends on."""
 
     @abstractmethod
     def _restore(self, state: dict[str, Any], source: str | Path) -> None:
-        """Takes over what `_state` gave."""
+        """Restores the state that `_state` returned."""
 
     @abstractmethod
     def _check(self, state: dict[str, Any], path: Path) -> None:
@@ -116,7 +116,7 @@ class Loop(ABC):
             write_lines(self.run_dir, lines)
 
     def result(self, stop: threading.Event) -> FitResult:
-        """How the training ended; if it was stopped before the last step, it is saved first."""
+        """Returns the outcome; a training that was stopped before its last step is saved first."""
         interrupted = stop.is_set() and self.step < self.n_steps
         if interrupted:
             self._save()
@@ -125,7 +125,7 @@ class Loop(ABC):
     def train(
         self, stop: threading.Event, until: int | None = None, *, progress: bool = True, title: str | None = None
     ) -> None:
-        """Trains up to a step, by default the last."""
+        """Trains up to a step, by default the last one."""
         until = self.n_steps if until is None else until
         with tqdm(
             total=until, initial=self.step, disable=not progress, unit="step", mininterval=0.5, desc=title
@@ -136,7 +136,7 @@ class Loop(ABC):
                     bar.set_postfix({name: f"{x:.3g}" for name, x in self.seen.items()}, refresh=False)
 
     def advance(self, until: int, stop: threading.Event) -> Iterator[None]:
-        """Trains up to a step and pauses after each. Random numbers drawn in the pauses do not change the training."""
+        """Trains up to a step and yields after each; random numbers drawn by the caller do not change the training."""
         started = time.perf_counter() - self.seconds
         while self.step < until and not self._must_stop(stop):
             self._take_step()
@@ -157,7 +157,7 @@ class Loop(ABC):
             yield
 
     def _must_stop(self, stop: threading.Event) -> bool:
-        """Whether to stop here. Several processes agree on it every `LOOK_EVERY` steps, and stop at the same one."""
+        """Tells whether to stop here; several processes agree on it every `LOOK_EVERY` steps."""
         if n_processes() == 1:
             return stop.is_set()
         if self.step % LOOK_EVERY:
@@ -203,7 +203,7 @@ class Loop(ABC):
         return lines
 
     def _kept(self) -> str:
-        """What is left of a training that diverged."""
+        """Says what remains of a training that diverged."""
         if self.run_dir is not None and (self.run_dir / "checkpoint.pt").exists():
             return f"{self.run_dir / 'checkpoint.pt'} holds the last good state"
         return "no checkpoint had been written"

@@ -1,4 +1,4 @@
-"""When what is learned, and how fast: the schedule of Sec 3.2, and departures from it."""
+"""The training schedule: learning rates, KL annealing, and freezing of parameters (Sec 3.2), and departures from it."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -15,37 +15,36 @@ Rate = Annotated[float, Bounds(0, 1e38, above=True)]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to train; the defaults are Sec 3.2's to the letter where it has one."""
+    """The settings of training; the defaults are those of Sec 3.2 where it gives them."""
 
     steps: Count = 200_000
     batch_size: Annotated[int, Bounds(1, 10**6)] = 20
     learning_rate: Rate = 1e-3
-    """Adam's, with beta_1 = 0.9, beta_2 = 0.999, epsilon = 1e-8."""
+    """The learning rate of Adam, with beta_1 = 0.9, beta_2 = 0.999, epsilon = 1e-8."""
     learning_rate_factors: Mapping[str, Annotated[float, Bounds(0, 1e38)]] = field(default_factory=dict)
-    """Prefix of parameter names -> factor on their learning rate, such as {"model.dynamics": 3.0}."""
+    """A prefix of parameter names -> the factor on their learning rate, such as {"model.dynamics": 3.0}."""
     decay_from: Step | None = None
-    """Step from which the learning rate falls linearly to a twentieth of itself at the end; None: constant."""
+    """The step from which the learning rate decays linearly to a twentieth at the end; None keeps it constant."""
     learn_from: Mapping[str, Step] = field(default_factory=lambda: {"model.dynamics": 10_000})
-    """Prefix of parameter names -> step before which they are frozen. The longest prefix that fits decides."""
+    """A prefix of parameter names -> the step before which they are frozen; the longest matching prefix decides."""
     kl_start: Rate = 100.0
-    """beta when annealing begins."""
+    """The KL weight beta at the start of annealing."""
     anneal_from: Step = 10_000
     anneal_steps: Step = 10_000
-    """beta falls geometrically from kl_start to 1 in so many steps from anneal_from on; it is kl_before until then."""
+    """The number of steps, from anneal_from on, in which beta falls geometrically from kl_start to 1."""
     kl_before: Rate = 1.0
     one_n_per_batch: bool = False
-    """Batches whose sequences all have the same N, so that no work is done for absent objects; else N is mixed."""
+    """Whether all sequences of a batch have the same N, which saves work for absent objects; else N is mixed."""
     single_object_steps: Step = 0
-    """So many steps at first on sequences with N = 1 alone."""
+    """The number of initial steps that use only sequences with N = 1."""
     fit_starts_at: tuple[Step, ...] = ()
-    """Steps before which pi, mu_k and Sigma_k are put where tracks inferred from 500 sequences are likeliest."""
+    """Steps before which pi, mu_k and Sigma_k are fitted by EM to tracks inferred from 500 sequences."""
     parts: Count = 1
-    """Each batch is gone through in so many parts, whose gradients add up: less memory, more time. Also what several
-    processes share a batch by."""
+    """The number of parts of a batch whose gradients are accumulated, to save memory or to share among processes."""
     clip_norm: Rate | None = None
-    """Gradients of a larger norm are scaled down to it; in nats per sequence."""
+    """The largest norm of gradients, in nats per sequence; larger ones are scaled down."""
     evaluate_every: Count = 500
-    """Steps between evaluations, each with a line in metrics.jsonl and a checkpoint."""
+    """The number of steps between evaluations, each with a line in metrics.jsonl and a checkpoint."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,13 +77,14 @@ class Schedule:
         return self.shortened(steps) if steps < self.steps else replace(self, steps=steps)
 
     def kl_weight(self, step: int) -> float:
-        """beta at a step."""
+        """Returns the KL weight beta at a step."""
         if step < self.anneal_from:
             return self.kl_before
         done = min(1.0, (step - self.anneal_from) / self.anneal_steps) if self.anneal_steps else 1.0
         return self.kl_start ** (1.0 - done)
 
     def learning_rate_at(self, step: int) -> float:
+        """Returns the learning rate at a step."""
         if self.decay_from is None or step <= self.decay_from:
             return self.learning_rate
         left = max(0.0, 1.0 - (step - self.decay_from) / max(1, self.steps - self.decay_from))
@@ -92,7 +92,7 @@ class Schedule:
 
 
 def by_longest_prefix(table: Mapping[str, Value], name: str, default: Value) -> Value:
-    """The entry whose key is the longest of those that ``name`` starts with."""
+    """Returns the entry with the longest key that is a prefix of ``name``."""
     fitting = [prefix for prefix in table if name.startswith(prefix)]
     return table[max(fitting, key=len)] if fitting else default
 

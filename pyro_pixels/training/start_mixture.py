@@ -1,9 +1,9 @@
-"""How objects start: pi, mu_k, Sigma_k of Eq (4) by EM, from tracks.
+"""EM for the mixture over h_1 of Eq (4), pi, mu_k and Sigma_k, given tracks.
 
-The mixture over starts is learned by gradient with everything else, but a mixture that begins with its components on
-top of each other stays there: from one end to the other of a launch is far for steps of 1e-3. Its maximum
-likelihood given tracks has no such trouble and costs less than one training step, so `fit` can put it there
-(`Schedule.fit_starts_at`). The paper has no such step.
+The mixture is learned by gradient with all other parameters, but components that start on top of each other stay there,
+because the distance between launches is large for steps of 1e-3. Maximum likelihood given tracks does not have this
+problem and costs less than one training step, so `fit` can set the mixture this way (`Schedule.fit_starts_at`). The
+paper has no such step.
 """
 
 import math
@@ -19,16 +19,19 @@ VARIANCE_FLOOR = 1e-5  # latent units, of Sigma_k in any direction
 
 @torch.no_grad()
 def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterations: int = 100, seed: int = 0) -> float:
-    """Sets pi, mu_k and Sigma_k to those under which tracks are likeliest; everything else stays as it is.
+    """Fits pi, mu_k and Sigma_k to tracks by maximum likelihood; all other parameters are kept.
 
-    Given h_1, a track has mean F h_1 + drift and covariance V. So all that it says of h_1 is a Gaussian N(m; h_1, P)
-    with P = (F' V^-1 F)^-1, the same for every track, and m = P F' V^-1 (a - drift). EM for a mixture that is seen
-    through noise P (Bovy, Hogg and Roweis, 2011) does the rest.
+    Given h_1, a track has mean F h_1 + drift and covariance V. Its likelihood as a function of h_1 is proportional to
+    N(m; h_1, P) with P = (F' V^-1 F)^-1, the same for every track, and m = P F' V^-1 (a - drift). So this is EM for a
+    mixture observed with noise P (Bovy, Hogg and Roweis, 2011).
 
     Args:
         dynamics: changed in place.
-        a: (n, T, 2), tracks of single objects, such as draws from q(a | v); at least 2 frames, 10 tracks a component.
-        n_restarts: mixtures that begin at different tracks; the likeliest is kept.
+        a: (n, T, 2), tracks of single objects, such as samples from q(a | v): at least 2 frames, and 10 tracks per
+            component.
+        n_restarts: the number of starts from different tracks; the likeliest result is kept.
+        n_iterations: the number of EM iterations.
+        seed: seeds the choice of tracks.
 
     Returns:
         The mean over tracks of log p(m), in nats.
@@ -64,7 +67,7 @@ def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterati
 
 
 def _seen_starts(dynamics: Dynamics, a: Tensor) -> tuple[Tensor, Tensor]:
-    """m (n, 4) and P (4, 4) of tracks a (n, T, 2)."""
+    """Returns m (n, 4) and P (4, 4) of tracks a (n, T, 2)."""
     F, drift, V = response(dynamics.lgssm(), a.shape[1])
     V_inv_F = torch.linalg.solve(V, F)
     P = torch.linalg.inv(F.mT @ V_inv_F)
@@ -72,7 +75,7 @@ def _seen_starts(dynamics: Dynamics, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_normal(e: Tensor, cov: Tensor) -> Tensor:
-    """log N(e; 0, cov) for e (n, ..., d) and cov (..., d, d)."""
+    """Returns log N(e; 0, cov) for e (n, ..., d) and cov (..., d, d)."""
     L = torch.linalg.cholesky_ex(cov).L
     white = torch.linalg.solve_triangular(L, e.movedim(0, -1), upper=False)  # (..., d, n)
     log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as distributed
@@ -29,9 +29,6 @@ from pyro_pixels.training.schedule import Schedule, by_longest_prefix, check_pre
 from pyro_pixels.training.start_mixture import fit_starts
 from pyro_pixels.training.step_runners import Batch, Steps, steps_for
 
-if TYPE_CHECKING:
-    from pyro_pixels.config import RunConfig
-
 FIT_STARTS_SEQUENCES = 500
 BOUND_SEQUENCES = 60  # on which candidates are compared where there are no validation sequences
 
@@ -51,7 +48,7 @@ class TrainingOptions(TypedDict, total=False):
     """Makes what is minimised instead of the bound, such as `distillation.GivenTracks`."""
     tracks: Tensor | None
     """(n, N, T, 2), what such an objective is given of each sequence besides its images."""
-    config: "RunConfig | None"
+    config: Any
     """Of the run; written to config.json when the folder is this process' alone and all that is read from it fits."""
 
 
@@ -83,7 +80,7 @@ class Training(Loop):
         on_evaluation: Callable[[dict[str, float]], None] | None = None,
         objective: Callable[[], AnnealedELBO] = AnnealedELBO,
         tracks: Tensor | None = None,
-        config: "RunConfig | None" = None,
+        config: Any = None,
     ) -> None:
         super().__init__(
             schedule.steps, schedule.evaluate_every,
