@@ -41,6 +41,8 @@ def as_values(found: Tensor) -> Tensor:
     """Pixels of any type as uint8 0 or 1, or float32 within [0, 1]; errors as `as_images`."""
     if found.dtype == torch.bool:
         return found.to(torch.uint8)
+    if found.is_complex():
+        raise ValueError(f"images have type {found.dtype}; wanted uint8 or float32")
     if not found.is_floating_point():
         low, high = int(found.min()), int(found.max())
         if low >= 0 and high <= 1:
@@ -141,3 +143,21 @@ def _padded(sequences: Sequence[Tensor]) -> Tensor:
     for row, x in zip(found, values):
         row[: len(x)] = x
     return found
+
+
+def as_batch(images: Any, n_objects: Any) -> tuple[Tensor, Any]:
+    """A batch that a query is asked about, as tensors where it is of numpy.
+
+    Shapes, values, and other numbers of objects are left to `_batch`.
+
+    Raises:
+        ValueError: if they are neither tensors nor arrays, or complex.
+    """
+    if isinstance(images, np.ndarray) and images.dtype.kind in "biuf":
+        images = _as_tensor(images)
+    if not isinstance(images, Tensor) or images.is_complex():
+        kind = images.dtype if isinstance(images, Tensor | np.ndarray) else type(images).__name__
+        raise ValueError(f"images are of type {kind}; wanted a tensor or an array of real numbers (B, T, H, W)")
+    if isinstance(n_objects, np.ndarray):
+        n_objects = as_counts(n_objects, len(images)).to(images.device)
+    return images, n_objects

@@ -76,7 +76,7 @@ def sweep(folder: str | Path, again: bool = False) -> list[Path]:
         match = _PART.fullmatch(part.name)
         if match is not None and (_is_alone(part) if match["token"] else not _is_running(int(match["pid"]))):
             with suppress(OSError):
-                part.unlink()
+                part.unlink(missing_ok=True)
                 removed.append(part)
     return removed
 

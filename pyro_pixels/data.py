@@ -198,8 +198,8 @@ def load_sequences(path: str | Path, *, max_bytes: int = MAX_BYTES) -> ImageSequ
     try:
         given: dict[str, Any] = {name: arrays.get(name) for name in ("images", "n_objects", "positions", "paths")}
         found = ImageSequences(**given)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (ValueError, TypeError, RuntimeError) as error:  # torch has not every operation for every type
+        raise ValueError(f"{path}: {(str(error).splitlines() or [''])[0]}") from None
     sides = arrays.get("sides")
     if sides is not None:
         if sides.shape != (len(images), int(n_objects.max())) or not np.issubdtype(sides.dtype, np.integer):

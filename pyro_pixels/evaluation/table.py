@@ -7,6 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_pixels._checks import check_number
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.guides.base import Guide
@@ -48,6 +49,7 @@ def evaluate(
     Raises:
         ValueError: if the sequences are too short or do not fit the model, or ``n_futures`` is negative.
     """
+    n_seen, n_futures = check_number("n_seen", n_seen), check_number("n_futures", n_futures)
     if n_futures < 0:
         raise ValueError(f"n_futures is {n_futures}; wanted a number of sampled futures, 0 for none")
     T = data.images.shape[1]

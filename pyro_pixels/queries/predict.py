@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels._batch import check_batch, check_values, counts, object_mask, unseen_frames
+from pyro_pixels._checks import check_number
+from pyro_pixels._convert import as_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
@@ -69,6 +71,8 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int],
     Raises:
         ValueError: if the images do not fit the guide, or have values outside [0, 1].
     """
+    images, n_objects = as_batch(images, n_objects)
+    n_samples = check_number("n_samples", n_samples, 0)
     check_values(images)
     q_a = guide.q(images, n_objects)
     mean, variance = _moments(q_a)
@@ -78,12 +82,15 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int],
 @torch.no_grad()
 def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
     """Renders the inferred means as pixel probabilities (B, T, H, W); arguments and errors are those of `infer`."""
+    images, n_objects = as_batch(images, n_objects)
     return render(model, infer(guide, images, n_objects).mean, n_objects)
 
 
 @torch.no_grad()
 def render(model: PixelModel, a: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
     """Renders positions (..., B, N, T, 2) as expected images (..., B, T, H, W), Eqs (1)-(2)."""
+    if not isinstance(a, Tensor) or a.dim() < 4 or a.shape[-1] != 2:
+        raise ValueError(f"positions are {tuple(getattr(a, 'shape', ()))}; wanted (..., B, N, T, 2)")
     present = object_mask(counts(n_objects, a.shape[-4], a), a.shape[-3])
     return model.likelihood.mean(model.renderer(a, present))
 
@@ -132,6 +139,8 @@ def generate(
     Raises:
         ValueError: if tau >= T, or as in `infer`.
     """
+    images, n_objects = as_batch(images, n_objects)
+    n_frames, n_samples = check_number("n_frames", n_frames), check_number("n_samples", n_samples, 0)
     n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects)
     check_values(images)
@@ -180,6 +189,8 @@ def interpolate(
     Raises:
         ValueError: if ``observed`` is not such a mask, or as in `infer`.
     """
+    images, n_objects = as_batch(images, n_objects)
+    n_samples = check_number("n_samples", n_samples, 0)
     n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects)
     observed = _checked_mask(observed, images, n_objects)
@@ -267,6 +278,8 @@ def _moments(q_a: dist.TorchDistribution) -> _Moments:
 
 def _checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
     """Checks ``observed`` and returns it as (T,) or (B, N or 1, T)."""
+    if not isinstance(observed, Tensor):
+        raise ValueError(f"observed is a {type(observed).__name__}; wanted a tensor of bool, (T,), (B, T) or (B, N, T)")
     (B, T), N = images.shape[:2], int(n_objects.max())
     if observed.dtype != torch.bool or observed.shape not in ((T,), (B, T), (B, N, T)):
         raise ValueError(

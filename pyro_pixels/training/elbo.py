@@ -95,6 +95,8 @@ def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
 
 def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:
     """Returns the terms of Eq (7) for each sequence of ``data`` (n,), from one sample each, in float64 nats."""
+    if not len(data):
+        raise ValueError("there are no sequences to evaluate the bound on; wanted at least one")
     device = next(model.parameters()).device
     elbo = AnnealedELBO()
     loss = elbo(model, guide)

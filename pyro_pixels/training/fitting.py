@@ -55,6 +55,8 @@ def fit(
             several.
         FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
     """
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is a {type(schedule).__name__}; wanted a Schedule")
     if candidates and not 1 <= candidate_steps <= schedule.steps:
         raise ValueError(f"candidate_steps is {candidate_steps}; wanted between 1 and steps, {schedule.steps}")
     if candidates and n_processes() > 1:

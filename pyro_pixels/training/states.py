@@ -108,13 +108,13 @@ def check_progress(state: Mapping[str, Any], path: str | Path, sums: Mapping[str
         x = state.get(name)
         if not isinstance(x, int) or isinstance(x, bool) or not 0 <= x <= most:
             raise ValueError(f"{path} has {name} {x!r}; wanted a whole number of at least 0. Restore a copy")
-    numbers = {"seconds": state.get("seconds")}
+    numbers: list[tuple[str, Any]] = [("seconds", state.get("seconds"))]
     for entry, names in sums.items():
         given = state.get(entry)
         if not isinstance(given, Mapping) or given.keys() != set(names):
             raise ValueError(f"{path} has {entry} {given!r}; wanted {sorted(names)}. Restore a copy, or train again")
-        numbers |= given
-    for name, x in numbers.items():
+        numbers += given.items()
+    for name, x in numbers:
         if not isinstance(x, int | float) or isinstance(x, bool) or not math.isfinite(x):
             raise ValueError(f"{path} has {name} {x!r}; wanted a finite number. Restore a copy, or train again")
 

@@ -14,6 +14,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from pyro_pixels._batch import object_mask
+from pyro_pixels._checks import MAX_SEED, check_number
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
@@ -82,6 +83,12 @@ class Training(Loop):
         tracks: Tensor | None = None,
         config: Any = None,
     ) -> None:
+        if not isinstance(data, ImageSequences) or not len(data) or not isinstance(schedule, Schedule):
+            raise ValueError(
+                f"data and schedule are a {type(data).__name__} and a {type(schedule).__name__}; wanted "
+                "ImageSequences, at least one, and a Schedule"
+            )
+        seed = check_number("seed", seed, 0, MAX_SEED)
         super().__init__(
             schedule.steps, schedule.evaluate_every,
             device=next(model.parameters()).device, run_dir=run_dir, on_evaluation=on_evaluation,
