@@ -60,7 +60,7 @@ def configure(args: Arguments) -> WorldConfig:
     names = ("height", "width", "n_frames", "n_objects", "radius")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.config is None:
-        return WORLDS[args.world or "cannonballs"](**({"height": SIZE, "width": SIZE} | given))
+        return replace(WORLDS[args.world or "cannonballs"](height=SIZE, width=SIZE), **given)
     if args.world not in (None, args.config.world):
         raise ValueError(f"--world {args.world} contradicts the configuration of {args.config.world}; leave one out")
     return replace(args.config, **given)

@@ -5,9 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pyro_pixels._checks import MAX_SEED
+
 N_CORES = os.cpu_count() or 1
 LIMITS: dict[str, tuple[int, int | None]] = {
-    **dict.fromkeys(("seed", "first_seed"), (0, 2**32 - 1)),
+    **dict.fromkeys(("seed", "first_seed"), (0, MAX_SEED)),
     **dict.fromkeys(("n_samples", "n_futures"), (0, None)),
     **dict.fromkeys(("n_sequences", "n_test", "n_validation", "n_fitted", "n_seen", "n_frames"), (1, None)),
     **dict.fromkeys(("steps", "fit_steps", "seeds", "starts", "parts", "workers", "rounds"), (1, None)),

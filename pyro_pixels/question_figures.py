@@ -165,9 +165,8 @@ def draw_what_if(scene: Scene) -> Answer:
 def draw_evidence(scene: Scene) -> Answer:
     """log p(v) by importance sampling beside the bound of Eq (7)."""
     args, T = (scene.model, scene.guide, scene.images, scene.n_objects), scene.images.shape[1]
-    one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in scene.progress(range(5), "bound")]).mean(
-        0
-    )
+    times = scene.progress(range(5), "bound")
+    one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in times]).mean(0)
     found = log_evidence(*args, n_samples=scene.n_samples)
     text = (
         f"bound of Eq (7) {float(one.mean()) / T:.2f}, with {scene.n_samples} samples "

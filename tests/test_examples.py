@@ -320,7 +320,7 @@ def test_the_gallery_is_drawn(tmp_path):
     pictures = ("positions", "velocities", "starts", "fan", "missing", "calibration", "what-if")
     done = script("gallery", "--n-sequences", 6, "--n-samples", 3, "--pictures", *pictures, "forecast", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    made = {path.name: path.stat().st_size for path in (tmp_path / "docs/figures/gallery").iterdir()}
+    made = {path.name: path.stat().st_size for path in (tmp_path / "runs/pretrained/gallery").iterdir()}
     assert made.keys() == {"forecast.gif", *(f"{name}.png" for name in pictures)}
     assert min(made.values()) > 5000
 

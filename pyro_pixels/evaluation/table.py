@@ -59,9 +59,8 @@ def evaluate(
         )
     time = torch.arange(T)
     ends = (time < n_seen) | (time >= T - n_seen)
-    inferred, generated, interpolated, values = _query(
-        model, guide, data, ends, n_seen, n_futures, batch_size, progress
-    )
+    found = _query(model, guide, data, ends, n_seen, n_futures, batch_size, progress)
+    inferred, generated, interpolated, values = found
 
     result: dict[str, Any] = {"n_seen": n_seen, "n_frames": T}
     if data.positions is not None and bool((data.n_objects == 1).any()):

@@ -1,0 +1,182 @@
+"""Options of the scripts: what is refused, what the defaults are, and which sequences a run is asked about."""
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from examples.experiments import export_pretrained, latent_space, sweep, train_edlstm
+
+import numpy as np
+import pytest
+
+import evaluate
+import gallery
+import infer
+import quickstart
+import simulate
+import teach
+import to_arviz
+import train
+from pyro_pixels._options import LIMITS, check_limits, refuse_changes, result_file
+from pyro_pixels.data import load_sequences, save_sequences
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.run_sequences import run_sequences, sequences_to_ask
+from pyro_pixels.runs import load_config
+from pyro_pixels.worlds.base import simulate as draw_sequences
+from pyro_pixels.worlds.cannonballs import CannonballConfig
+from pyro_pixels.worlds.others import DriftConfig
+
+ROOT = Path(__file__).parent.parent
+SMALL = CannonballConfig(height=20, width=24, n_frames=12)
+SCRIPTS = (evaluate, gallery, infer, quickstart, simulate, sweep, teach, to_arviz, train, train_edlstm)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("file") / "mine.npz"
+    save_sequences(path, draw_sequences(SMALL, 30, seed=0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(file, tmp_path_factory):
+    """A run of two steps on the file."""
+    folder = tmp_path_factory.mktemp("run") / "r"
+    assert train.main(train.Arguments(run=folder, data=file, steps=2, threads=1, progress=False)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda module: module.__name__)
+def test_options_that_count_are_checked_in_one_place(script):
+    defaults = {f.name: f.default for f in dataclasses.fields(script.Arguments)}
+    check_limits(script.Arguments())
+    for name in LIMITS.keys() & defaults.keys():
+        least, most = LIMITS[name]
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {least - 1}; wanted at least {least}"):
+            check_limits(script.Arguments(**{name: least - 1}))
+        if most is not None:
+            with pytest.raises(ValueError, match=f"wanted at most {most}"):
+                check_limits(script.Arguments(**{name: most + 1}))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda module: module.__name__)
+def test_every_option_says_what_it_does(script):
+    """As a sentence below each field, which is what --help prints."""
+    source = Path(script.__file__).read_text()
+    body = source[source.index("class Arguments") :]
+    for field in script.Arguments.__annotations__:
+        described = body.split(f"\n    {field}: ", 1)[1].split("\n", 1)[1].lstrip()
+        assert described.startswith('"""'), field
+        assert described.split('"""')[1].strip().endswith("."), field
+
+
+def test_options_of_another_run_are_refused(tmp_path):
+    args = train.Arguments(guide="attentive", seed=0)
+    refuse_changes(args, {"guide": "attentive", "seed": 7}, tmp_path)  # the default is no option that is given
+    with pytest.raises(ValueError, match=r"--guide is attentive, and the run in .* was trained with structured"):
+        refuse_changes(args, {"guide": "structured"}, tmp_path)
+
+
+def test_results_overwrite_neither_their_input_nor_each_other(tmp_path):
+    with pytest.raises(ValueError, match=r"does not end in .npz"):
+        simulate.main(simulate.Arguments(out=tmp_path / "x.png"))
+    with pytest.raises(ValueError, match="would be overwritten"):
+        result_file(tmp_path / "a.json", ".json", tmp_path / "." / "a.json")
+    with pytest.raises(ValueError, match="would be overwritten"):
+        export_pretrained.main(export_pretrained.Arguments(run=tmp_path / "r", folder=tmp_path, name="r"))
+    with pytest.raises(ValueError, match=r"does not end in .png"):
+        latent_space.main(latent_space.Arguments(out=tmp_path / "x.json"))
+
+
+def test_plain_options_describe_a_world_and_its_configuration_still_does():
+    args = simulate.Arguments(world="drift", height=20, n_frames=12, n_objects=(1, 2))
+    assert simulate.configure(args) == DriftConfig(height=20, width=32, n_frames=12, n_objects=(1, 2))
+    assert simulate.configure(simulate.Arguments()) == CannonballConfig(height=32, width=32)
+    drift = DriftConfig(exit=(0.5, 1.0))
+    assert simulate.configure(simulate.Arguments(config=drift, width=40)) == replace(drift, width=40)
+    with pytest.raises(ValueError, match="--world bouncing contradicts"):
+        simulate.configure(simulate.Arguments(config=drift, world="bouncing"))
+
+
+def test_contradicting_options_of_training_are_refused(file, tmp_path):
+    for wrong, words in (
+        ({"data": file, "world": "drift"}, "--world drift describes what to simulate"),
+        ({"data": file, "n_sequences": 9}, "--n-sequences 9 describes what to simulate"),
+        ({"guide": "recurrent", "clutter": 0.01}, "the guide 'recurrent' knows none"),
+        ({"run": file}, "cannot write"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train.main(train.Arguments(**{"run": tmp_path / "r", "steps": 2, "progress": False, **wrong}))
+
+
+def test_a_file_that_is_no_folder_is_told_before_anything_is_simulated(file, monkeypatch):
+    def simulated(*_args, **_options):
+        raise AssertionError("sequences were simulated first")
+
+    monkeypatch.setattr("pyro_pixels.run_sequences.simulate", simulated)
+    with pytest.raises(ValueError, match="cannot write"):
+        train.main(train.Arguments(run=file))
+
+
+def test_resuming_refuses_what_the_run_was_not_trained_with(trained, file, tmp_path):
+    (tmp_path / "other.npz").write_bytes(file.read_bytes())
+    for wrong in ({"guide": "attentive"}, {"seed": 5}, {"likelihood": "gaussian"}, {"data": tmp_path / "other.npz"}):
+        with pytest.raises(ValueError, match="leave the option out to go on"):
+            train.main(train.Arguments(run=trained, resume=True, progress=False, **wrong))
+    assert train.main(train.Arguments(run=trained, resume=True, progress=False, data=file, steps=2)) == 0
+
+
+def test_fewer_steps_shorten_the_schedule_and_it_is_said():
+    config = train.configure(train.Arguments(steps=300))
+    assert config.schedule == PRESETS["quick"].schedule.shortened(300)
+    assert "from 1,000 steps to 300, in proportion" in train.steps_note(train.Arguments(steps=300))
+    assert train.steps_note(train.Arguments(steps=1_000)) == train.steps_note(train.Arguments()) == ""
+    assert "added at the end" in train.steps_note(train.Arguments(steps=1_500))
+
+
+def test_what_is_held_out_is_kept_in_the_run_and_asked_about(trained, file):
+    config = load_config(trained)
+    assert (config.n_sequences, config.n_held_out) == (30, 3)
+    split, data = run_sequences(config), load_sequences(file)
+    assert (len(split.training), len(split.held_out)) == (27, 3)
+    found, source = sequences_to_ask(config, None, 60, 0)
+    assert np.array_equal(found.images, data.images[27:])
+    assert "3 sequences that were held out of" in source
+    assert len(sequences_to_ask(config, file, 60, 0, trained_on_too=False).data) == 3
+    everything, source = sequences_to_ask(config, file, 20, 0)
+    assert len(everything) == 20
+    assert "the first 20 of 30 sequences in" in source
+    assert "trained on 27" in source
+    assert "5 simulated sequences" in sequences_to_ask(config, None, 5, 0, simulated=True).source
+
+
+def test_a_run_that_held_nothing_out_asks_for_sequences(trained):
+    config = replace(load_config(trained), n_held_out=0)
+    with pytest.raises(ValueError, match=r"no sequences of .* were held out of training; give others with --data"):
+        sequences_to_ask(config, None, 60, 0)
+
+
+def test_a_run_on_a_file_is_measured_on_what_was_held_out(trained, file, tmp_path, capsys):
+    for options in ({}, {"data": file}):
+        evaluate.main(evaluate.Arguments(run=trained, out=tmp_path / "m.json", device="cpu", **options))
+        assert "3 sequences that were held out of" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="contradict each other"):
+        evaluate.main(evaluate.Arguments(run=trained, data=file, simulated=True, out=tmp_path / "m.json"))
+
+
+def test_pictures_of_the_gallery_do_not_land_on_tracked_files():
+    assert gallery.Arguments().home == Path("runs/pretrained")
+    with pytest.raises(ValueError, match="--docs and --out"):
+        gallery.main(gallery.Arguments(docs=True, out=Path("g")))
+
+
+def test_ctrl_c_while_starting_leaves_no_traceback(tmp_path):
+    (tmp_path / "s.py").write_text("import _common\nraise KeyboardInterrupt\n")
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "s.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr == "stopped\n"
