@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from examples._common import device_of, start, write_json
-from pyro_pixels.result_tables import environment
 
 import torch
 
 from benchmarks import gpu_report
+from pyro_pixels.result_tables import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ Everything else about a world can be changed, too, by naming its configuration a
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from _common import say_where, start
 
