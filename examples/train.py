@@ -76,7 +76,8 @@ class Arguments:
     """How many CPU threads to use. By default one for states up to 256, whose products are too small to share, else one
     a core."""
     resume: bool = False
-    """Go on with the run in the folder, on its own data and with its own configuration; only --steps and --parts may change it."""
+    """Go on with the run in the folder, on its own data and with its own configuration; only --steps and --parts may
+    change it."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -117,8 +118,13 @@ class Job:
             f"training {self.folder}: guide '{self.config.guide}', {n_parameters:,} parameters, {len(self.data)} "
             f"sequences {tuple(self.data.images.shape[1:])}, {self.config.schedule.steps:,} steps on {self.device}"
         )
-        for warning in check_film(self.data) if self.config.data_file is not None else ():
-            print(f"  ! {warning}")
+        if self.config.data_file is not None:
+            print(
+                f"the last {self.config.n_held_out} of the {self.config.n_sequences} sequences in "
+                f"{self.config.data_file} are held out; the other scripts ask about these by default"
+            )
+            for warning in check_film(self.data):
+                print(f"  ! {warning}")
 
     def train(self, n_starts: int, progress: bool) -> FitResult:
         self.run, result = train_run(
