@@ -118,8 +118,13 @@ class Job:
             f"training {self.folder}: guide '{self.config.guide}', {n_parameters:,} parameters, {len(self.data)} "
             f"sequences {tuple(self.data.images.shape[1:])}, {self.config.schedule.steps:,} steps on {self.device}"
         )
-        for warning in check_film(self.data) if self.config.data_file is not None else ():
-            print(f"  ! {warning}")
+        if self.config.data_file is not None:
+            print(
+                f"the last {self.config.n_held_out} of the {self.config.n_sequences} sequences in "
+                f"{self.config.data_file} are held out; the other scripts ask about these by default"
+            )
+            for warning in check_film(self.data):
+                print(f"  ! {warning}")
 
     def train(self, n_starts: int, progress: bool) -> FitResult:
         self.run, result = train_run(
