@@ -19,20 +19,22 @@ TITLES = {
     "queries": ("queries/", "infer, predict, ask", "(Secs 3.3-3.5)"),
     "evaluation": ("evaluation/", "errors, floors,", "calibration, baselines"),
     "plots": ("plots/", "the paper's figures,", "figures of answers"),
+    "video": ("video/", "films of one's own:", "reading and tracks"),
     "shared": ("data, _batch, ...", "the data container", "and small helpers"),
     "top": ("config, presets, run*", "configurations, runs on", "disk and their figures"),
 }
 COLUMNS = {
-    "top": 0.5,
-    "evaluation": 1.75,
-    "training": 1,
-    "queries": 2,
-    "worlds": 0,
-    "model": 1,
-    "guides": 2,
+    "top": 3.5,
+    "evaluation": 0.5,
+    "training": 0,
+    "queries": 1,
+    "video": 2,
+    "model": 0,
+    "guides": 1,
+    "plots": 2.5,
+    "worlds": 3.5,
     "shared": 1.5,
     "lgssm": 1.5,
-    "plots": 3,
 }
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 178, 74, 22, 56, 16
 

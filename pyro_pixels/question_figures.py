@@ -84,7 +84,7 @@ class Scene(RunView):
         return Gaussians(mean - offset, cov)
 
     def true_moves(self) -> Tensor | None:
-        """(B, N, T, 2) in pixels, NaN in the last frame; None where the true paths are not known."""
+        """The true moves (B, N, T, 2) in pixels, NaN in the last frame; None if the true paths are unknown."""
         paths = self.data.paths
         if self.order is None or paths is None:
             return None
@@ -163,7 +163,7 @@ def draw_what_if(scene: Scene) -> Answer:
 
 
 def draw_evidence(scene: Scene) -> Answer:
-    """log p(v) by importance sampling beside the bound of Eq (7)."""
+    """Draws log p(v) by importance sampling beside the ELBO of Eq (7)."""
     args, T = (scene.model, scene.guide, scene.images, scene.n_objects), scene.images.shape[1]
     times = scene.progress(range(5), "bound")
     one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in times]).mean(0)

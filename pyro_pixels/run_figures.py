@@ -71,7 +71,7 @@ class RunView:
         return interpolate(self.run.model, self.run.guide, self.images, self.n_objects, ends, n_samples=n_samples)
 
     def reconstruction(self) -> Tensor:
-        """(B, T, H, W), the images that the renderer draws at the inferred positions."""
+        """The images (B, T, H, W) that the renderer draws at the inferred positions."""
         return reconstruct(self.run.model, self.run.guide, self.images, self.n_objects)
 
     def pick(self, per_n: int) -> Tensor:
@@ -93,7 +93,7 @@ def draw_sequences(data: ImageSequences, path: Path) -> Path:
 
 
 def draw_inference(view: RunView, out: Path) -> list[Path]:
-    """positions.png, like Fig 3."""
+    """Writes positions.png, like Fig 3."""
     rows, path = view.pick(3), out / "positions.png"
     n_objects = view.data.n_objects[rows]
     truth, mean = view.truth_and_inferred(rows)
@@ -111,7 +111,7 @@ def draw_inference(view: RunView, out: Path) -> list[Path]:
 
 
 def draw_generation(view: RunView, prediction: Prediction, out: Path) -> list[Path]:
-    """generated_images.png like Fig 6, generated_trajectories.png like Fig 8, and generation.gif."""
+    """Writes generated_images.png like Fig 6, generated_trajectories.png like Fig 8, and generation.gif."""
     tau, rows = view.n_seen, view.pick(2)
     truth, drawn = view.data.images, prediction.images.cpu()
     T = min(truth.shape[1], drawn.shape[1])
@@ -140,7 +140,7 @@ def draw_forecast(view: RunView, prediction: Prediction, path: Path) -> Path:
 
 
 def draw_interpolation(view: RunView, generated: Prediction, interpolated: Prediction, out: Path) -> list[Path]:
-    """interpolation.png, like Fig 9."""
+    """Writes interpolation.png, like Fig 9."""
     rows, path = view.pick(2), out / "interpolation.png"
     images = {
         "generated": generated.images.cpu()[rows],
@@ -158,7 +158,7 @@ def draw_interpolation(view: RunView, generated: Prediction, interpolated: Predi
 
 
 def draw_error_over_time(view: RunView, generated: Prediction, interpolated: Prediction, out: Path) -> list[Path]:
-    """error_over_time.png: mean error in each frame beside the floor; only where the true dynamics are known."""
+    """Writes error_over_time.png: mean error in each frame beside the floor; only where the true dynamics are known."""
     data, path = view.data, out / "error_over_time.png"
     if view.order is None or data.dynamics is None or data.positions is None:
         return []
@@ -212,7 +212,7 @@ def draw_stages(snapshots: Path, path: Path) -> list[Path]:
 
 
 def draw_training(folder: Path) -> list[Path]:
-    """training.png and inference_means.png, from the metrics and the snapshots in a run's folder."""
+    """Writes training.png and inference_means.png from the metrics and the snapshots in a run's folder."""
     path = folder / "training.png"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     plots.save_figure(plots.plot_training(lines), path)

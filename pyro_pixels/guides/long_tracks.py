@@ -1,8 +1,8 @@
-"""p(a_{1:T} | y) of long sequences in time and memory that grow with T alone, by Kalman filter and smoother.
+"""The distribution p(a_{1:T} | y) of long sequences in O(T) time and memory, by Kalman filter and smoother.
 
-`structured.ConditionedTracks` factorises a (2 T, 2 T) matrix for every sequence, object and component: the fastest way
-for short sequences, and hopeless for long ones, since work grows with T^3. Here the same distribution is that of a
-linear-Gaussian state-space model whose observation noise is Sigma_A + R_t:
+`structured.ConditionedTracks` factorises a (2 T, 2 T) matrix for every sequence, object and component. That is the
+fastest way for short sequences, but infeasible for long ones, as it takes O(T^3). Here the same distribution is that of
+a linear-Gaussian state-space model whose observation noise is Sigma_A + R_t:
 
     y_t = B h_t + N(0, Sigma_A + R_t),   a_t | h_t, y_t ~ N(B h_t + G_t (y_t - B h_t), (I - G_t) Sigma_A),
     G_t = Sigma_A (Sigma_A + R_t)^-1,
@@ -25,7 +25,7 @@ from pyro_pixels.lgssm.small_matrices import categorical_sample
 
 
 class FilteredTracks(TorchDistribution):
-    """p(a_{1:T} | y) when y = a + N(0, R) was measured, as `ConditionedTracks`, in O(T).
+    """The posterior p(a_{1:T} | y) given measurements y = a + N(0, R), as `ConditionedTracks`, in O(T).
 
     Args:
         dynamics: gives the prior p(a), Eq (10).
@@ -102,7 +102,7 @@ class FilteredTracks(TorchDistribution):
 
     @property
     def frame_covariance(self) -> Tensor:
-        """(..., T, 2, 2), the covariance of a_t in each frame."""
+        """The covariance of a_t in each frame, (..., T, 2, 2)."""
         B, means, w = self._lgssm.B, self._component_means, self.component.probs
         rest = torch.eye(2, dtype=B.dtype, device=B.device) - self._G
         within = rest @ (B @ self._smoothed_cov @ B.mT) @ rest.mT + rest @ self._lgssm.Sigma_A

@@ -254,7 +254,7 @@ def resample_labels(
 
 
 class UntangledGuide(Guide):
-    """q(a | v) of a guide like the paper's, its objects renamed in each frame as `untangle` renames its means.
+    """The q(a | v) of a guide like the paper's with objects renamed in each frame as `untangle` renames its means.
 
     Its parameters are those of ``guide``; the dynamics are the model's and not its own. The names are a function of the
     images, so that this is a distribution over a like any other, with a bound of its own.

@@ -161,8 +161,8 @@ def _future(model: PixelModel, h: Tensor, n_objects: Tensor, n_frames: int) -> d
     lgssm = model.dynamics.lgssm()
     h = kalman.sample_rollout(lgssm, h[..., -1, :], n_frames)
     a = kalman.sample_observations(lgssm, h)
-    v = torch.bernoulli(render(model, a, n_objects)).to(torch.uint8)
-    return {"a": a, "h": h, "v": v}  # NaN stays NaN; the renderer skips it
+    v = torch.bernoulli(render(model, a.nan_to_num(), n_objects)).to(torch.uint8)
+    return {"a": a, "h": h, "v": v}  # absent objects stay NaN
 
 
 def _prior(model: PixelModel, n_objects: Tensor, n_frames: int, n: int) -> Groups:

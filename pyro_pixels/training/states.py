@@ -156,6 +156,7 @@ def fingerprint(data: ImageSequences | None, tracks: Tensor | None = None) -> st
 
 
 def is_finite(x: Tensor) -> bool:
+    """Tells whether all values are finite; integers always are."""
     return (not x.is_floating_point() and not x.is_complex()) or bool(x.isfinite().all())
 
 
