@@ -25,7 +25,6 @@ COMMIT = "478dc58"  # before the step was made faster
 WORKER = """
 import json, sys, time
 tree, n_threads = sys.argv[1], int(sys.argv[2])
-sys.path[:0] = [tree, tree + "/benchmarks", tree + "/examples"]
 import torch
 torch.set_num_threads(n_threads)
 import pyro_pixels
@@ -51,7 +50,11 @@ class Version:
     """A process that takes steps of the package in a folder."""
 
     def __init__(self, tree: Path, n_threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads), "PYTHONPATH": str(tree)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(n_threads),
+            "PYTHONPATH": f"{tree}:{tree}/benchmarks:{tree}/examples",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER, str(tree), str(n_threads)],
             cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

@@ -3,13 +3,15 @@
 Writes a contact sheet beside it, which shows what the model will see, and says what was done and what may go wrong.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from _common import say_where, start
+
 import tyro
 
+from pyro_pixels._options import result_file
 from pyro_pixels.plots.film import plot_contact_sheet
 from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.video import check_film, prepare_video, save_prepared
@@ -44,6 +46,8 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    for film in args.films:
+        result_file(args.out, ".npz", Path(film))
     print(f"reading {', '.join(args.films)}")
     n = args.n_objects[0] if len(args.n_objects) == 1 else (args.n_objects or None)
     prepared = prepare_video(
@@ -62,12 +66,8 @@ def main(args: Arguments) -> None:
         notes=prepared.notes,
     )  # fmt: skip
     save_figure(figure, sheet)
-    print(f"  {args.out}\n  {sheet}")
+    say_where([args.out, sheet])
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments, description=__doc__))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    start(main, Arguments, __doc__)

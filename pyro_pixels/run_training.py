@@ -63,11 +63,12 @@ def train_run(
 
 
 def refuse_another(config: RunConfig, folder: Path) -> None:
-    """Raises a ValueError if the folder's run differs from ``config`` in anything but how long it is trained."""
+    """Raises a ValueError if the folder's run differs from ``config`` in more than its numbers of steps and parts."""
     there: RunConfig = load_config(folder)
     if there.n_held_out is None:  # as before there was the field
         there = replace(there, n_held_out=config.n_held_out)
-    if replace(there, schedule=replace(there.schedule, steps=config.schedule.steps)) != config:
+    schedule = replace(there.schedule, steps=config.schedule.steps, parts=config.schedule.parts)
+    if replace(there, schedule=schedule) != config:
         raise ValueError(f"{folder} holds a run of another configuration; remove it, or choose another folder")
 
 
