@@ -121,8 +121,8 @@ def check_health(
       image, averaged over the values of N; the ratio is left out if the likelihood is a density, whose zero is
       arbitrary.
     - ``innovation_mean_square``, ``innovation_autocorrelation``: of the standardised innovations of a Kalman filter
-    under
-      the likeliest component, from the third frame on, without unexplained tracks; the latter between adjacent frames.
+      under the likeliest component, from the third frame on, without unexplained tracks; the latter between adjacent
+      frames.
     - ``path_residual``: root mean square of a minus the nearest noise-free path of the dynamics, in the direction in
       which it is largest; ``smoothing_residual``: the same of a - B E[h | a], much smaller where Sigma_H explains a
       fold; ``position_noise``: the same of Sigma_A.
