@@ -42,7 +42,7 @@ class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 
     rate_theta: float = 6e-3  # 0.001
     rate_u: float = 4e-4  # 0.001, of u and delta
     decay: float = 0.1  # 1, by how much the rates have fallen at the last step
-    steps: int = 1_500  # 200,000
+    steps: int = 1_000  # 200,000
 
 
 PAPER = Settings(48, 48, 1024, 0.1, 1e-3, 1, 1, 1, 0, 0, 0, 0, 10_000, 10_000, 100, 1, 1e-3, 1e-3, 1e-3, 1, 200_000)

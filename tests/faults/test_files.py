@@ -117,7 +117,7 @@ class FullDisk:
         monkeypatch.setattr(os, call, full)
 
 
-@pytest.mark.parametrize("after", range(0, 16, 3))
+@pytest.mark.parametrize("after", range(0, 16, 6))
 @pytest.mark.parametrize("call", ["open", "fsync", "replace"])
 def test_a_full_disk_leaves_what_was_there_and_is_said_in_one_line(tmp_path, monkeypatch, call, after):
     train(tmp_path / "whole")

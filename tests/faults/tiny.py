@@ -95,10 +95,12 @@ def kill_at_write(n: int, after: bool = False) -> Callable[[], None]:
                 count += 1
                 if count == n and not after:
                     os.kill(os.getpid(), signal.SIGKILL)
-                result = call(*args, **options)
-                if count == n:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
+                here = count == n
+                try:
+                    return call(*args, **options)
+                finally:
+                    if here:
+                        os.kill(os.getpid(), signal.SIGKILL)
 
             return wrapped
 
