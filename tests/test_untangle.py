@@ -48,7 +48,7 @@ def test_gains_are_the_changes_of_log_p():
     torch.manual_seed(0)
     dynamics, n_objects, T = make_dynamics(), torch.tensor([3, 2, 1]), 4
     a = 0.3 * torch.randn(3, 3, T, 2)
-    gains = _Moves(dynamics, n_objects, 3, T, True, 0.0).gains(a)
+    gains = _Moves(dynamics, n_objects, 3, T, True, 0.0).gains(a).detach()
     before = log_p(dynamics, a, n_objects)
     pairs = list(itertools.combinations(range(3), 2))
     for b, (q, (i, j)), s, e in itertools.product(range(3), enumerate(pairs), range(T), range(T)):
