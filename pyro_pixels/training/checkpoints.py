@@ -74,7 +74,10 @@ def _check_archive(path: Path, content: bytes) -> None:
             entries = archive.infolist()
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
             fits = sum(entry.file_size for entry in entries) <= len(content)
-            wrong = archive.testzip() if stored and fits else "its entries are larger than the file"
+            bad = archive.testzip() if stored and fits else None
+            wrong = None if bad is None else f"its entry {bad!r} is damaged"
+            if not (stored and fits):
+                wrong = "its entries are larger than the file"
     except Exception as error:  # zipfile raises many kinds
         wrong = _first_line(error)
     if wrong is not None:
