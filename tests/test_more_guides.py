@@ -57,7 +57,7 @@ def test_only_objects_that_are_there_count(run, small_data):
     of_each = run.guide.q(small_data.images, small_data.n_objects).log_prob(a)
     wanted = (of_each * object_mask(small_data.n_objects, 3)).sum(1)
     assert torch.isfinite(of_each).all()
-    torch.testing.assert_close(log_prob, wanted, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(log_prob, wanted.to(log_prob), rtol=1e-5, atol=1e-3)
 
 
 def test_queries_of_every_kind(run, small_data):

@@ -113,7 +113,7 @@ def test_an_array_of_objects_in_a_file_says_what_to_write_instead(tmp_path):
     images = np.empty(2, dtype=object)
     images[:] = [np.zeros((20, 8, 8), np.uint8), np.zeros((15, 8, 8), np.uint8)]
     np.savez_compressed(tmp_path / "unequal.npz", images=images, n_objects=np.ones(2, np.int64))
-    with pytest.raises(ValueError, match=r"sequences of unequal length: make ImageSequences\(list_of_arrays"):
+    with pytest.raises(ValueError, match=r"sequences of unequal length do: ImageSequences\(list_of_arrays"):
         load_sequences(tmp_path / "unequal.npz")
     assert ImageSequences(images, 1).seen.sum(1).tolist() == [20, 15]
 

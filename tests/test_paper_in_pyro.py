@@ -120,7 +120,7 @@ def test_the_papers_settings_are_those_of_the_librarys_paper_preset():
     wanted = Settings(
         H=config.data.height, W=config.data.width, D=config.state_size, delta=d.delta, Sigma_H=d.state_noise,
         Sigma_A=d.position_noise, Sigma_k=d.start_variance, mu_position=d.start_spread,
-        mu_velocity=d.start_velocity_spread, W_std=0.0, b_v=config.background_logit,
+        mu_velocity=d.start_velocity_spread, W_std=0.0, b_v=config.background_logit, ramps=0.0,
         learn_dynamics=schedule.learn_from["model.dynamics"], learn_noise=schedule.learn_from["model.dynamics"],
         beta=schedule.kl_start, beta_last=1.0, rate_phi=schedule.learning_rate, rate_theta=schedule.learning_rate,
         rate_u=schedule.learning_rate, decay=1.0, steps=schedule.steps,
@@ -132,7 +132,7 @@ def test_the_papers_settings_are_those_of_the_librarys_paper_preset():
 @pytest.mark.parametrize("name", ["paper", "quick"])
 def test_weights_start_as_those_of_the_library(name):
     """The same spread of every weight and bias, within sampling error; the others are equal."""
-    s = PAPER._replace(D=64) if name == "paper" else Settings(D=64)
+    s = PAPER._replace(D=64) if name == "paper" else Settings(D=64, ramps=0.0)
     config = replace(PRESETS[name], guide="recurrent", state_size=64, guide_state_size=None)
     ours = build(config)
     torch.manual_seed(0)
@@ -144,6 +144,22 @@ def test_weights_start_as_those_of_the_library(name):
         drawn = not key.startswith("dynamics")
         error = 5 / p.numel() ** 0.5 if drawn else 1e-3  # 5 sigma of a difference; the library's floor of Sigma_A
         assert abs(spread - wanted) <= error * wanted + 1e-6, key
+
+
+def test_images_weights_start_as_ramps():
+    """Added to the paper's start: planes over the image, each axis from -1 to 1, which least squares finds."""
+    networks = []
+    for ramps in (0.0, 3.0):
+        torch.manual_seed(0)
+        networks.append(PaperInPyro(Settings(H=12, W=16, D=8, ramps=ramps), 1).network)
+    grid = torch.cartesian_prod(torch.linspace(-1, 1, 12), torch.linspace(-1, 1, 16))  # (P, 2)
+    for name in ("beta", "s_hat"):
+        flat, ramp = (getattr(network, name).weight.detach() for network in networks)
+        added = (ramp - flat)[:, 16:] / flat.std()
+        slopes = torch.linalg.lstsq(grid, added.T).solution  # (2, D)
+        torch.testing.assert_close(grid @ slopes, added.T, rtol=1e-4, atol=1e-4)
+        assert 1.0 < float(slopes.std()) < 6.0  # 3 times N(0, 1)
+        assert torch.equal(ramp[:, :16], flat[:, :16])
 
 
 def test_what_is_held_stays(small_data):

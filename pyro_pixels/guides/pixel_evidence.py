@@ -28,6 +28,7 @@ from scipy.stats import binom, norm
 from torch import Tensor, nn
 
 FRAMES = 2_000  # that the estimates are made from
+FRAMES_LEAST = 30  # in fewer an object that is slow looks like background
 Z_STEP, Z_BINS = 0.25, 80  # the grid on which the probability of an object is kept, in standard deviations of the noise
 Z_LEAST = 2.0  # below it the noise explains a pixel
 WORSE = 0.1  # objects a frame
@@ -122,7 +123,8 @@ class PixelEvidence(nn.Module):
         device = self.background.device
         self._reset()
         frames, counts = _some_frames(images, n_objects)
-        if not len(frames):
+        if len(frames) < FRAMES_LEAST:
+            self.to(device)
             return self.statistics
         background = _background(frames)
         plain, without = _evidence(frames), None
