@@ -4,9 +4,7 @@ Each version runs in a process of its own, from its own files, and takes a step 
 else the machine does falls on both alike.
 """
 
-import argparse
 import io
-import json
 import os
 import statistics
 import subprocess
@@ -125,17 +123,3 @@ def ratios(seconds: dict[str, dict[str, list[list[float]]]]) -> dict[str, float]
         for i in range(3):
             found[f"N = {i + 1}, {kind}"] = statistics.median(b[i] / n[i] for b, n in pairs)
     return found
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", default=COMMIT)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    found = compare(arguments.commit, arguments.rounds, arguments.threads)
-    for name, times in found["seconds"].items():
-        for kind, rounds in times.items():
-            ms = [1e3 * statistics.median(r[i] for r in rounds) for i in range(3)]
-            print(name, kind, " / ".join(f"{x:.1f}" for x in ms), "ms for N = 1 / 2 / 3")
-    print(json.dumps(found["ratio"], indent=2))

@@ -178,7 +178,7 @@ class StatePath(TorchDistribution):
 
 
 def log_normal(e: Tensor, C: Tensor, L: Tensor) -> Tensor:
-    """log N(e; 0, C) (..., K) of e (..., K, d), for C (K, d, d) and its Cholesky factor L."""
+    """Returns log N(e; 0, C) (..., K) of e (..., K, d), for C (K, d, d) and its Cholesky factor L."""
     return _LogNormal.apply(e, C, L)  # type: ignore[no-any-return]
 
 

@@ -37,7 +37,7 @@ def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor,
 
 
 def summed_response(F: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor) -> tuple[Tensor, Tensor]:
-    """drift (T p,) and V (T p, T p) of `response`, from F (T, p, d), u, Sigma_H and Sigma_A."""
+    """Returns drift (T p,) and V (T p, T p) of `response`, from F (T, p, d), u, Sigma_H and Sigma_A."""
     return _Response.apply(F, u, Sigma_H, Sigma_A)  # type: ignore[no-any-return]
 
 
