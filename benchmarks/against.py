@@ -5,6 +5,7 @@ else the machine does falls on both alike.
 """
 
 import io
+import json
 import os
 import statistics
 import subprocess

@@ -53,6 +53,8 @@ def check_values(images: Tensor, observed: Tensor | None = None, what: str = "im
     if observed is not None:
         looked_at = looked_at & observed
     pixels = images[looked_at.expand(images.shape[:2])]
+    if images.is_floating_point() and not bool(images[unseen_frames(images)].isnan().all()):
+        raise ValueError(f"{what} have NaN among the pixels of a frame; only whole frames may be NaN, as not seen")
     if pixels.numel() and not bool((pixels.min() >= 0) & (pixels.max() <= 1)):  # false for NaN too
         low, high = float(pixels.min()), float(pixels.max())
         if low != low:
