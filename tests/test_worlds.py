@@ -261,7 +261,7 @@ def test_grey_files_with_values_beyond_black_and_white_raise(tmp_path, value):
     assert load_sequences(tmp_path / "good.npz").images.dtype == torch.float32
     images[1, 2, 0, 0] = value
     np.savez(tmp_path / "bad.npz", images=images, n_objects=np.ones(2, int))
-    with pytest.raises(ValueError, match="wanted 0 for black to 1 for white|only whole frames may be NaN"):
+    with pytest.raises(ValueError, match=r"wanted 0 for black to 1 for white|only whole frames may be NaN"):
         load_sequences(tmp_path / "bad.npz")
 
 
