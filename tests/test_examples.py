@@ -330,7 +330,7 @@ def test_questions_without_a_truth(own_file, tmp_path):
     done = script("gallery", "--no-pretrained", *options, "--out", "g", "--pictures", *pictures, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = script("ask", "--question", "calibration", *options, cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
 
 
 def test_a_sweep_goes_on_where_it_was(tmp_path):
