@@ -75,7 +75,8 @@ def main(args: Arguments) -> None:
 def first_frames(data: ImageSequences, n: int) -> ImageSequences:
     """The images and positions of the first ``n`` frames."""
     positions = None if data.positions is None else data.positions[:, :, :n]
-    return dataclasses.replace(data, images=data.images[:, :n], positions=positions)
+    paths = None if data.paths is None else data.paths[:, :, :n]
+    return dataclasses.replace(data, images=data.images[:, :n], positions=positions, paths=paths)
 
 
 def in_the_models_order(data: ImageSequences, view: RunView) -> ImageSequences | None:
