@@ -11,6 +11,7 @@ from pyro_pixels.model.likelihoods import LIKELIHOODS
 from pyro_pixels.runs import GUIDES, build
 from pyro_pixels.training.distillation import GivenTracks
 from pyro_pixels.training.elbo import AnnealedELBO
+from pyro_pixels.training.own_tracks import OwnTracks
 from pyro_pixels.training.step_runners import Batch, Steps
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
@@ -24,7 +25,7 @@ def small(guide, likelihood="bernoulli", clutter=0.0, n_frames=11):
     return RunConfig(guide=guide, likelihood=likelihood, clutter=clutter, state_size=8, data=data)
 
 
-def walk(config, device, objective=AnnealedELBO):
+def walk(config, device, objective=AnnealedELBO, random_order=False):
     """One step on the device: forward, backward, update. Returns what was noted, and the loss's terms."""
     run, data = build(config), simulate(config.data, 6, seed=0)
     device.put(run.model)
@@ -33,13 +34,14 @@ def walk(config, device, objective=AnnealedELBO):
     tracks = None
     if objective is GivenTracks:
         tracks = OnDevice(torch.zeros(6, 3, config.data.n_frames, 2), device.device)
-    elbo = objective(OnDevice(torch.tensor(2.0), device.device))
+    elbo = objective(kl_weight=OnDevice(torch.tensor(2.0), device.device))
+    elbo.random_order = random_order
     loss = elbo(run.model, run.guide)
     steps = Steps(elbo, loss, 1e-3, {1.0: list(loss.parameters())})
     index = OnDevice(torch.arange(6), device.device)
     batch = Batch(images, n_objects, index, KNOWN, seed=0, tracks=tracks)
     with pyro.validation_enabled(False), knowing(KNOWN):
-        if tracks is not None:  # as before a recording: the orders of objects are made once
+        if objective is not AnnealedELBO:  # as before a recording: the orders of objects are made once
             steps.take(batch)
             device.operations.clear()
             device.copies.clear()
@@ -66,6 +68,14 @@ def test_a_recording_can_hold_a_longer_step(guide):
     """p(a) goes by blocks from 64 frames on."""
     with PretendDevice("cuda:0") as device:
         walk(small(guide, n_frames=70), device)
+    assert sorted(UNRECORDABLE & set(device.operations)) == []
+    assert device.copies == []
+
+
+@pytest.mark.parametrize("objective", [AnnealedELBO, OwnTracks])
+def test_a_recording_can_hold_a_step_that_draws_in_random_order_and_one_that_learns_from_its_own(objective):
+    with PretendDevice("cuda:0") as device:
+        walk(small("recurrent"), device, objective, random_order=True)
     assert sorted(UNRECORDABLE & set(device.operations)) == []
     assert device.copies == []
 

@@ -408,6 +408,8 @@ def test_a_shortened_schedule_has_everything_at_the_same_share_of_its_steps():
     assert [short.kl_weight(step) for step in (0, 139, 140)] == [quick.kl_weight(step) for step in (0, 699, 700)]
     assert short.learning_rate_at(150) == quick.learning_rate_at(750)
     assert quick.shortened(quick.steps) == quick
+    later = replace(quick, own_tracks_from=500, random_order_from=700).shortened(200)
+    assert (later.own_tracks_from, later.random_order_from) == (100, 140)
 
 
 def test_fewer_steps_shorten_the_schedule_and_more_are_added_at_its_end():

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import oracles
@@ -11,7 +12,7 @@ from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.lgssm.dynamics import Dynamics
-from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.pixel_model import PixelModel, drawing_in_random_order
 from pyro_pixels.model.renderer import Renderer
 from pyro_pixels.training.elbo import AnnealedELBO
 
@@ -119,6 +120,35 @@ def test_permuting_objects_leaves_p_a_alone_but_not_p_v_given_a():
         permuted_p_a, permuted_p_v = log_probs(a[:, order])
         torch.testing.assert_close(permuted_p_a, p_a, rtol=1e-12, atol=0)
         assert ((permuted_p_v - p_v).abs() > 1e-3).all()
+
+
+def test_objects_are_drawn_in_random_order_where_asked_and_nothing_else_is_random():
+    model, n_objects = make_model(), torch.tensor([3, 1, 2, 3])
+    for p in model.renderer.parameters():
+        torch.nn.init.normal_(p)
+    a, images = torch.randn(4, 3, 6, 2), make_images(4, 6)
+    conditioned = poutine.condition(model, data={"a": a})
+
+    def log_p_v():
+        trace = poutine.trace(conditioned).get_trace(images, n_objects)
+        trace.compute_log_prob()
+        return trace.nodes["a"]["log_prob"], trace.nodes["v"]["log_prob"]
+
+    log_p_a, in_order = log_p_v()
+    orders = []
+    for order in itertools.permutations(range(3)):
+        logits = model.renderer(a[:, list(order)], object_mask(n_objects, 3)[:, list(order)])
+        orders.append(model.likelihood(logits).log_prob(images.float()))
+    orders = torch.stack(orders)
+    with drawing_in_random_order():
+        drawn = [log_p_v() for _ in range(60)]
+    torch.testing.assert_close(torch.stack([x for x, _ in drawn]), log_p_a.expand(60, 4))
+    found = torch.stack([x for _, x in drawn])
+    distance = (found.unsqueeze(1) - orders).abs() / orders.abs()
+    assert distance.amin(1).max() < 1e-6  # each is one of the orders
+    assert (distance[:, :, 0] < 1e-6).any(0).all()  # and of three objects each order comes
+    torch.testing.assert_close(found[:, 1], in_order[1].expand(60))  # of one object there is one
+    torch.testing.assert_close(log_p_v()[1], in_order)
 
 
 def test_log_p_v_is_the_sum_of_the_pixels_bernoulli_log_probabilities():

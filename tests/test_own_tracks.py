@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -7,7 +9,7 @@ from test_untangle import make_dynamics
 from pyro_pixels.guides import Guide
 from pyro_pixels.guides.untangling import untangle
 from pyro_pixels.model import PixelModel, Renderer
-from pyro_pixels.training import AnnealedELBO
+from pyro_pixels.training import AnnealedELBO, Schedule, fit
 from pyro_pixels.training.distillation import log_prob_in_best_order
 from pyro_pixels.training.own_tracks import OwnTracks, share_of_renamed
 
@@ -97,3 +99,28 @@ def test_share_of_renamed():
     a[:, 0, 7:], a[:, 1, 7:] = a[:, 1, 7:].clone(), a[:, 0, 7:].clone()
     assert share_of_renamed(dynamics, a, torch.full((5,), 2)) > 0.2
     assert share_of_renamed(dynamics, a[:, :1], torch.ones(5, dtype=torch.int64)) == 0.0
+
+
+@pytest.mark.parametrize("change", [{"own_tracks_from": 3}, {"random_order_from": 3}])
+def test_the_schedule_says_from_which_step_on_and_training_resumes_within(change, small_data, tmp_path):
+    schedule = Schedule(steps=6, batch_size=6, learn_from={}, anneal_from=6, evaluate_every=1)
+
+    def train(schedule, steps=6, resume=False, run_dir=None):
+        model, guide = make_model(), make_guide()
+        lines = []
+        fit(
+            model, guide, small_data, replace(schedule, steps=steps), resume=resume, run_dir=run_dir, progress=False,
+            on_evaluation=lambda line: lines.append(line["bound_per_frame"]),
+        )  # fmt: skip
+        return lines, guide.state_dict()
+
+    plain, _ = train(schedule)
+    changed, weights = train(replace(schedule, **change))
+    assert changed[:3] == plain[:3]
+    assert changed[4:] != plain[4:]
+    never, _ = train(replace(schedule, own_tracks_from=3, own_tracks_weight=0.0))
+    assert never == plain
+    train(replace(schedule, **change), 4, run_dir=tmp_path)
+    _, resumed = train(replace(schedule, **change), resume=True, run_dir=tmp_path)
+    for name, value in weights.items():
+        assert torch.equal(resumed[name], value)

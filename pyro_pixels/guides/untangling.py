@@ -27,6 +27,7 @@ Departures from the paper: it has nothing of the kind. The posterior of the mode
 
 import itertools
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import pyro.distributions as dist
@@ -34,11 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_pixels._batch import object_mask
+from pyro_pixels._batch import most_objects, object_mask
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.lgssm.marginal import marginal_moments
+from pyro_pixels.lgssm.small_matrices import cholesky_inverse
 
 MOST_EXCHANGES = 30
 LEAST_GAIN = 1e-6  # nats
@@ -88,14 +90,13 @@ class _Moves:
 
     def __init__(self, dynamics: Dynamics, n_objects: Tensor, N: int, T: int, windows: bool, slack: float) -> None:
         lgssm = dynamics.lgssm()
-        lgssm = lgssm._replace(Sigma_A=lgssm.Sigma_A + slack * torch.eye(2).to(lgssm.Sigma_A))
+        lgssm = lgssm._replace(Sigma_A=lgssm.Sigma_A + slack * torch.eye(2, device=lgssm.Sigma_A.device))
         self.mean, C = marginal_moments(lgssm, T)  # (K, 2 T), (K, 2 T, 2 T)
         L = torch.linalg.cholesky_ex(C).L
-        self.P = torch.cholesky_inverse(L)
+        self.P = cholesky_inverse(L)
         log_pi = dynamics.log_pi.to(C.dtype).log_softmax(-1)
         self.log_weight = log_pi - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (K,)
-        pairs = list(itertools.combinations(range(N), 2))
-        self.i, self.j = torch.tensor(pairs, device=C.device).reshape(-1, 2).unbind(1)
+        self.i, self.j = _pairs(N, C.device)
         starts, ends = torch.arange(T, device=C.device)[:, None], torch.arange(1, T + 1, device=C.device)
         allowed = (starts < ends) & ~((starts == 0) & (ends == T))  # exchanging all frames changes nothing
         if not windows:
@@ -105,8 +106,11 @@ class _Moves:
         self.lengths = SHORTEST_FIRST * (ends - starts)  # (T, T)
         self.T = T
 
-    def gains(self, a: Tensor) -> Tensor:
-        """(B, pairs, T, T): of exchanging frames s to e, both included, at [..., s, e]; -inf where there is no move."""
+    def gains(self, a: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """(b, pairs, T, T): of exchanging frames s to e, both included, at [..., s, e]; -inf where there is no move.
+
+        ``a`` (b, N, T, 2) are the tracks of the sequences ``rows``, by default of all.
+        """
         K, T = len(self.mean), self.T
         a = a.to(self.P.dtype)
         e = a.flatten(2).unsqueeze(2) - self.mean  # (B, N, K, 2 T)
@@ -124,7 +128,7 @@ class _Moves:
             changed.append(self._log_p(distance[:, n][..., None, None] + 2 * sign * along + window, -3))
         now = self._log_p(distance, -1)
         gain = changed[0] + changed[1] - (now[:, self.i] + now[:, self.j])[..., None, None]
-        return torch.where(self.allowed, gain, -torch.inf)
+        return torch.where(self.allowed[rows], gain, -torch.inf)
 
     def _log_p(self, distance: Tensor, dim: int) -> Tensor:
         """log p of tracks, up to a constant, from e' P_k e."""
@@ -142,6 +146,13 @@ class _Moves:
         labels = labels.clone()
         labels[rows, i], labels[rows, j] = torch.where(inside, y, x), torch.where(inside, x, y)
         return labels
+
+
+@lru_cache
+def _pairs(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first and the second object of each pair; kept, so that a recorded step copies nothing to the device."""
+    i, j = torch.tensor(list(itertools.combinations(range(N), 2)), device=device).reshape(-1, 2).unbind(1)
+    return i, j
 
 
 @torch.no_grad()
@@ -174,15 +185,18 @@ def untangle(
     gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     if N > 1 and T > 1:
         moves = _Moves(dynamics, n_objects, N, T, windows, slack)
+        rows = torch.arange(B, device=a.device)
         for _ in range(most):
-            gains = moves.gains(renamed(given, labels))
+            gains = moves.gains(renamed(given[rows], labels[rows]), rows)
             move = (gains - moves.lengths).flatten(1).argmax(1)
             best = gains.flatten(1).gather(1, move[:, None]).squeeze(1)
             better = best > LEAST_GAIN
-            if not bool(better.any()):
-                break
-            labels = moves.apply(labels, move, better)
-            gain = gain + torch.where(better, best, 0.0)
+            if a.device.type == "cpu":  # elsewhere nothing waits for what was found, so that it can be recorded
+                rows, move, best, better = (x[better] for x in (rows, move, best, better))
+                if not len(rows):
+                    break
+            labels[rows] = moves.apply(labels[rows], move, better)
+            gain[rows] += torch.where(better, best, 0.0)
     return Untangled(renamed(a, labels), labels, gain)
 
 
@@ -295,6 +309,6 @@ def _check(a: Tensor, n_objects: Tensor) -> tuple[int, int, int]:
         raise ValueError(
             f"tracks have shape {tuple(a.shape)} and n_objects {tuple(n_objects.shape)}; wanted (B, N, T, 2) and (B,)"
         )
-    if len(n_objects) and int(n_objects.max()) > a.shape[1]:
-        raise ValueError(f"n_objects says {int(n_objects.max())} objects, the tracks have {a.shape[1]}")
+    if len(n_objects) and most_objects(n_objects) > a.shape[1]:
+        raise ValueError(f"n_objects says {most_objects(n_objects)} objects, the tracks have {a.shape[1]}")
     return a.shape[0], a.shape[1], a.shape[2]

@@ -20,7 +20,7 @@ from pyro_pixels._pyro import parameters_known
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm.sharing import sharing
-from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.model.pixel_model import PixelModel, drawing_in_random_order
 
 
 class ScaleLatents(ScaleMessenger):
@@ -46,16 +46,17 @@ class BoundTerms(NamedTuple):
 class AnnealedELBO(Trace_ELBO):
     """The ELBO of Eq (7) with its KL multiplied by ``kl_weight`` (beta in Sec 3.2), a number or 0-dimensional tensor.
 
+    With ``random_order`` the renderer draws the objects of each sequence in random order (`drawing_in_random_order`).
     After each evaluation `terms` holds the terms of the unweighted ELBO (of the last particle).
     """
 
-    def __init__(self, kl_weight: float | Tensor = 1.0, **options: Any) -> None:
+    def __init__(self, kl_weight: float | Tensor = 1.0, *, random_order: bool = False, **options: Any) -> None:
         super().__init__(**options)
-        self.kl_weight = kl_weight
+        self.kl_weight, self.random_order = kl_weight, random_order
         self.terms: BoundTerms | None = None
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
-        with ScaleLatents(self.kl_weight), sharing():
+        with ScaleLatents(self.kl_weight), sharing(), drawing_in_random_order(self.random_order):
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         for name in guide_trace.stochastic_nodes:
             site: Any = guide_trace.nodes[name]

@@ -35,6 +35,14 @@ class Schedule:
     kl_before: Rate = 1.0
     one_n_per_batch: bool = False
     """Whether all sequences of a batch have the same N, which saves work for absent objects; else N is mixed."""
+    random_order_from: Step | None = None
+    """The step from which the renderer draws the objects of each sequence in random order in training
+    (`drawing_in_random_order`); None: always the first one first, as in the paper."""
+    own_tracks_from: Step | None = None
+    """The step from which the guide also learns from its own draws with their names put right (`OwnTracks`); None:
+    never."""
+    own_tracks_weight: Annotated[float, Bounds(0, 1e6)] = 3.0
+    """The weight of these lessons beside the bound."""
     single_object_steps: Step = 0
     """The number of initial steps that use only sequences with N = 1."""
     fit_starts_at: tuple[Step, ...] = ()
@@ -63,6 +71,8 @@ class Schedule:
             decay_from=None if self.decay_from is None else at(self.decay_from),
             learn_from={prefix: at(step) for prefix, step in self.learn_from.items()},
             anneal_from=at(self.anneal_from),
+            own_tracks_from=None if self.own_tracks_from is None else at(self.own_tracks_from),
+            random_order_from=None if self.random_order_from is None else at(self.random_order_from),
             anneal_steps=at(self.anneal_steps),
             single_object_steps=at(self.single_object_steps),
             fit_starts_at=tuple(at(step) for step in self.fit_starts_at),

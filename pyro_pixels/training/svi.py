@@ -25,6 +25,7 @@ from pyro_pixels.training.elbo import AnnealedELBO, bound
 from pyro_pixels.training.film import look_at_film, most_weights
 from pyro_pixels.training.finite import GOOD_SEQUENCES, saying_what_is_not_finite, what_is_not_finite
 from pyro_pixels.training.loop import Loop
+from pyro_pixels.training.own_tracks import OwnTracks
 from pyro_pixels.training.processes import is_first_process, n_processes
 from pyro_pixels.training.schedule import Schedule, by_longest_prefix, check_prefixes
 from pyro_pixels.training.start_mixture import fit_starts
@@ -101,12 +102,16 @@ class Training(Loop):
         if tracks is not None and tracks.shape[:1] != data.n_objects.shape:
             raise ValueError(f"there are {len(tracks)} tracks for {len(data)} sequences; wanted as many of both")
         self.batches = Batches(data, schedule, seed)
-        elbo = objective()
+        elbo = self._objective()
         loss = elbo(model, guide)  # a module: its parameters are the model's and the guide's
         self.parameters = dict(loss.named_parameters())
         check_prefixes(schedule, self.parameters)
         self._marks: dict[str, str | None] = {}
         self.steps = self._runner(elbo, loss)
+
+    def _objective(self) -> AnnealedELBO:
+        own = self.objective is AnnealedELBO and self.schedule.own_tracks_from is not None
+        return OwnTracks() if own else self.objective()
 
     def _runner(self, elbo: AnnealedELBO, loss: nn.Module) -> Steps:
         """Takes the steps: in this process, in several, or as CUDA graphs."""
@@ -164,6 +169,7 @@ class Training(Loop):
             for name, p in self.parameters.items():
                 p.requires_grad_(step >= by_longest_prefix(schedule.learn_from, name, 0))
             self.steps.set(schedule.kl_weight(step), schedule.learning_rate_at(step))
+            self._set(self.steps.elbo)
             seed = self.seed * 1_000_003 + step
             if schedule.parts > 1:
                 torch.manual_seed(seed)  # each step's own, whichever process takes it
@@ -179,6 +185,14 @@ class Training(Loop):
             if full:
                 raise MemoryError(self._too_large(batch))
         self._rng = torch.get_rng_state()
+
+    def _set(self, elbo: AnnealedELBO) -> None:
+        """Sets what the schedule changes of the objective at this step, besides the weight of the KL."""
+        order_from, own_from = self.schedule.random_order_from, self.schedule.own_tracks_from
+        if order_from is not None:
+            elbo.random_order = self.step >= order_from
+        if own_from is not None and isinstance(elbo, OwnTracks):
+            elbo.weight = self.schedule.own_tracks_weight if self.step >= own_from else 0.0
 
     def _too_large(self, batch: Batch) -> str:
         """What to do where a step needs more memory than there is."""
@@ -220,7 +234,7 @@ class Training(Loop):
 
     def _not_finite(self) -> str | None:
         given = [x[:GOOD_SEQUENCES] for x in (self.images, self.n_objects, self.tracks) if x is not None]
-        return what_is_not_finite(self._modules, self.steps.optimizer, self.objective()(self.model, self.guide), given)
+        return what_is_not_finite(self._modules, self.steps.optimizer, self._objective()(self.model, self.guide), given)
 
     @property
     def _modules(self) -> dict[str, nn.Module]:
