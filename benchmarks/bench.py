@@ -21,7 +21,9 @@ import torch
 
 from benchmarks import against, asking, by_hand, densities, growth, memory, report, steps
 from benchmarks.timing import Stopwatch
+from pyro_pixels._checks import check_name
 from pyro_pixels._files import atomic_write
+from pyro_pixels._options import Positive, Seeds
 from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.result_tables import environment, insert
 
@@ -57,9 +59,9 @@ class Arguments:
     """What to measure."""
     paper: bool = False
     """The steps also at the sizes of the paper's preset (minutes, and 1 GB a program)."""
-    rounds: int = 15
+    rounds: Seeds = 15
     """How often each call is timed."""
-    seconds: float = 12.0
+    seconds: Positive = 12.0
     """A comparison ends after so many seconds, though not before 3 rounds."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
@@ -113,7 +115,7 @@ def main(args: Arguments) -> None:
     if args.page is not None and not args.page.exists():
         raise ValueError(f"there is no {args.page}; give --page a page with markers")
     watch = Stopwatch(device_of(args.device), args.rounds, args.seconds)
-    name = args.name or name_of(watch.device)
+    name = check_name("--name", args.name or name_of(watch.device))
     file = new_folder(args.out) / f"{name}.json"
     found = read_results(file)
     also = [f"paper_{part}" for part in args.only if f"paper_{part}" in PARTS] if args.paper else []

@@ -24,6 +24,7 @@ from examples._common import device_of, start, write_json
 import torch
 
 from benchmarks import gpu_report
+from pyro_pixels._options import Positive
 from pyro_pixels.result_tables import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ GRACE = 45.0  # seconds that a training has to save and end
 
 @dataclass
 class Arguments:
-    minutes: float | None = None
+    minutes: Positive | None = None
     """Stop cleanly after so many; default: when everything is done."""
     only: tuple[str, ...] = ()
     """Names of jobs; default: all."""

@@ -1,24 +1,38 @@
 """What the scripts share: the command line, errors of one line, devices, and opening a run and its sequences."""
 
 # ruff: noqa: E402
+import os
 import sys
+import warnings
 from types import TracebackType
+
+STOPPED = 130
 
 if sys.stderr.isatty():  # torch and Pyro take seconds to import
     print("loading ...", end="\r", file=sys.stderr, flush=True)
 
 
 def _no_traceback_for_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print("stopped", file=sys.stderr)
-    else:
+    if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
+        return
+    print("stopped", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(STOPPED)  # Python would end itself by the signal
+
+
+def _one_line(message: Warning | str, *_args: object, **_options: object) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 sys.excepthook = _no_traceback_for_ctrl_c
+warnings.formatwarning = _one_line
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+import io
+import re
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,31 +43,85 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_pixels._files import atomic_write
-from pyro_pixels._options import check_limits
+from pyro_pixels._checks import SEED, check_value
+from pyro_pixels._checksums import read_json, write_json
+from pyro_pixels._files import CannotWrite, atomic_write
+from pyro_pixels._options import Seed, Sequences, check_options
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.run_sequences import TEST_SEED, sequences_to_ask
 from pyro_pixels.runs import Run, load_pretrained, load_run
+
+__all__ = [
+    "Opened", "QueryArguments", "device_of", "new_folder", "one_job", "open_run", "parse", "progress", "read_json",
+    "save_arrays", "say_where", "start", "write_json",
+]  # fmt: skip
 
 Arguments = TypeVar("Arguments")
 Item = TypeVar("Item")
 
 
 def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], doc: str | None) -> None:
-    """Reads the command line into ``arguments`` and runs ``main``; what is wrong is one line and exit code 2."""
+    """Reads the command line into ``arguments`` and runs ``main``.
+
+    What is wrong is one line: with exit code 2 if it can be put right by another command, 1 if it came up later, 130
+    after Ctrl-C.
+    """
     try:
-        args = tyro.cli(arguments, description=doc)
-        check_limits(args)
+        args = parse(arguments, doc)
+        check_options(args)
         sys.exit(main(args) or 0)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (FloatingPointError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _end(2, error)
+    except BrokenPipeError:  # what was printed went to a program that has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        _end(2, f"{error.filename or 'a file'}: {error.strerror or error}")
+    except FloatingPointError as error:
+        _end(1, error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"(out of|not enough|allocate) memory", str(error)):
+            raise
+        _end(1, "there is not enough memory; ask about fewer sequences or samples, or take a smaller configuration")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(STOPPED)
+
+
+def parse(arguments: type[Arguments], doc: str | None) -> Arguments:
+    """The command line; what tyro says is wrong with it, in a frame of several lines, is a ValueError of one."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(arguments, description=doc)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise ValueError(_in_one_line(said.getvalue())) from None
+
+
+def _in_one_line(framed: str) -> str:
+    """The message of a framed text of tyro's, without the help that follows its first rule or empty line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", framed)
+    rows = [re.sub(r"^[│|]\s?|\s*[│|]$", "", row.strip()).strip() for row in text.splitlines()]
+    rows = [row for row in rows if not re.match(r"[╭╰+]", row)]
+    ends = [i for i, row in enumerate(rows) if i and not re.search(r"[^─\-]", row)]
+    message = " ".join(rows[: ends[0] if ends else None]).removeprefix("Error parsing ").rstrip(". ")
+    similar = re.findall(r"Perhaps you meant.*?(--[\w.-]+)", " ".join(rows))
+    return f"{message}{f'; perhaps {similar[0]}' if similar else ''}; --help lists what there is"
+
+
+def _end(code: int, error: object) -> None:
+    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    sys.exit(code)
+
+
+def one_job(job: str, names: Collection[str]) -> tuple[str, int]:
+    """The name and the seed of VARIANT/SEED, or a ValueError."""
+    name, _, seed = job.rpartition("/")
+    if name not in names or not seed.isdecimal():
+        raise ValueError(f"--job is {job!r}; wanted VARIANT/SEED, with a variant of {sorted(names)}")
+    return name, check_value("the seed of --job", int(seed), int, SEED)
 
 
 def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
@@ -94,9 +162,9 @@ class QueryArguments:
     out: Path | None = None
     """Where results go. By default in the run's folder, or in runs/pretrained (runs/pretrained_NAME for other
     weights)."""
-    n_sequences: int = 60
+    n_sequences: Sequences = 60
     """How many sequences to ask about; of a file, the first ones."""
-    seed: int = TEST_SEED
+    seed: Seed = TEST_SEED
     """Seed of simulated sequences and of samples."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
@@ -142,17 +210,17 @@ def open_run(args: QueryArguments, *, trained_on_too: bool = True) -> Opened:
 
 
 def new_folder(path: Path) -> Path:
-    """A folder that can be written to, made if need be, or a ValueError."""
-    with atomic_write(path / ".writable"):
-        pass
-    (path / ".writable").unlink(missing_ok=True)  # other processes do the same
-    return path
-
-
-def write_json(path: Path, content: Any, indent: int = 1) -> None:
-    """Writes JSON; an older file stays until the new one is whole."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=indent).encode() + b"\n")
+    """A folder that can be written to, or a ValueError; it is made when something is first written to it."""
+    there = path.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return path
+    except OSError as error:
+        raise CannotWrite(
+            f"cannot write to {path} ({error.strerror}); choose a folder that can be written to"
+        ) from None
 
 
 def save_arrays(path: Path, **arrays: Tensor | None) -> Path:

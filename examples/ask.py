@@ -12,6 +12,7 @@ from _common import QueryArguments, new_folder, open_run, progress, say_where, s
 
 import torch
 
+from pyro_pixels._options import Samples, Sequences
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.question_figures import QUESTIONS, Scene, draw_calibration
@@ -28,9 +29,9 @@ assert set(QUESTIONS) == set(get_args(Question))
 class Arguments(QueryArguments):
     question: Question = "hidden"
     """The question to ask."""
-    n_samples: int = 20
+    n_samples: Samples = 20
     """How many samples of q(a | v) to average over."""
-    n_validation: int = 60
+    n_validation: Sequences = 60
     """How many further sequences a correction of the uncertainties is fitted on, for --question calibration."""
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_pixels._batch import object_mask
+from pyro_pixels._options import Count, Seed, Sequences
 from pyro_pixels.evaluation.table import evaluate, format_table
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.presets import PRESETS
@@ -53,13 +54,13 @@ GUIDES["centroid"] = lambda config, model: CentroidGuide(config.data.height, con
 
 @dataclass
 class Arguments:
-    steps: int = 400
+    steps: Count = 400
     """How many training steps to take; the schedule is shortened in proportion."""
-    n_sequences: int = 2_000
+    n_sequences: Sequences = 2_000
     """How many sequences to learn from."""
-    n_test: int = 150
+    n_test: Sequences = 150
     """How many fresh sequences to measure on."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data, the starting weights and training."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from _common import QueryArguments, open_run, say_where, start, write_json
 
-from pyro_pixels._options import result_file
+from pyro_pixels._options import Frames, Sequences, result_file
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
 from pyro_pixels.evaluation.table import N_SEEN, evaluate, format_table
 from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
@@ -18,9 +18,9 @@ from pyro_pixels.run_figures import RunView, draw_error_over_time
 
 @dataclass
 class Arguments(QueryArguments):
-    n_sequences: int = 300
+    n_sequences: Sequences = 300
     """How many sequences to measure on; of a file, the first ones."""
-    n_seen: int = N_SEEN
+    n_seen: Frames = N_SEEN
     """How many frames are seen before generation, and at either end for interpolation."""
     trained_on_too: bool = False
     """Measure also on what the run was trained on, where --data is the file that it learned from."""

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from pyro_pixels._options import Samples, Seed
 from pyro_pixels.evaluation.metrics import Affine, assign, reorder
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.plots import answers as plots
@@ -38,11 +39,11 @@ class Arguments(QueryArguments):
     """Ask the weights that come with the package; with --no-pretrained ask the run in --run."""
     docs: bool = False
     """Draw the pictures of the documentation anew, in docs/figures/gallery."""
-    seed: int = 26
+    seed: Seed = 26
     """Seed of simulated sequences and of samples."""
     pictures: tuple[Picture, ...] = get_args(Picture)
     """The pictures to make."""
-    n_samples: int = 20
+    n_samples: Samples = 20
     """How many samples of q(a | v) to average over."""
 
 

@@ -4,17 +4,18 @@ from dataclasses import dataclass
 
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
 
+from pyro_pixels._options import Frames, Samples
 from pyro_pixels.evaluation.table import N_SEEN
 from pyro_pixels.run_figures import RunView, draw_generation
 
 
 @dataclass
 class Arguments(QueryArguments):
-    n_seen: int = N_SEEN
+    n_seen: Frames = N_SEEN
     """How many frames are seen."""
-    n_frames: int | None = None
+    n_frames: Frames | None = None
     """How many frames there are in all, seen and generated. By default as many as the sequences have."""
-    n_samples: int = 0
+    n_samples: Samples = 0
     """How many sampled futures to save as well."""
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
 
+from pyro_pixels._options import Positive, Samples
 from pyro_pixels.queries.predict import infer, smooth
 from pyro_pixels.run_figures import RunView, draw_inference
 from pyro_pixels.run_tracks import write_tracks
@@ -11,11 +12,11 @@ from pyro_pixels.run_tracks import write_tracks
 
 @dataclass
 class Arguments(QueryArguments):
-    n_samples: int = 0
+    n_samples: Samples = 0
     """How many samples of the positions to save as well."""
-    scale: float | None = None
+    scale: Positive | None = None
     """Metres in a pixel of the film: tracks.csv is in metres then."""
-    fps: float | None = None
+    fps: Positive | None = None
     """Frames in a second of the film: tracks.csv has the time then."""
 
 

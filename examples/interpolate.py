@@ -4,15 +4,16 @@ from dataclasses import dataclass
 
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
 
+from pyro_pixels._options import Frames, Samples
 from pyro_pixels.evaluation.table import N_SEEN
 from pyro_pixels.run_figures import RunView, draw_interpolation
 
 
 @dataclass
 class Arguments(QueryArguments):
-    n_seen: int = N_SEEN
+    n_seen: Frames = N_SEEN
     """How many frames are seen at either end."""
-    n_samples: int = 0
+    n_samples: Samples = 0
     """How many sampled fillings to save as well."""
 
 

@@ -11,7 +11,8 @@ from _common import say_where, start
 
 import tyro
 
-from pyro_pixels._options import result_file
+from pyro_pixels._checks import Bounds
+from pyro_pixels._options import Frames, Objects, Pixels, Share, result_file
 from pyro_pixels.plots.film import plot_contact_sheet
 from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.video import check_film, prepare_video, save_prepared
@@ -23,21 +24,21 @@ class Arguments:
     """Files, folders of frames, or globs in quotes; one film each."""
     out: Path = Path("mine.npz")
     """The file to write; the contact sheet takes its name, with .png."""
-    n_objects: tuple[int, ...] = ()
+    n_objects: tuple[Objects, ...] = ()
     """How many objects: one number for all, or one a film or a sequence; default: counted."""
-    size: int = 32
+    size: Pixels = 32
     """Pixels of the longer side; longer ones are shrunk."""
-    frames: int | None = None
+    frames: Frames | None = None
     """Frames of a sequence, to cut long films; default: films of up to 60 frames are left whole."""
-    stride: int | None = None
+    stride: Frames | None = None
     """Frames between the starts of two sequences; default: half of --frames."""
-    crop: tuple[int, int, int, int] | None = None
+    crop: Annotated[tuple[int, int, int, int], Bounds(0, 10**6)] | None = None
     """Top, bottom, left, right, in the film's pixels."""
     invert: bool | None = None
     """Objects are darker than the ground; default: found out."""
     background: bool | None = None
     """Subtract the median over time; default: where objects stand out better without it."""
-    threshold: float | None = None
+    threshold: Share | None = None
     """Of an object's brightness, from 0 to 1; default: Otsu's."""
     grey: bool = False
     """Keep grey values; then train with --likelihood gaussian."""

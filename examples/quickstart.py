@@ -12,7 +12,7 @@ from _common import device_of, new_folder, say_where, start, write_json
 import torch
 
 from pyro_pixels import lgssm
-from pyro_pixels._options import refuse_changes
+from pyro_pixels._options import Count, Seed, refuse_changes
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
@@ -43,9 +43,9 @@ class Arguments:
     """Folder for everything. A run that is there already is gone on with."""
     data: Path | None = None
     """An .npz of your own image sequences. By default cannonballs are simulated."""
-    steps: int | None = None
+    steps: Count | None = None
     """How many training steps to take. By default the preset's number; fewer shorten the schedule in proportion."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data, the starting weights and training."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""

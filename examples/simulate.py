@@ -12,7 +12,7 @@ from _common import say_where, start
 
 import tyro
 
-from pyro_pixels._options import result_file
+from pyro_pixels._options import Frames, Objects, Pixels, Positive, Seed, Sequences, result_file
 from pyro_pixels.data import save_sequences
 from pyro_pixels.run_figures import draw_sequences
 from pyro_pixels.worlds.base import WorldConfig, simulate
@@ -31,21 +31,21 @@ Cannonballs = Annotated[
 class Arguments:
     out: Path = Path("data/test.npz")
     """The .npz to write; the picture lies beside it."""
-    n_sequences: int = 300
+    n_sequences: Sequences = 300
     """How many sequences to simulate."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sequences."""
     world: Literal["cannonballs", "drift", "bouncing"] | None = None
     """The world to simulate. By default cannonballs."""
-    height: int | None = None
+    height: Pixels | None = None
     """Height of the images in pixels. By default 32."""
-    width: int | None = None
+    width: Pixels | None = None
     """Width of the images in pixels. By default 32."""
-    n_frames: int | None = None
+    n_frames: Frames | None = None
     """How many frames a sequence has. By default 30."""
-    n_objects: tuple[int, ...] | None = None
+    n_objects: tuple[Objects, ...] | None = None
     """The numbers of objects that occur, equally often. By default 1 2 3."""
-    radius: float | None = None
+    radius: Positive | None = None
     """Radius of the objects in pixels. By default 2."""
     config: Cannonballs | DriftConfig | BouncingConfig | None = None
     """Everything about the world, in the place of the options above."""

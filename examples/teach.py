@@ -12,7 +12,7 @@ from _common import device_of, new_folder, say_where, start
 
 import torch
 
-from pyro_pixels._options import refuse_changes
+from pyro_pixels._options import Count, Seed, Size, Threads, refuse_changes
 from pyro_pixels.data import load_sequences
 from pyro_pixels.run_sequences import MOST_HELD_OUT, VALIDATION_SEED, training_sequences
 from pyro_pixels.run_training import teach_run, teaching_schedule
@@ -31,17 +31,17 @@ class Arguments:
     guide: str = "attentive"
     """Name of the guide that learns, in `GUIDES`: recurrent is the paper's, attentive the paper's with an attention
     head."""
-    state_size: int = 256
+    state_size: Size = 256
     """Length of the states of the guide that learns."""
-    steps: int = 4_000
+    steps: Count = 4_000
     """How many training steps to take; in the second half the learning rate falls."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the starting weights, the batches and the teacher's draws."""
     out: Path = Path("runs/taught")
     """Folder of the new run."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
-    threads: int = 1
+    threads: Threads = 1
     """How many CPU threads to use."""
     resume: bool = False
     """Go on with the run in --out, with its own configuration."""

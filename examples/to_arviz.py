@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
+from pyro_pixels._options import Frames, Samples, Sequences
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.plots.paper import save_figure
@@ -31,11 +32,11 @@ SHARE = 0.9  # of the draws that an interval holds
 
 @dataclass
 class Arguments(QueryArguments):
-    n_sequences: int = 30
+    n_sequences: Sequences = 30
     """How many sequences to ask about; of a file, the first ones."""
-    n_samples: int = 100
+    n_samples: Samples = 100
     """How many draws of the posterior and of the prior."""
-    n_seen: int = 15
+    n_seen: Frames = 15
     """How many frames are seen; those that follow are predicted."""
 
 

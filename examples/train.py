@@ -17,14 +17,14 @@ from _common import device_of, new_folder, say_where, start
 import torch
 import torch.distributed as distributed
 
-from pyro_pixels._options import refuse_changes
+from pyro_pixels._options import Count, Seed, Seeds, Sequences, Share, Threads, Workers, refuse_changes
 from pyro_pixels.config import RunConfig
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.run_figures import Snapshots, draw_training
 from pyro_pixels.run_sequences import run_sequences
 from pyro_pixels.run_training import build_on, train_run
-from pyro_pixels.runs import build, load_config
+from pyro_pixels.runs import build, check_config, load_config
 from pyro_pixels.training.fitting import fit_together
 from pyro_pixels.training.loop import FitResult
 from pyro_pixels.training.svi import Training
@@ -45,7 +45,7 @@ class Arguments:
     """Name of a guide in `GUIDES`, such as recurrent, attentive or structured. By default the preset's."""
     likelihood: str | None = None
     """Name of a likelihood of the pixels: bernoulli, continuous_bernoulli or gaussian. By default the preset's."""
-    clutter: float | None = None
+    clutter: Share | None = None
     """Probability that a pixel of the background is white, which structured guides allow for. By default the preset's,
     which is 0."""
     world: Literal["cannonballs", "drift", "bouncing"] | None = None
@@ -53,26 +53,26 @@ class Arguments:
     data: Path | None = None
     """An .npz of image sequences to learn from, the last tenth of them (at most 60) held out. By default sequences are
     simulated."""
-    n_sequences: int | None = None
+    n_sequences: Sequences | None = None
     """How many sequences to simulate. By default the preset's number."""
-    steps: int | None = None
+    steps: Count | None = None
     """How many training steps to take. By default the preset's number. Fewer shorten the whole schedule in proportion;
     more are added at the end."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data, the starting weights and training."""
-    seeds: int = 1
+    seeds: Seeds = 1
     """How many runs to train at once, from --seed on. On a GPU that one run does not fill this takes little longer than
     one."""
-    starts: int = 1
+    starts: Workers = 1
     """How many starting weights to train for 200 steps, of which the one with the highest bound is trained on."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
     precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """Precision of float32 matrix products on CUDA: highest is float32, high TF32, medium bfloat16; auto is TF32. Exact
     inference stays in float64."""
-    parts: int | None = None
+    parts: Seeds | None = None
     """In how many parts to go through each batch, to save memory. By default one for each process."""
-    threads: int | None = None
+    threads: Threads | None = None
     """How many CPU threads to use. By default one for states up to 256, whose products are too small to share, else one
     a core."""
     resume: bool = False
@@ -201,6 +201,7 @@ def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
         raise ValueError(f"{folder} holds a trained run; give --resume to go on with it, or another folder with --run")
     else:
         config = configure(replace(args, seed=seed))
+    check_config(config)
     return Job(folder, config, device, resume=args.resume)
 
 

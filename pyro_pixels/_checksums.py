@@ -1,19 +1,21 @@
 """SHA-256 of the files of a folder, in its checksums.json: a file that was damaged is refused before it is used.
 
 A checksum is noted before its file takes its name, beside that of the file which is there until then, so that whenever
-the process is killed the file that is there is one of those noted. Files that are not noted, as those of version 0.1,
-are read with a warning.
+the process is killed the file that is there is one of those noted. Processes that write different files of one folder,
+as a training and an evaluation do, note them in turn. Files that are not noted, as those of version 0.1, are read with
+a warning.
 """
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from pyro_pixels._files import atomic_write
+from pyro_pixels._files import atomic_write, fcntl
 
 NAME = "checksums.json"
 TRIES = 5  # a file may be replaced while it is read
@@ -30,11 +32,12 @@ def checked_write(path: str | Path) -> Iterator[IO[bytes]]:
     path = Path(path)
 
     def note(part: Path) -> None:
-        files = _noted_or_none(path.parent)
         with open(part, "rb") as file:
             new = hashlib.file_digest(file, "sha256").hexdigest()
-        files[path.name] = [*_of_what_is_there(path, files), new]
-        _write(path.parent, files)
+        with _in_turn(path.parent):
+            files = _noted_or_none(path.parent)
+            files[path.name] = [*_of_what_is_there(path, files), new]
+            _write(path.parent, files)
 
     with atomic_write(path, before=note) as file:
         yield file
@@ -57,6 +60,25 @@ def read_checked(path: str | Path) -> bytes:
         if digest(content) in wanted:
             return content
     raise ValueError(damaged(path))
+
+
+def write_json(path: Path, content: Any, indent: int = 1) -> None:
+    """Writes JSON; an older file stays until the new one is whole. In the folder of a run its checksum is noted."""
+    with (checked_write if _is_of_a_run(path) else atomic_write)(path) as file:
+        file.write(json.dumps(content, indent=indent).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        ValueError: if there is no such file, it is no JSON, or it is not what was written.
+    """
+    try:
+        return json.loads(read_checked(path) if _is_of_a_run(path) else path.read_bytes())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path} cannot be read ({reason}); restore a copy, or remove it and make it anew") from None
 
 
 def noted(folder: Path) -> dict[str, list[str]]:
@@ -92,7 +114,28 @@ def damaged(path: Path) -> str:
 
 
 def warn_unchecked(path: Path) -> None:
-    warnings.warn(f"{path} has no checksum, as those of earlier versions: damage would go unnoticed", stacklevel=3)
+    """Warns once in a process of a folder without checksums, and of each file that others beside it have noted."""
+    what = path if (path.parent / NAME).exists() else path.parent
+    warnings.warn(f"{what} has no checksum, as in earlier versions: damage would go unnoticed", stacklevel=1)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    return any((path.parent / name).exists() for name in (NAME, "config.json"))
+
+
+@contextmanager
+def _in_turn(folder: Path) -> Iterator[None]:
+    """Only one process at a time has it for a folder, where the system has such locks."""
+    if fcntl is None:  # pragma: no cover
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _noted_or_none(folder: Path) -> dict[str, list[str]]:

@@ -1,36 +1,47 @@
-"""Options of scripts: limits of those that count something, options that contradict a run, and files to write to."""
+"""Options of scripts: bounds of their numbers, options that contradict a run, and files to write to."""
 
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pyro_pixels._checks import MAX_SEED
+from pyro_pixels._checks import SEED, Bounds, check_value, fields_of
 
-N_CORES = os.cpu_count() or 1
-LIMITS: dict[str, tuple[int, int | None]] = {
-    **dict.fromkeys(("seed", "first_seed"), (0, MAX_SEED)),
-    **dict.fromkeys(("n_samples", "n_futures"), (0, None)),
-    **dict.fromkeys(("n_sequences", "n_test", "n_validation", "n_fitted", "n_seen", "n_frames"), (1, None)),
-    **dict.fromkeys(("steps", "fit_steps", "seeds", "starts", "parts", "workers", "rounds"), (1, None)),
-    **dict.fromkeys(("state_size", "layers", "height", "width"), (1, None)),
-    "threads": (1, 4 * N_CORES),
-}
-"""The least and the largest value of options that count something, in whichever script they occur."""
+Count = Annotated[int, Bounds(1, 10**9)]
+Sequences = Annotated[int, Bounds(1, 10**8)]
+Objects = Annotated[int, Bounds(1, 1_000)]
+Frames = Annotated[int, Bounds(1, 100_000)]
+Samples = Annotated[int, Bounds(0, 10**6)]
+Pixels = Annotated[int, Bounds(1, 4_096)]
+Size = Annotated[int, Bounds(1, 65_536)]
+Seed = Annotated[int, SEED]
+Seeds = Annotated[int, Bounds(1, 10**6)]
+Threads = Annotated[int, Bounds(1, 4 * (os.cpu_count() or 1), words="a number of threads, 4 for each core at most,")]
+Positive = Annotated[float, Bounds(0, 1e12, above=True)]
+Share = Annotated[float, Bounds(0, 1)]
+Workers = Annotated[int, Bounds(1, 1_000)]
 
 
-def check_limits(args: Any) -> None:
-    """Raises a ValueError if an option that counts something is out of its `LIMITS`."""
+def option_of(field: str) -> str:
+    """What a field of a script's arguments is called on the command line."""
+    return f"--{field.replace('_', '-')}"
+
+
+def check_options(args: Any) -> None:
+    """Checks every option against its annotation and `Bounds`, as `_checks.check_fields`; None is not given.
+
+    Raises:
+        ValueError: names the first option that does not fit, its value, and what was wanted.
+    """
+    hints = fields_of(type(args))
     for field in fields(args):
         value = getattr(args, field.name)
-        if field.name not in LIMITS or not isinstance(value, int):
+        if value is None:
             continue
-        least, most = LIMITS[field.name]
-        option = f"--{field.name.replace('_', '-')} is {value}; wanted"
-        if value < least:
-            raise ValueError(f"{option} at least {least}")
-        if most is not None and value > most:
-            raise ValueError(f"{option} at most {most}" + (", 4 for each core" if field.name == "threads" else ""))
+        try:
+            setattr(args, field.name, check_value(option_of(field.name), value, hints[field.name]))
+        except ValueError as error:
+            raise ValueError(str(error).removesuffix(", or None")) from None
 
 
 def refuse_changes(args: Any, there: dict[str, Any], folder: Path) -> None:
@@ -42,8 +53,8 @@ def refuse_changes(args: Any, there: dict[str, Any], folder: Path) -> None:
         value = getattr(args, field.name)
         if field.name in there and value not in (field.default, there[field.name]):
             raise ValueError(
-                f"--{field.name.replace('_', '-')} is {value}, and the run in {folder} was trained with "
-                f"{there[field.name]}; leave the option out to go on, or choose another folder"
+                f"{option_of(field.name)} is {value}, and the run in {folder} was trained with {there[field.name]}; "
+                "leave the option out to go on, or choose another folder"
             )
 
 

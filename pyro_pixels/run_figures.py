@@ -1,6 +1,5 @@
 """Figures of a trained run: what it infers, generates and fills in, beside the truth. Each returns its paths."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_pixels._arrays import read_arrays
 from pyro_pixels._batch import object_mask
-from pyro_pixels._files import atomic_write
+from pyro_pixels._checksums import checked_write, read_checked
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.pixel_map import map_to_pixels
 from pyro_pixels.plots import paper as plots
 from pyro_pixels.queries.predict import Prediction, generate, infer, interpolate, reconstruct
 from pyro_pixels.runs import Run
+from pyro_pixels.training.checkpoints import read_lines
 
 
 class RunView:
@@ -65,7 +66,13 @@ class RunView:
         )  # fmt: skip
 
     def interpolation(self, n_samples: int = 0) -> Prediction:
-        """What lies between the first and the last ``n_seen`` frames."""
+        """What lies between the first and the last ``n_seen`` frames; a ValueError if nothing does."""
+        T = self.images.shape[1]
+        if 2 * self.n_seen >= T:
+            raise ValueError(
+                f"sequences have {T} frames, and {self.n_seen} at either end leave none to fill; give a smaller "
+                "--n-seen, or longer sequences"
+            )
         time = torch.arange(self.images.shape[1], device=self.device)
         ends = (time < self.n_seen) | (time >= len(time) - self.n_seen)
         return interpolate(self.run.model, self.run.guide, self.images, self.n_objects, ends, n_samples=n_samples)
@@ -185,24 +192,33 @@ class Snapshots:
         self.path, self.shown = path, data[two if bool(two.any()) else slice(None)][:20]
         self.means: dict[str, np.ndarray] = {}
         if resume and path.exists():
-            with np.load(path) as file:
-                self.means = dict(file)
+            self.means = dict(_read_means(path))
 
     def take(self, run: Run, metrics: dict[str, float]) -> None:
         """Adds the means of a run that is being trained; ``metrics`` is the evaluation's line."""
         device = next(run.model.parameters()).device
         inferred = infer(run.guide, self.shown.images.to(device), self.shown.n_objects.to(device))
         self.means[str(int(metrics["step"]))] = inferred.mean.cpu().numpy()
-        with atomic_write(self.path) as file:
+        with checked_write(self.path) as file:
             np.savez(file, **self.means)  # type: ignore[arg-type]
+
+
+def _read_means(path: Path) -> dict[str, np.ndarray]:
+    """The means of `Snapshots` by the names of their steps; a ValueError if the file is damaged."""
+    try:
+        means = read_arrays(path, read_checked(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); remove it to go on without") from None
+    if not all(name.isdecimal() and x.ndim == 4 and x.dtype.kind == "f" for name, x in means.items()):
+        raise ValueError(f"{path} holds no means of a training; remove it to go on without")
+    return means
 
 
 def draw_stages(snapshots: Path, path: Path) -> list[Path]:
     """Like Fig 5(a), the first, the middle and the last of a training's `Snapshots`; nothing if there are none."""
     if not snapshots.exists():
         return []
-    with np.load(snapshots) as file:
-        means = {int(step): file[step] for step in file.files}
+    means = {int(step): x for step, x in _read_means(snapshots).items()}
     if not means:
         return []
     steps = sorted(means)
@@ -214,6 +230,5 @@ def draw_stages(snapshots: Path, path: Path) -> list[Path]:
 def draw_training(folder: Path) -> list[Path]:
     """Writes training.png and inference_means.png from the metrics and the snapshots in a run's folder."""
     path = folder / "training.png"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    plots.save_figure(plots.plot_training(lines), path)
+    plots.save_figure(plots.plot_training(read_lines(folder)), path)
     return [path, *draw_stages(folder / "snapshots.npz", folder / "inference_means.png")]

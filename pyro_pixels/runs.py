@@ -108,14 +108,7 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
         ValueError: if the configuration names a guide or a likelihood that is not in `GUIDES` or `LIKELIHOODS`, or asks
             for more than ``max_weights``.
     """
-    if not isinstance(config, RunConfig):
-        raise ValueError(f"config is a {type(config).__name__}; wanted a RunConfig, such as PRESETS['quick']")
-    for kind, name, known in (("guide", config.guide, GUIDES), ("likelihood", config.likelihood, LIKELIHOODS)):
-        if name not in known:
-            raise ValueError(
-                f"there is no {kind} '{name}'; wanted one of {sorted(known)}, or add yours to {kind.upper()}S"
-            )
-    _check_size(config, max_weights)
+    check_config(config, max_weights=max_weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         renderer = Renderer(
@@ -129,7 +122,15 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
         return Run(config, model, GUIDES[config.guide](config, model), step=0)
 
 
-def _check_size(config: RunConfig, max_weights: int) -> None:
+def check_config(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> None:
+    """Raises the ValueError that `build` would, before anything is made or simulated."""
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"config is a {type(config).__name__}; wanted a RunConfig, such as PRESETS['quick']")
+    for kind, name, known in (("guide", config.guide, GUIDES), ("likelihood", config.likelihood, LIKELIHOODS)):
+        if name not in known:
+            raise ValueError(
+                f"there is no {kind} '{name}'; wanted one of {sorted(known)}, or add yours to {kind.upper()}S"
+            )
     pixels, D, K = config.data.height * config.data.width, config.state_size, config.dynamics.n_components
     S = config.guide_state_size or D
     n = D * (pixels + 7) + 2 * S * (2 * S + pixels) + config.max_objects**2 * S + 21 * K

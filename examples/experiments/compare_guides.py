@@ -6,16 +6,16 @@ of the trained guide, less that of Pyro's AutoNormal fitted to each of them with
 """
 
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from examples._common import device_of, start, write_json
+from examples._common import device_of, new_folder, read_json, start, write_json
 
 import torch
 
+from pyro_pixels._options import Count, Seeds, Sequences, result_file
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.mean_field import fit_mean_field
@@ -38,17 +38,17 @@ class Arguments:
     """Names in `GUIDES`; default: all of the library and of --custom."""
     custom: Path = Path("examples/custom_guide.py")
     """A Python file that adds guides to `GUIDES`."""
-    steps: int = 300
+    steps: Count = 300
     """Training steps of each."""
-    seeds: int = 1
+    seeds: Seeds = 1
     """How many, from 0 on; the table shows medians."""
-    n_sequences: int = 9_000
+    n_sequences: Sequences = 9_000
     """How many sequences to learn from."""
-    n_test: int = 300
+    n_test: Sequences = 300
     """Fresh sequences that every run is measured on."""
-    n_fitted: int = 12
+    n_fitted: Sequences = 12
     """Of these, how many AutoNormal is fitted to."""
-    fit_steps: int = 300
+    fit_steps: Count = 300
     """Its steps."""
     out: Path = Path("runs/guides")
     json: Path | None = None
@@ -130,6 +130,9 @@ def _cost(result: dict[str, Any]) -> dict[str, float]:
 
 def main(args: Arguments) -> int:
     torch.set_num_threads(1)
+    device_of(args.device)
+    out = result_file(args.json or new_folder(args.out) / "guides.json", ".json")
+    new_folder(out.parent)
     load_custom(args.custom)
     names = args.guides or tuple(GUIDES)
     for name in names:
@@ -146,11 +149,10 @@ def main(args: Arguments) -> int:
                 if not one_run(args, replace(base, guide=name, seed=seed), folder):
                     print("stopped and saved; give the same command again to go on")
                     return 130
-            found = json.loads((folder / "result.json").read_text())
+            found = read_json(folder / "result.json")
             if found["steps"] != args.steps:
                 raise ValueError(f"{folder} was trained for {found['steps']} steps; give another --out, or its --steps")
             results[name].append(found)
-    out = args.json or args.out / "guides.json"
     write_json(out, {"steps": args.steps, "guides": results})
     print(table(results))
     print(f"  {out}")

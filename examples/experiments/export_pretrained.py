@@ -1,10 +1,9 @@
 """Puts the weights of a trained run, with its configuration and measures, where `load_pretrained` finds them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples._common import start
+from examples._common import read_json, start
 
 from pyro_pixels.runs import PRETRAINED, export_weights, load_run
 
@@ -28,7 +27,7 @@ def main(args: Arguments) -> None:
     measured = args.run / "metrics.json"
     if not measured.exists():
         raise ValueError(f"{measured} is missing; measure the run first with examples/evaluate.py --run {args.run}")
-    metrics = json.loads(measured.read_text())
+    metrics = read_json(measured)
     export_weights(run, args.folder / args.name, {"command": args.command, "seed": run.config.seed, "metrics": metrics})
     size = (args.folder / args.name / "weights.npz").stat().st_size
     print(f"  {args.folder / args.name} ({size / 1e6:.1f} MB)")

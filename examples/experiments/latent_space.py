@@ -11,7 +11,7 @@ from examples._common import QueryArguments, open_run, say_where, start
 
 import matplotlib.pyplot as plt
 
-from pyro_pixels._options import result_file
+from pyro_pixels._options import Sequences, result_file
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.health import check_health, format_health
 from pyro_pixels.plots.paper import save_figure
@@ -22,7 +22,7 @@ N_PATHS = 30
 
 @dataclass
 class Arguments(QueryArguments):
-    n_sequences: int = 600
+    n_sequences: Sequences = 600
     """How many sequences to ask about; a third of simulated ones has a single object."""
 
 

@@ -4,15 +4,15 @@ Each case is trained, measured on fresh sequences and checked for health; docs/o
 Give the same command again to go on: what is finished is kept, what was cut off resumes.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from examples._common import device_of, new_folder, say_where, start, write_json
+from examples._common import device_of, new_folder, read_json, say_where, start, write_json
 
 import torch
 
+from pyro_pixels._options import Count, Seed, Sequences, result_file
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.health import EXPECTED, check_health
@@ -24,6 +24,7 @@ from pyro_pixels.run_figures import RunView
 from pyro_pixels.run_sequences import TEST_SEED, VALIDATION_SEED
 from pyro_pixels.run_training import train_run
 from pyro_pixels.runs import load_run
+from pyro_pixels.training.checkpoints import read_lines
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.drawing import Look
 from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
@@ -61,14 +62,14 @@ class Arguments:
     """Where the numbers go; those of other cases stay."""
     figures: Path = Path("docs/figures/worlds")
     """Folder for the figures, one for each case."""
-    steps: int | None = None
+    steps: Count | None = None
     """How many training steps to take. By default the quick preset's number; fewer shorten the schedule in
     proportion."""
-    n_sequences: int | None = None
+    n_sequences: Sequences | None = None
     """How many sequences to train on. By default the preset's number."""
-    n_test: int = 300
+    n_test: Sequences = 300
     """How many fresh sequences to measure each run on."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data, the starting weights and training."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
@@ -80,7 +81,10 @@ def main(args: Arguments) -> int:
         raise ValueError(f"there is no case '{unknown[0]}'; wanted some of {sorted(CASES)}")
     device = device_of(args.device)
     torch.set_num_threads(1)  # states this small share no work
-    results: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {}
+    new_folder(result_file(args.json, ".json").parent)
+    new_folder(args.out)
+    new_folder(args.figures)
+    results: dict[str, Any] = read_json(args.json) if args.json.exists() else {}
     for name in args.cases:
         config = replace(CASES[name], seed=args.seed)
         if args.steps is not None:
@@ -108,13 +112,13 @@ def measure(folder: Path, data: ImageSequences, device: torch.device) -> dict[st
     run = load_run(folder, device)
     judges = simulate(run.config.data, JUDGES, seed=VALIDATION_SEED)
     measures, problems = check_health(run.model, run.guide, judges)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = read_lines(folder)
     likelihood = {name: p.tolist() for name, p in run.model.likelihood.named_parameters()}
     return {
         "evaluation": evaluate(run.model, run.guide, data),
         "health": {"measures": measures, "problems": problems},
         "likelihood": likelihood,
-        "training": json.loads(lines[-1]),
+        "training": lines[-1],
     }
 
 

@@ -6,12 +6,11 @@ of docs/reproduction.md is kept; only what stands between its markers <!-- begin
 replaced.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from examples._common import device_of, say_where, start, write_json
+from examples._common import device_of, new_folder, read_json, say_where, start, write_json
 from examples.experiments._paper_figures import draw_edlstm, draw_model_figures, draw_worst
 from examples.experiments._reproduction_text import baselines_text, generalisation_text, model_text, sweeps_text
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_pixels._files import atomic_write
+from pyro_pixels._options import Samples, Seed, Sequences
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.blob_tracker import evaluate_tracker
@@ -30,6 +30,7 @@ from pyro_pixels.result_tables import environment, insert
 from pyro_pixels.run_figures import RunView, draw_stages
 from pyro_pixels.run_sequences import TEST_SEED
 from pyro_pixels.runs import Run, load_pretrained, load_run
+from pyro_pixels.training.checkpoints import read_lines
 from pyro_pixels.worlds.base import simulate
 
 # Error after 300 CPU-seconds, measured beforehand on the same kind of data: 32 x 32, small noise; untuned, three seeds.
@@ -51,11 +52,11 @@ class Arguments:
     """Folder with the summaries of examples/experiments/sweep.py."""
     docs: Path = Path("docs")
     """Folder of the documentation."""
-    n_test: int = 1500
+    n_test: Sequences = 1500
     """How many fresh sequences to measure on for the tables."""
-    n_futures: int = 32
+    n_futures: Samples = 32
     """How many futures of each sequence to sample and average the images of."""
-    seed: int = TEST_SEED
+    seed: Seed = TEST_SEED
     """Seed of the fresh sequences."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
@@ -123,7 +124,7 @@ class Reproduction:
         for kind, folder in (("true", self.args.edlstm), ("own", self.args.edlstm_own)):
             if folder is not None:
                 net = load_edlstm(folder, self.device)
-                lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                lines = read_lines(folder)
                 found[f"ED-LSTM, {kind} frames"] = {
                     "state_size": net.config.state_size,
                     "steps": lines[-1]["step"],
@@ -164,7 +165,7 @@ class Reproduction:
         if self.args.sweeps is None:
             return None
         for file in sorted(self.args.sweeps.glob("*.json")):
-            found[file.stem] = json.loads(file.read_text())
+            found[file.stem] = read_json(file)
         if "small-noise" in found:
             runs = next(iter(found["small-noise"]["variants"].values()))["runs"]
             curves = {f"N = {n}": [[(x["seconds"], x[n]) for x in r["curve"]] for r in runs] for n in ("1", "2", "3")}
@@ -176,6 +177,7 @@ def main(args: Arguments) -> None:
     page_file = args.docs / "reproduction.md"
     if not page_file.exists():
         raise ValueError(f"there is no {page_file}; run from the root of the repository, or give --docs")
+    new_folder(args.docs)
     page, work = page_file.read_text(), Reproduction(args)
     found: dict[str, dict[str, Any]] = {}
     for part, measure, describe in (
@@ -193,7 +195,7 @@ def main(args: Arguments) -> None:
                 continue
             write_json(file, {**numbers, "environment": environment(work.device)})
             say_where([file])
-        found[part] = json.loads(file.read_text())
+        found[part] = read_json(file)
         page = insert(page, part, describe())
         with atomic_write(page_file) as out:
             out.write(page.encode())

@@ -6,7 +6,6 @@ its last checkpoint, twice at most. The summary, one JSON and a table for each s
 position error and switch rate within the bars.
 """
 
-import json
 import math
 import subprocess
 import sys
@@ -15,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from examples._common import device_of, say_where, start, write_json
+from examples._common import device_of, new_folder, one_job, read_json, say_where, start, write_json
 from examples.experiments._suites import configurations
 
 import torch
 
+from pyro_pixels._options import Count, Seed, Seeds, Sequences, Workers, result_file
 from pyro_pixels.config import RunConfig
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.blob_tracker import evaluate_tracker
@@ -44,22 +44,22 @@ class Arguments:
     ingredient left out; recurrent: the paper's guide and schedule at the quick preset's size; taught: the paper's
     guide, and the one with an attention head, taught by the quick runs of the same seeds, which must be there;
     small-noise: data whose 0.001 is read as a standard deviation, Sigma_A learned faster."""
-    seeds: int = 10
+    seeds: Seeds = 10
     """How many training seeds there are."""
-    first_seed: int = 0
+    first_seed: Seed = 0
     """The first of the training seeds."""
-    steps: int | None = None
+    steps: Count | None = None
     """How many training steps to take. By default the suite's own number; fewer shorten the schedule in proportion. In
     the paper's schedule the dynamics are frozen for a quarter of them, and the KL weight is annealed over the next."""
-    n_test: int = 1500
+    n_test: Sequences = 1500
     """How many fresh sequences to measure every run on."""
     out: Path = Path("runs/sweep")
     """Folder that each run gets a folder in."""
     json: Path | None = None
     """Where the summary goes. By default SUITE.json in --out."""
-    workers: int = 2
+    workers: Workers = 2
     """How many runs are trained at a time, each on one CPU thread."""
-    seed: int = TEST_SEED
+    seed: Seed = TEST_SEED
     """Seed of the fresh sequences."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
@@ -77,7 +77,7 @@ def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
     torch.set_num_threads(1)
     validation = simulate(config.data, 150, seed=VALIDATION_SEED)
     curve_file = folder / "curve.json"
-    curve = json.loads(curve_file.read_text()) if curve_file.exists() else []
+    curve = read_json(curve_file) if curve_file.exists() else []
 
     def measure(run: Run, line: dict[str, float]) -> None:
         curve[:] = [point for point in curve if point["step"] < line["step"]]
@@ -130,7 +130,7 @@ def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
         for seed in range(args.first_seed, args.first_seed + args.seeds):
             file = folder_of(args, name, seed) / "result.json"
             if file.exists():
-                results.append(json.loads(file.read_text()))
+                results.append(read_json(file))
         if results:
             successes = sum(map(succeeded, results))
             found[name] = {"successes": successes, "interval95": wilson(successes, len(results)), "runs": results}
@@ -139,10 +139,13 @@ def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
 
 
 def main(args: Arguments) -> int:
-    configs = configurations(args.suite, args.steps)
+    configs, out = configurations(args.suite, args.steps), args.json or args.out / f"{args.suite}.json"
+    device_of(args.device)
+    new_folder(args.out)
+    new_folder(result_file(out, ".json").parent)
     if args.job is not None:
-        name, _, seed = args.job.rpartition("/")
-        one_run(args, replace(configs[name], seed=int(seed)), folder_of(args, name, int(seed)))
+        name, seed = one_job(args.job, configs)
+        one_run(args, replace(configs[name], seed=seed), folder_of(args, name, seed))
         return 0
     jobs = [(name, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for name in configs]
     jobs = [(name, seed) for name, seed in jobs if not (folder_of(args, name, seed) / "result.json").exists()]
@@ -166,7 +169,6 @@ def main(args: Arguments) -> int:
     if args.suite == "small-noise":  # where the floors, which see positions and not pixels, are out of reach
         data = simulate(configs["small noise"].data, args.n_test, seed=args.seed)
         result["tracker"] = evaluate_tracker(data)
-    out = args.json or args.out / f"{args.suite}.json"
     write_json(out, result)
     print(seeds_table(result))
     say_where([out])

@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from examples._common import device_of, start, write_json
+from examples._common import device_of, new_folder, one_job, read_json, start, write_json
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_pixels._options import Count, Positive, Seed, Seeds, Sequences, Workers, result_file
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
@@ -81,19 +82,19 @@ class Arguments:
     """seeds: the preset `recurrent`, best of three starts by the bound; ablation: one start, and with one ingredient
     left out; ceiling: the same network taught true positions; own: goes on from `seeds` and learns from its own draws,
     untangled, beside as many more steps by the bound alone."""
-    seeds: int = 5
+    seeds: Seeds = 5
     """How many."""
-    first_seed: int = 10
-    steps: int | None = None
+    first_seed: Seed = 10
+    steps: Count | None = None
     """Training steps, if not those of the preset; the schedule is cut off there, not shortened."""
-    weight: float = 0.3
+    weight: Positive = 0.3
     """Of the lesson in the suite `own`."""
-    n_test: int = 1200
+    n_test: Sequences = 1200
     """Fresh sequences that every run is measured on."""
     out: Path = Path("runs/recurrent")
     json: Path | None = None
     """Where the summary goes; default: SUITE.json in --out."""
-    workers: int = 2
+    workers: Workers = 2
     """Runs at a time, one CPU thread each."""
     only: tuple[str, ...] = ()
     """Rows of the suite, if not all."""
@@ -138,7 +139,7 @@ class Curve:
 
     def __init__(self, path: Path, run: Run, data: ImageSequences) -> None:
         self.path, self.run, self.data = path, run, data
-        self.points: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        self.points: list[dict[str, Any]] = read_json(path) if path.exists() else []
         self.spent = self.points[-1]["cpu_seconds"] if self.points else 0.0
         self.began = time.process_time()
 
@@ -225,7 +226,7 @@ def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
     for name in names:
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         files = [folder_of(args, name, seed) / "result.json" for seed in seeds]
-        runs = [json.loads(file.read_text()) for file in files if file.exists()]
+        runs = [read_json(file) for file in files if file.exists()]
         if runs:
             found[name] = runs
     return {"suite": args.suite, "variants": found}
@@ -265,10 +266,13 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def main(args: Arguments) -> int:
-    configs = variants(args)
+    configs, path = variants(args), args.json or args.out / f"{args.suite}.json"
+    device_of(args.device)
+    new_folder(args.out)
+    new_folder(result_file(path, ".json").parent)
     if args.job is not None:
-        name, _, seed = args.job.rpartition("/")
-        one_run(args, name, replace(configs[name], seed=int(seed)), folder_of(args, name, int(seed)))
+        name, seed = one_job(args.job, configs)
+        one_run(args, name, replace(configs[name], seed=seed), folder_of(args, name, seed))
         return 0
     jobs = [(name, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for name in configs]
     jobs = [(name, seed) for name, seed in jobs if not (folder_of(args, name, seed) / "result.json").exists()]
@@ -284,7 +288,6 @@ def main(args: Arguments) -> int:
     with ThreadPoolExecutor(args.workers) as pool:
         well = all(list(pool.map(launch, jobs)))
     result = summary(args, list(configs))
-    path = args.json or args.out / f"{args.suite}.json"
     write_json(path, result)
     print(f"{table(result)}\n  {path}")
     return 0 if well else 1

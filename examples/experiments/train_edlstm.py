@@ -4,7 +4,6 @@ Leaves config.json, metrics.jsonl, checkpoint.pt, metrics.json and generated_ima
 save first; --resume then goes on as if nothing had happened.
 """
 
-import dataclasses
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from examples._common import device_of, new_folder, say_where, start, write_json
 
 import torch
 
-from pyro_pixels._options import refuse_changes
+from pyro_pixels._options import Count, Seed, Sequences, Size, Threads, Workers, refuse_changes
 from pyro_pixels.data import ImageSequences, load_sequences
 from pyro_pixels.evaluation.ed_lstm import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm
 from pyro_pixels.evaluation.table import N_SEEN
@@ -32,9 +31,9 @@ class Arguments:
     """Folder of the run."""
     preset: Literal["quick", "paper"] = "quick"
     """Preset that the data, the number of sequences and the number of steps are taken from."""
-    state_size: int = 2048
+    state_size: Size = 2048
     """Length of the LSTM's state and of the hidden layers."""
-    layers: int = 1
+    layers: Workers = 1
     """How many fully connected layers the encoder and the decoder each have."""
     own_predictions: bool = False
     """Train on its own predictions after 5 frames, as it is tested. By default it is trained on the true frames, as in
@@ -42,17 +41,17 @@ class Arguments:
     data: Path | None = None
     """An .npz of image sequences to learn from, the last tenth (at most 60) held out to measure on. By default they are
     simulated."""
-    n_sequences: int | None = None
+    n_sequences: Sequences | None = None
     """How many sequences to simulate. By default the preset's number."""
-    n_test: int = 300
+    n_test: Sequences = 300
     """How many fresh sequences to simulate and measure on."""
-    steps: int | None = None
+    steps: Count | None = None
     """How many training steps to take. By default the preset's number."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the data, the starting weights and training."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
-    threads: int | None = None
+    threads: Threads | None = None
     """How many CPU threads to use. By default one a core."""
     resume: bool = False
     """Go on with the run in the folder, on its own data and with its own configuration; only --steps may change it."""
@@ -136,7 +135,6 @@ def main(args: Arguments) -> int:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = EDLSTM(config.net).to(device)
-    write_json(folder / "config.json", dataclasses.asdict(config), indent=2)
     print(
         f"training {folder}: ED-LSTM, {sum(p.numel() for p in net.parameters()):,} parameters, {len(data)} sequences "
         f"{tuple(data.images.shape[1:])}, {config.steps:,} steps on {device}, after {N_SEEN} frames on "
@@ -144,7 +142,7 @@ def main(args: Arguments) -> int:
     )
     result = fit_edlstm(
         net, data, steps=config.steps, own_predictions=config.own_predictions, seed=config.seed, run_dir=folder,
-        resume=args.resume, progress=args.progress,
+        resume=args.resume, progress=args.progress, config=config,
     )  # fmt: skip
     if result.interrupted:
         print(

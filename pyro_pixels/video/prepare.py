@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pyro_pixels._arrays import read_arrays
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.video.check import count_components
@@ -159,14 +160,21 @@ def save_prepared(path: str | Path, prepared: Prepared) -> None:
 
 
 def load_source(path: str | Path) -> Source | None:
-    """The map back to the film's pixels of a file that `save_prepared` wrote; None in others."""
-    with np.load(path, allow_pickle=False) as file:
-        if "source" not in file.files:
-            return None
-        values = json.loads(str(file["source"]))
-    first = tuple((int(a), int(b)) for a, b in values["first_frames"])
-    offset, corner, size = (tuple(values[name]) for name in ("offset", "corner", "size"))
-    return Source(values["scale"], offset, corner, size, first)
+    """The map back to the film's pixels of a file that `save_prepared` wrote; None in others.
+
+    Raises:
+        ValueError: if the file cannot be read, or the map is damaged.
+    """
+    found = read_arrays(path, names=("source",))
+    if "source" not in found:
+        return None
+    try:
+        values = json.loads(str(found["source"]))
+        first = tuple((int(a), int(b)) for a, b in values["first_frames"])
+        offset, corner, size = (tuple(values[name]) for name in ("offset", "corner", "size"))
+        return Source(values["scale"], offset, corner, size, first)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: its map to the film is damaged ({error}); make it anew with prepare.py") from None
 
 
 def _shrink(films: list[Film], size: int) -> tuple[list[Film], float]:

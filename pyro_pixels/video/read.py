@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyro_pixels._arrays import read_arrays
+
 PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MOVIES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 ANIMATIONS = {".gif", ".apng", ".webp"}
@@ -99,7 +101,9 @@ def _read_file(path: Path, axes: str | None) -> list[Film]:
             raise ValueError(
                 f"{path.name} is of an unknown kind; wanted {sorted(PICTURES | MOVIES | ANIMATIONS | ARRAYS)}"
             )
-    except (OSError, EOFError, KeyError, RuntimeError, SyntaxError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of the readers
         raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it whole?") from None
     if not frames:
         raise ValueError(f"{path} has no frames")
@@ -108,15 +112,14 @@ def _read_file(path: Path, axes: str | None) -> list[Film]:
 
 def _load_array(path: Path) -> NDArray[Any]:
     try:
-        content = np.load(path, allow_pickle=False)
-        if not isinstance(content, np.lib.npyio.NpzFile):
-            return content
-        with content:
-            name = "images" if "images" in content.files else content.files[0]
-            if name != "images" and len(content.files) > 1:
-                raise ValueError(f"has the arrays {sorted(content.files)}; call the film 'images'")
-            return content[name]
-    except (OSError, ValueError, IndexError) as error:
+        if path.suffix.lower() == ".npy":
+            return np.load(path, allow_pickle=False)
+        arrays = read_arrays(path)
+        name = "images" if "images" in arrays else next(iter(arrays))
+        if name != "images" and len(arrays) > 1:
+            raise ValueError(f"has the arrays {sorted(arrays)}; call the film 'images'")
+        return arrays[name]
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read as an array: {_first_line(error)}") from None
 
 

@@ -1,21 +1,16 @@
 """Nonsense in configurations, made from the bounds of each field: a new field is covered as soon as it is declared."""
 
 import dataclasses
-import importlib.util
-import math
-import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import numpy as np
 import pytest
+from bad import bad_numbers, numbers_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_pixels._checks import ANY, Bounds, check_fields, check_name, fields_of, unwrap
+from pyro_pixels._checks import ANY, check_fields, check_name
 from pyro_pixels.config import RunConfig
-from pyro_pixels.data import save_sequences
 from pyro_pixels.evaluation.ed_lstm import EDLSTMConfig
 from pyro_pixels.lgssm.dynamics import DynamicsConfig
 from pyro_pixels.runs import build
@@ -26,40 +21,6 @@ from pyro_pixels.worlds.drawing import Look
 from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
 
 CONFIGS = (RunConfig, Schedule, DynamicsConfig, CannonballConfig, DriftConfig, BouncingConfig, Look, EDLSTMConfig)
-NO_NUMBERS = ["x", [], {}, object(), 1j, b"1", True]
-
-
-def parts_of(hint: Any, bounds: Bounds = ANY) -> tuple[Any, Bounds, str]:
-    """The number within an annotation, its bounds, and what it is wrapped in: "", "tuple" or "mapping"."""
-    hint, bounds = unwrap(hint, bounds)
-    origin, arguments = get_origin(hint), [x for x in get_args(hint) if x not in (type(None), Ellipsis)]
-    if origin is tuple:
-        number, bounds, _ = parts_of(arguments[0], bounds)
-        return number, bounds, "tuple"
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        number, bounds, _ = parts_of(arguments[1], bounds)
-        return number, bounds, "mapping"
-    if arguments and origin is not None:
-        return parts_of(arguments[0], bounds)
-    return hint, bounds, ""
-
-
-def numbers_of(kind: type) -> list[tuple[str, Any, Bounds, str]]:
-    hints, fields = fields_of(kind), [field.name for field in dataclasses.fields(kind) if field.init]
-    found = [(name, *parts_of(hints[name])) for name in fields]
-    return [row for row in found if row[1] in (int, float)]
-
-
-def bad_numbers(number: type, bounds: Bounds) -> list[Any]:
-    """What a field must refuse: no numbers, those out of its bounds, and for integers those that are not whole."""
-    bad: list[Any] = [math.nan, math.inf, -math.inf, np.nan, *NO_NUMBERS]
-    if number is int:
-        bad += [1.5, -0.5, 2.0, np.float64(3.0)]
-    if bounds.low is not None:
-        bad += [bounds.low - 1, -(10**30), bounds.low - 10**9] + ([bounds.low] if bounds.above else [])
-    if bounds.high is not None:
-        bad += [bounds.high * 2 + 1, 10**40 if number is int else 1e300] + ([bounds.high] if bounds.below else [])
-    return bad
 
 
 def wrapped(x: Any, how: str) -> Any:
@@ -144,50 +105,3 @@ def test_bad_seeds(seed):
 def test_names_that_lead_elsewhere(name):
     with pytest.raises(ValueError, match="--name is"):
         check_name("--name", name)
-
-
-LINES = [
-    (f"config:{world}-config", f"--config.{name.replace('_', '-')}", *map(str, (x, x) if how == "tuple" else (x,)))
-    for world, kind in (("cannonball", CannonballConfig), ("drift", DriftConfig), ("bouncing", BouncingConfig))
-    for name, number, bounds, how in numbers_of(kind)
-    for x in [x for x in bad_numbers(number, bounds) if isinstance(x, int | float | str) and x is not True]
-]
-
-
-@dataclasses.dataclass
-class Arguments:
-    """A command line with every option of every world."""
-
-    out: Path = Path("out.npz")
-    config: CannonballConfig | DriftConfig | BouncingConfig = dataclasses.field(default_factory=CannonballConfig)
-
-
-def main(args: Arguments) -> None:
-    save_sequences(args.out, simulate(args.config, 2, seed=0))
-
-
-def run_lines(lines, tmp_path, monkeypatch, capsys):
-    """Runs command lines as the scripts do, in this process; those that did not end as they should."""
-    common = importlib.import_module("_common" if importlib.util.find_spec("_common") else "common")
-    monkeypatch.chdir(tmp_path)
-    wrong = []
-    for line in lines:
-        monkeypatch.setattr(sys, "argv", ["script.py", *line])
-        with pytest.raises(SystemExit) as end:
-            common.start(main, Arguments, None)
-        said = capsys.readouterr().err
-        if end.value.code != 2 or "Traceback" in said or not said.strip():
-            wrong.append((line, end.value.code, said))
-    assert not list(tmp_path.iterdir())
-    return wrong
-
-
-def test_some_command_lines_with_bad_values_exit_with_two_and_write_nothing(tmp_path, monkeypatch, capsys):
-    assert len(LINES) >= 120
-    assert not run_lines(LINES[::12], tmp_path, monkeypatch, capsys)
-
-
-@pytest.mark.slow
-def test_all_command_lines_with_bad_values(tmp_path, monkeypatch, capsys, record_property):
-    assert not run_lines(LINES, tmp_path, monkeypatch, capsys)
-    record_property("lines", len(LINES))

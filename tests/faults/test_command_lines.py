@@ -1,0 +1,236 @@
+"""Command lines that are wrong: exit code 2, one line, no traceback, nothing written; every option of every script.
+
+Values are made from the annotations of each script's arguments, so that a new option, or a new script, is covered as
+soon as it is there.
+"""
+
+import bad
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import WORLD, train
+
+from pyro_pixels._checks import ANY
+from pyro_pixels.data import save_sequences
+from pyro_pixels.runs import export_weights, load_run
+from pyro_pixels.worlds.base import simulate
+
+SCRIPTS = {name: bad.load(path) for name, path in bad.scripts().items()}
+LINES = [(name, line) for name, script in SCRIPTS.items() for line in bad.bad_lines(script.Arguments)]
+
+
+def refused(script, line):
+    """What is wrong with how a command line ended that must be refused before anything is done."""
+
+    def main(args):
+        raise AssertionError(f"{script.__name__} takes {line}")
+
+    end = bad.run(line, main, script.Arguments, script.__doc__)
+    return None if end.code == 2 and end.is_one_line else (script.__name__, line, end)
+
+
+def test_every_script_is_there_and_every_number_has_bounds():
+    assert len(SCRIPTS) >= 23
+    assert SCRIPTS.keys() >= {"train", "sweep", "bench", "prepare"}
+    without = [
+        f"{name} {option}"
+        for name, script in SCRIPTS.items()
+        for _, option, kind, bounds, _ in bad.options_of(script.Arguments)
+        if kind in (int, float) and bounds == ANY
+    ]
+    assert not without
+
+
+def test_many_command_lines_with_bad_values(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = LINES[::4]
+    assert len(lines) > 400
+    assert not [x for name, line in lines if (x := refused(SCRIPTS[name], line))]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_all_command_lines_with_bad_values(tmp_path, monkeypatch, record_property):
+    monkeypatch.chdir(tmp_path)
+    assert not [x for name, line in LINES if (x := refused(SCRIPTS[name], line))]
+    assert not list(tmp_path.iterdir())
+    record_property("lines", len(LINES))
+
+
+NUMBERS = [
+    (name, option, kind, bounds)
+    for name, script in SCRIPTS.items()
+    for _, option, kind, bounds, _ in bad.options_of(script.Arguments)
+    if kind in (int, float)
+]
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_number_out_of_bounds(data):
+    name, option, kind, bounds = data.draw(st.sampled_from(NUMBERS))
+    wrong = [st.floats(allow_nan=True).filter(lambda x: not bounds.hold(x) or kind is int)]
+    if bounds.low is not None:
+        wrong.append(st.integers(max_value=int(bounds.low) - 1))
+    if bounds.high is not None:
+        wrong.append(st.integers(min_value=int(bounds.high) + 1))
+    wrong.append(st.text(st.characters(categories=["L", "S"]), max_size=5).filter(lambda x: x not in ("nan", "inf")))
+    assert refused(SCRIPTS[name], [option, str(data.draw(st.one_of(wrong)))]) is None
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a run, files of sequences, and files that are none."""
+    folder = tmp_path_factory.mktemp("place")
+    train(folder / "run")
+    save_sequences(folder / "data.npz", simulate(WORLD, 4, seed=0))
+    images = np.zeros((3, 4, 8, 8), np.uint8)
+    np.savez(folder / "short.npz", images=images[:, :4], n_objects=np.ones(3, int))
+    np.savez(folder / "other_size.npz", images=np.zeros((3, 12, 9, 9), np.uint8), n_objects=np.ones(3, int))
+    np.savez(folder / "no_images.npz", n_objects=np.ones(3, int))
+    (folder / "garbage.npz").write_bytes(b"PK\x03\x04 and more")
+    (folder / "text").write_text("a text\n")
+    (folder / "a_folder").mkdir()
+    run = load_run(folder / "run")
+    export_weights(run, folder / "exported", {"command": "none"})
+    return folder
+
+
+RUN, OUT = ["--run", "run"], ["--out", "new"]
+QUERIES = ("ask", "evaluate", "generate", "infer", "interpolate", "to_arviz", "gallery")
+NOT_PRETRAINED = {"gallery": ["--no-pretrained"]}
+
+
+def of_queries():
+    for name in (*QUERIES, "latent_space"):
+        own = NOT_PRETRAINED.get(name, [])
+        for wrong in (
+            ["--run", "missing"], ["--run", "text"], ["--run", "exported"], ["--run", "a_folder"],
+            [*RUN, "--data", "missing.npz"], [*RUN, "--data", "garbage.npz"], [*RUN, "--data", "text"],
+            [*RUN, "--data", "a_folder"], [*RUN, "--data", "no_images.npz"], [*RUN, "--data", "other_size.npz"],
+            [*RUN, "--device", "nonsense"], [*RUN, "--device", "cuda:99"], [*RUN, "--weights", "long"],
+            [*RUN, "--simulated", "--data", "data.npz"], [*RUN, "--out", "text/x.json"],
+        ):  # fmt: skip
+            yield name, [*wrong, *own]
+        if name != "gallery":
+            yield name, ["--pretrained", "--weights", "../quick"]
+
+
+COMMANDS = [
+    *of_queries(),
+    ("evaluate", [*RUN, "--out", "m.txt"]),
+    ("evaluate", [*RUN, "--n-seen", "3"]),
+    ("evaluate", [*RUN, "--data", "short.npz"]),
+    ("generate", [*RUN, "--n-seen", "6", *OUT]),
+    ("generate", [*RUN, "--n-seen", "5", "--n-frames", "5", *OUT]),
+    ("generate", [*RUN, "--data", "short.npz", *OUT]),
+    ("interpolate", [*RUN, "--n-seen", "3", *OUT]),
+    ("interpolate", [*RUN, "--n-seen", "16", *OUT]),
+    ("interpolate", [*RUN, "--data", "short.npz", *OUT]),
+    ("to_arviz", [*RUN, "--n-seen", "6", *OUT]),
+    ("to_arviz", [*RUN, "--n-samples", "0", *OUT]),
+    ("infer", [*RUN, "--scale", "0", *OUT]),
+    ("gallery", ["--docs", "--out", "new"]),
+    ("latent_space", [*RUN, "--out", "x.json"]),
+    ("simulate", ["--out", "x.png"]),
+    ("simulate", ["--out", "text/x.npz", "--n-sequences", "2"]),
+    ("simulate", ["--n-objects"]),
+    ("simulate", ["--height", "2", "--width", "2"]),
+    ("simulate", ["--radius", "40"]),
+    ("simulate", ["--n-sequences", "100000000"]),
+    ("simulate", ["--world", "drift", "config:bouncing-config"]),
+    ("simulate", ["config:cannonball-config", "--config.gravity", "nan"]),
+    ("simulate", ["config:cannonball-config", "--config.gravity", "1e300"]),
+    ("simulate", ["config:drift-config", "--config.look.salt-and-pepper", "1.5"]),
+    ("simulate", ["config:drift-config", "--config.exit", "0.9", "0.1"]),
+    ("simulate", ["config:no-config"]),
+    ("prepare", ["missing.gif", "--out", "new.npz"]),
+    ("prepare", ["text", "--out", "new.npz"]),
+    ("prepare", ["a_folder", "--out", "new.npz"]),
+    ("prepare", ["garbage.npz", "--out", "new.npz"]),
+    ("prepare", ["data.npz", "--out", "data.npz"]),
+    ("prepare", ["data.npz", "--out", "new.txt"]),
+    ("prepare", ["data.npz", "--out", "text/new.npz"]),
+    ("prepare", ["--grey=maybe", "--out", "new.npz"]),
+    ("prepare", []),
+    ("quickstart", ["--run", "text"]),
+    ("quickstart", ["--run", "new", "--data", "missing.npz"]),
+    ("quickstart", ["--run", "new", "--data", "no_images.npz"]),
+    ("quickstart", ["--run", "new", "--device", "nonsense"]),
+    ("train", ["--run", "run"]),
+    ("train", ["--run", "text"]),
+    ("train", ["--run", "new", "--guide", "nonsense"]),
+    ("train", ["--run", "new", "--likelihood", "nonsense"]),
+    ("train", ["--run", "new", "--device", "nonsense"]),
+    ("train", ["--run", "new", "--data", "missing.npz"]),
+    ("train", ["--run", "new", "--data", "garbage.npz"]),
+    ("train", ["--run", "new", "--data", "data.npz", "--world", "drift"]),
+    ("train", ["--run", "new", "--data", "data.npz", "--n-sequences", "3"]),
+    ("train", ["--run", "new", "--guide", "recurrent", "--clutter", "0.1"]),
+    ("train", ["--run", "new", "--seeds", "2", "--starts", "2"]),
+    ("train", ["--run", "new", "--n-sequences", "100000000"]),
+    ("train", ["--run", "missing", "--resume"]),
+    ("train", ["--run", "text", "--resume"]),
+    ("train", [*RUN, "--resume", "--guide", "attentive"]),
+    ("train", [*RUN, "--resume", "--seed", "5"]),
+    ("train", [*RUN, "--resume", "--data", "data.npz"]),
+    ("teach", ["--teacher", "missing", *OUT]),
+    ("teach", ["--teacher", "run", "--out", "run"]),
+    ("teach", ["--teacher", "run", "--out", "text"]),
+    ("teach", ["--teacher", "run", *OUT, "--guide", "nonsense"]),
+    ("teach", ["--teacher", "run", *OUT, "--data", "missing.npz"]),
+    ("teach", ["--teacher", "run", *OUT, "--data", "other_size.npz"]),
+    ("teach", ["--teacher", "run", "--out", "missing", "--resume"]),
+    ("export_pretrained", ["--run", "missing", "--folder", "new"]),
+    ("export_pretrained", [*RUN, "--folder", "new"]),
+    ("export_pretrained", [*RUN, "--folder", "new", "--name", "../../escaped"]),
+    ("export_pretrained", [*RUN, "--folder", ".", "--name", "run"]),
+    ("compare_guides", ["--guides", "nonsense", *OUT]),
+    ("compare_guides", ["--custom", "missing.py", *OUT]),
+    ("compare_guides", ["--custom", "text", *OUT]),
+    ("compare_guides", ["--device", "nonsense", *OUT]),
+    ("compare_guides", ["--out", "text"]),
+    ("other_worlds", ["--cases", "nonsense", *OUT]),
+    ("other_worlds", ["--device", "nonsense", *OUT]),
+    ("other_worlds", ["--json", "text", *OUT]),
+    ("other_worlds", ["--out", "text"]),
+    ("sweep", ["--job", "nonsense/0", *OUT]),
+    ("sweep", ["--job", "quick/x", *OUT]),
+    ("sweep", ["--job", "quick/-1", *OUT]),
+    ("sweep", ["--device", "nonsense", *OUT]),
+    ("sweep", ["--out", "text"]),
+    ("sweep", ["--json", "text/x.json", *OUT]),
+    ("sweep_recurrent", ["--job", "nonsense/0", *OUT]),
+    ("sweep_recurrent", ["--job", "recurrent/x", *OUT]),
+    ("sweep_recurrent", ["--only", "nonsense", *OUT]),
+    ("sweep_recurrent", ["--device", "nonsense", *OUT]),
+    ("sweep_recurrent", ["--out", "text"]),
+    ("train_edlstm", ["--run", "run"]),
+    ("train_edlstm", ["--run", "text"]),
+    ("train_edlstm", ["--run", "new", "--data", "missing.npz"]),
+    ("train_edlstm", ["--run", "new", "--data", "short.npz"]),
+    ("train_edlstm", ["--run", "new", "--device", "nonsense"]),
+    ("train_edlstm", ["--run", "run", "--resume"]),
+    ("train_edlstm", ["--run", "missing", "--resume"]),
+    ("reproduce_paper", ["--docs", "missing"]),
+    ("reproduce_paper", ["--docs", "a_folder"]),
+    ("bench", ["--device", "nonsense", *OUT]),
+    ("bench", ["--only", "nonsense"]),
+    ("bench", ["--only", "step", "--page", "missing.md", *OUT]),
+    ("gpu", ["--only", "nonsense"]),
+    ("gpu", ["--device", "nonsense", "--runs", "new", "--results", "new"]),
+]
+
+
+@pytest.mark.parametrize("name, line", COMMANDS, ids=[f"{n}-{' '.join(x)}" for n, x in COMMANDS])
+def test_a_wrong_command_is_one_line_and_nothing_is_written(name, line, place, monkeypatch):
+    monkeypatch.chdir(place)
+    before, script = bad.tree(place), SCRIPTS[name]
+    end = bad.run(line, script.main, script.Arguments, script.__doc__)
+    assert end.code == 2, end
+    assert end.is_one_line, end.said
+    assert len(end.said) < 400
+    assert bad.tree(place) == before
