@@ -355,12 +355,12 @@ def test_a_sweep_goes_on_where_it_was(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
 def test_the_papers_network_is_swept_on_its_own(tmp_path):
     options = ("--seeds", 1, "--steps", 2, "--n-test", 12, "--out", "r")
-    for suite in ("seeds", "own", "ceiling"):
+    for suite in ("seeds", "one", "ceiling"):
         done = script("sweep_recurrent", "--suite", suite, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    own = json.loads((tmp_path / "r/own.json").read_text())["variants"]
-    assert own.keys() == {"own draws, untangled", "the bound alone"}
-    run = own["own draws, untangled"][0]
+    one = json.loads((tmp_path / "r/one.json").read_text())["variants"]["N = 1 alone"][0]
+    assert (len(one["test"]["error_px"]), one["test"]["switch_rate"]) == (1, [])
+    run = json.loads((tmp_path / "r/seeds.json").read_text())["variants"]["recurrent"][0]
     assert run["by_n_objects"]["2"]["untangled_switch_rate"] is not None
     assert run["by_n_objects"]["1"]["untangled_position_error_px"] == run["by_n_objects"]["1"]["position_error_px"]
     assert [point["step"] for point in run["curve"]] == [1, 2]
