@@ -33,6 +33,7 @@ from pyro_pixels.runs import GUIDES, build, load_run, save_config
 from pyro_pixels.training import step_runners as steps_module
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.fitting import fit, fit_together
+from pyro_pixels.training.own_tracks import OwnTracks
 from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.training.step_runners import WARM_UP, Batch
 from pyro_pixels.training.svi import Training
@@ -65,8 +66,8 @@ def made(config, device):
     return run.model.to(device), run.guide.to(device)
 
 
-def steps_of(model, guide, device):
-    elbo = AnnealedELBO()
+def steps_of(model, guide, device, elbo=None):
+    elbo = AnnealedELBO() if elbo is None else elbo
     loss = elbo(model, guide)
     return steps_module.CapturedSteps(elbo, loss, 1e-3, {1.0: list(loss.parameters())}, clip_norm=100.0)
 
@@ -104,6 +105,19 @@ def test_steps_are_recorded_and_replayed(guide, likelihood, clutter, n_frames, d
     assert len(steps._recorded) == 1
     assert bool(totals.isfinite().all())
     assert any(not torch.equal(p, old) for p, old in zip(steps.parameters, before, strict=True))
+
+
+def test_lessons_and_a_random_order_are_recorded_apart_from_the_bound_alone(device):
+    config = small("recurrent")
+    elbo = OwnTracks(0.0)
+    steps = steps_of(*made(config, device), device, elbo)
+    for weight, random_order in ((0.0, False), (0.0, True), (2.0, True)):
+        elbo.weight, elbo.random_order = weight, random_order
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert bool(take(steps, config, device, WARM_UP + 2).isfinite().all())
+    assert steps.refused is None
+    assert len(steps._recorded) == 3
 
 
 class LooksAtTheLoss(AnnealedELBO):

@@ -55,6 +55,11 @@ class AnnealedELBO(Trace_ELBO):
         self.kl_weight, self.random_order = kl_weight, random_order
         self.terms: BoundTerms | None = None
 
+    @property
+    def settings(self) -> tuple[float, ...]:
+        """What a recorded step holds of it: where one of them changes, steps are recorded anew."""
+        return (self.random_order,)
+
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         with ScaleLatents(self.kl_weight), sharing(), drawing_in_random_order(self.random_order):
             model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)

@@ -48,6 +48,10 @@ class OwnTracks(AnnealedELBO):
         self.weight, self.most = weight, most
         self._drawn: Any = None
 
+    @property
+    def settings(self) -> tuple[float, ...]:
+        return (*super().settings, self.weight)
+
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         self._drawn = guide_trace.nodes["a"]
