@@ -17,7 +17,7 @@ from _common import device_of, new_folder, say_where, start
 import torch
 import torch.distributed as distributed
 
-from pyro_pixels._options import Count, Seed, Seeds, Sequences, Share, Threads, Workers, refuse_changes
+from pyro_pixels._options import Count, Seed, Seeds, Sequences, Share, Threads, refuse_changes
 from pyro_pixels.config import RunConfig
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
 from pyro_pixels.presets import PRESETS
@@ -63,14 +63,14 @@ class Arguments:
     seeds: Seeds = 1
     """How many runs to train at once, from --seed on. On a GPU that one run does not fill this takes little longer than
     one."""
-    starts: Workers = 1
+    starts: Count = 1
     """How many starting weights to train for 200 steps, of which the one with the highest bound is trained on."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
     precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """Precision of float32 matrix products on CUDA: highest is float32, high TF32, medium bfloat16; auto is TF32. Exact
     inference stays in float64."""
-    parts: Seeds | None = None
+    parts: Count | None = None
     """In how many parts to go through each batch, to save memory. By default one for each process."""
     threads: Threads | None = None
     """How many CPU threads to use. By default one for states up to 256, whose products are too small to share, else one
