@@ -56,8 +56,8 @@ PRESETS: dict[str, RunConfig] = {
 
 _QUICK = PRESETS["quick"]
 
-# The paper's network and head, Eqs (8)-(9), by the bound alone; starting values and schedule depart from Sec 3.2. Why
-# each value is what it is, and what leaving it out does: docs/learning.md.
+# The paper's network and head, Eqs (8)-(9), by the bound, and in the second half from its own draws as well; starting
+# values and schedule depart from Sec 3.2. Why each value is what it is, and what leaving it out does: docs/learning.md.
 PRESETS["recurrent"] = replace(
     _QUICK,
     guide="recurrent",
@@ -65,19 +65,32 @@ PRESETS["recurrent"] = replace(
     guide_state_size=None,
     image_ramps=3.0,
     schedule=Schedule(
-        steps=3_000,
+        steps=8_000,
         learning_rate=2e-3,
         learning_rate_factors=_QUICK.schedule.learning_rate_factors,
-        decay_from=1_500,
+        decay_from=4_000,
         learn_from=dict.fromkeys(_NOISE, NEVER),
         kl_before=3.0,
         kl_start=1.0,
-        anneal_from=2_000,
+        anneal_from=6_500,
         anneal_steps=0,
         one_n_per_batch=True,
-        fit_starts_at=(1_000, 2_500),
+        random_order_from=4_000,
+        own_tracks_from=4_000,
+        fit_starts_at=(1_000, 4_000, 7_500),
         clip_norm=1_000.0,
-        evaluate_every=250,
+        evaluate_every=500,
+    ),
+)
+# The same, for an hour: the weights that come with the package.
+PRESETS["recurrent_long"] = replace(
+    PRESETS["recurrent"],
+    schedule=replace(
+        PRESETS["recurrent"].schedule,
+        steps=40_000,
+        decay_from=20_000,
+        anneal_from=30_000,
+        fit_starts_at=(1_000, 5_000, 20_000, 38_000),
     ),
 )
 # The same at the paper's size, for a GPU. Not measured.
@@ -89,8 +102,10 @@ PRESETS["paper_learned"] = replace(
         steps=200_000,
         learning_rate=1e-3,
         decay_from=100_000,
-        anneal_from=133_000,
-        fit_starts_at=(66_000, 166_000),
+        anneal_from=150_000,
+        random_order_from=40_000,
+        own_tracks_from=40_000,
+        fit_starts_at=(10_000, 40_000, 100_000, 190_000),
         evaluate_every=2_000,
     ),
     data=CannonballConfig(),

@@ -20,8 +20,8 @@ from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = {
-    "compare_guides", "export_pretrained", "latent_space", "other_worlds", "reproduce_paper", "sweep",
-    "sweep_recurrent", "train_edlstm",
+    "compare_guides", "export_pretrained", "latent_space", "learning_curves", "other_worlds", "reproduce_paper",
+    "sweep", "sweep_recurrent", "train_edlstm",
 }  # fmt: skip
 SCRIPTS = EXPERIMENTS | {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "custom_guide", "to_arviz",
@@ -90,6 +90,7 @@ def test_help(name, tmp_path):
         "sweep_recurrent": ["--suite", "--seeds", "--device"],
         "export_pretrained": ["--run"],
         "custom_guide": ["--steps", "--seed"],
+        "learning_curves": ["--summary", "--out"],
         "compare_guides": ["--guides", "--custom", "--seeds", "--device"],
         "other_worlds": ["--seed", "--device"],
         "reproduce_paper": ["--run", "--seed", "--device"],
@@ -369,6 +370,15 @@ def test_the_papers_network_is_swept_on_its_own(tmp_path):
     done = script("sweep_recurrent", "--suite", "ablation", "--only", "no such row", *options, cwd=tmp_path)
     assert done.returncode == 2
     assert "no row 'no such row'" in done.stderr
+    done = script("learning_curves", "--summary", "r/seeds.json", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "r/seeds.json has no learning curves" in done.stderr  # of one point each
+    summary = json.loads((tmp_path / "r/seeds.json").read_text())
+    run = summary["variants"]["recurrent"][0]
+    run["curve"] = [run["curve"][0], {**run["curve"][0], "step": 5}]
+    (tmp_path / "longer.json").write_text(json.dumps(summary))
+    assert script("learning_curves", "--summary", "longer.json", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "longer.png").stat().st_size > 0
     done = script("latent_space", "--run", "r/seeds/recurrent/seed10", "--n-sequences", 12, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "R^2 of the best affine map" in done.stdout

@@ -102,7 +102,7 @@ def test_a_configuration_can_ask_for_both():
     assert float(spread["alike"]) < 0.2 * float(spread["own"])
 
 
-@pytest.mark.parametrize("name", ["recurrent", "paper_learned"])
+@pytest.mark.parametrize("name", ["recurrent", "recurrent_long", "paper_learned"])
 def test_presets_of_the_papers_network_have_nothing_else_in_them(name):
     config = PRESETS[name]
     small = replace(config, state_size=16, data=SMALL)
