@@ -38,7 +38,7 @@ JUDGES = 60  # sequences for the health check
 class Arguments:
     run: Path = Path("runs/quick")
     """Folder of the run."""
-    preset: Literal["quick", "recurrent", "paper", "paper_learned"] = "quick"
+    preset: Literal["quick", "recurrent", "recurrent_long", "paper", "paper_learned"] = "quick"
     """Where the configuration starts from: quick learns in minutes, recurrent is the paper's network with starting
     values that make it learn, paper is Secs 3.1-3.2 to the letter, paper_learned is recurrent at the paper's size."""
     guide: str | None = None

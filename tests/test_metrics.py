@@ -3,6 +3,8 @@
 import itertools
 import math
 
+from examples.experiments.latent_space import error_of_polynomial
+
 import pytest
 import torch
 
@@ -139,3 +141,13 @@ def test_likeliest_labels_against_all_labels():
         assert float(log_p(found[b])) <= float(best) + 1e-9
         assert float(log_p(found[b])) >= float(best) - 0.5  # one exchange at a time may miss the best by a little
     assert changed > 10
+
+
+def test_a_cubic_map_of_positions_is_found_and_an_affine_one_errs():
+    torch.manual_seed(0)
+    a = torch.rand(200, 2).double() * 2 - 1
+    x, y = a.unbind(-1)
+    places = torch.stack([3 * x - y + 0.4 * x**3, x + 2 * y + 0.5 * x * y**2], -1)
+    assert error_of_polynomial(a, places, 3) < 1e-9
+    assert 0.05 < error_of_polynomial(a, places, 1) < 0.3
+    assert error_of_polynomial(a, 3 * a - 1, 1) < 1e-9
