@@ -21,7 +21,7 @@ from pyro_pixels.worlds.cannonballs import CannonballConfig
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = {
     "compare_guides", "export_pretrained", "latent_space", "learning_curves", "other_worlds", "reproduce_paper",
-    "sweep", "sweep_recurrent", "train_edlstm",
+    "sweep", "sweep_recurrent", "switches", "train_edlstm",
 }  # fmt: skip
 SCRIPTS = EXPERIMENTS | {
     "simulate", "train", "evaluate", "infer", "generate", "interpolate", "quickstart", "custom_guide", "to_arviz",

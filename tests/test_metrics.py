@@ -4,11 +4,13 @@ import itertools
 import math
 
 from examples.experiments.latent_space import error_of_polynomial
+from examples.experiments.switches import closest, order_changes, switched_by
 
 import pytest
 import torch
 
 from pyro_pixels import lgssm
+from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
@@ -151,3 +153,23 @@ def test_a_cubic_map_of_positions_is_found_and_an_affine_one_errs():
     assert error_of_polynomial(a, places, 3) < 1e-9
     assert 0.05 < error_of_polynomial(a, places, 1) < 0.3
     assert error_of_polynomial(a, 3 * a - 1, 1) < 1e-9
+
+
+def test_switches_are_told_by_meeting_and_by_order_of_heights():
+    T = 12
+    x = torch.arange(T).double()
+    far = torch.stack([torch.stack([x, torch.full_like(x, 2)], -1), torch.stack([x, torch.full_like(x, 20)], -1)])
+    cross = torch.stack([torch.stack([x, x], -1), torch.stack([x + 0.5, T - 1 - x], -1)])  # 0.5 px apart at x = 5.5
+    positions = torch.stack([far, far, cross, cross])
+    data = ImageSequences(torch.zeros(4, T, 32, 32, dtype=torch.uint8), torch.full((4,), 2), positions)
+    assert order_changes(positions, 2).tolist() == [False, False, True, True]
+    torch.testing.assert_close(
+        closest(positions, 2), torch.tensor([18.0, 18.0, 1.118, 1.118]).double(), atol=1e-3, rtol=0
+    )
+    a = positions.clone()
+    a[3, :, 6:] = a[3, :, 6:].flip(0)
+    found = switched_by(a, data)["2"]
+    assert found["all"] == {"n": 4, "rate": 0.25}
+    assert found["order of heights kept"] == {"n": 2, "rate": 0.0}
+    assert found["order of heights changes"] == found["closest approach 1 to 2 px"] == {"n": 2, "rate": 0.5}
+    assert found["closest approach 0 to 1 px"] == {"n": 0, "rate": None}
