@@ -1,9 +1,9 @@
 """Measures with known answers."""
 
+from examples.experiments.latent_space import error_of_polynomial
+
 import itertools
 import math
-
-from examples.experiments.latent_space import error_of_polynomial
 
 import pytest
 import torch
