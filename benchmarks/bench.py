@@ -5,6 +5,8 @@ Tables are printed; with --page they are also put into docs/performance.md, betw
 and <!-- end NAME PART -->. `--only` without a part measures nothing and does the tables and the figure again.
 """
 
+from examples._common import device_of, new_folder, say_where, start, write_json
+
 import datetime
 import json
 import os
@@ -14,8 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from examples._common import device_of, new_folder, say_where, start, write_json
 
 import torch
 

@@ -6,6 +6,8 @@ done is not done again; when time is up the training that runs is told to save (
 next time. At the end the tables go into the pages, between their markers <!-- begin gpu ... -->.
 """
 
+from examples._common import device_of, start, write_json
+
 import datetime
 import json
 import os
@@ -18,8 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from examples._common import device_of, start, write_json
 
 import torch
 

@@ -1,8 +1,8 @@
 """The weights of pyro_pixels under the names that examples/paper_in_pyro.py gives them, and that program with them."""
 
-from collections.abc import Callable
-
 from examples.paper_in_pyro import PaperInPyro, Settings
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor

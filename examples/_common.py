@@ -2,35 +2,36 @@
 
 # ruff: noqa: E402
 import os
+import signal
 import sys
-import warnings
-from types import TracebackType
 
 STOPPED = 130
 
-if sys.stderr.isatty():  # torch and Pyro take seconds to import
-    print("loading ...", end="\r", file=sys.stderr, flush=True)
+
+def _stop(*_: object) -> None:
+    """Ends the process at once; Python would say where it was, and end itself by the signal."""
+    os.write(2, b"stopped\n")
+    os._exit(STOPPED)
 
 
-def _no_traceback_for_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    print("stopped", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(STOPPED)  # Python would end itself by the signal
+def _is_of_the_script() -> bool:
+    """Whether the program that was started imports this module, and not a test or another module."""
+    frame = sys._getframe(1).f_back
+    while frame is not None and "importlib" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None and frame.f_globals["__name__"] == "__main__"
 
 
-def _one_line(message: Warning | str, *_args: object, **_options: object) -> str:
-    return f"warning: {' '.join(str(message).split())}\n"
-
-
-sys.excepthook = _no_traceback_for_ctrl_c
-warnings.formatwarning = _one_line
+if _is_of_the_script():
+    if sys.stderr.isatty():  # torch and Pyro take seconds to import
+        print("loading ...", end="\r", file=sys.stderr, flush=True)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until `start`: in the middle of an import
+        signal.signal(signal.SIGINT, _stop)  # an exception would be lost, or abort
 
 import io
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -56,6 +57,13 @@ __all__ = [
     "save_arrays", "say_where", "start", "write_json",
 ]  # fmt: skip
 
+
+def _one_line(message: Warning | str, *_args: object, **_options: object) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
+warnings.formatwarning = _one_line
+
 Arguments = TypeVar("Arguments")
 Item = TypeVar("Item")
 
@@ -67,6 +75,8 @@ def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], d
     after Ctrl-C.
     """
     try:
+        if signal.getsignal(signal.SIGINT) is _stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(arguments, doc)
         check_options(args)
         sys.exit(main(args) or 0)

@@ -5,10 +5,10 @@ they come from? what-if: without gravity, with half of it, pushed. evidence: how
 objects are there? stream: frame by frame. calibration: are the stated uncertainties true?
 """
 
+from _common import QueryArguments, new_folder, open_run, progress, say_where, start, write_json
+
 from dataclasses import dataclass
 from typing import Literal, get_args
-
-from _common import QueryArguments, new_folder, open_run, progress, say_where, start, write_json
 
 import torch
 

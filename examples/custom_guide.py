@@ -4,10 +4,10 @@ Copy this file and change `CentroidGuide`. docs/write_a_guide.md explains each p
 examples/experiments/compare_guides.py sets the result beside the guides of the library.
 """
 
+from _common import start
+
 import time
 from dataclasses import dataclass, replace
-
-from _common import start
 
 import pyro.distributions as dist
 import torch

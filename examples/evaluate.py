@@ -3,10 +3,10 @@
 --out is the JSON to write, figures go beside it; default: metrics.json in the run's folder.
 """
 
+from _common import QueryArguments, open_run, say_where, start, write_json
+
 from dataclasses import dataclass
 from typing import Any
-
-from _common import QueryArguments, open_run, say_where, start, write_json
 
 from pyro_pixels._options import Frames, Sequences, result_file
 from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health

@@ -4,12 +4,12 @@ The weights that come with the package are asked unless --no-pretrained is given
 the folder of the run, or in runs/pretrained.
 """
 
+from _common import QueryArguments, new_folder, open_run, progress, say_where, start
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
-
-from _common import QueryArguments, new_folder, open_run, progress, say_where, start
 
 import torch
 from matplotlib.figure import Figure

@@ -1,8 +1,8 @@
 """Where will they be? Generates the frames that follow a few seen ones (Sec 3.4); pictures like Figs 6 and 8, a GIF."""
 
-from dataclasses import dataclass
-
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
+
+from dataclasses import dataclass
 
 from pyro_pixels._options import Frames, Samples
 from pyro_pixels.evaluation.table import N_SEEN

@@ -1,8 +1,8 @@
 """Where are the objects? Infers positions from image sequences (Sec 3.3): a picture like Fig 3, .npz, CSV and GIF."""
 
-from dataclasses import dataclass
-
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
+
+from dataclasses import dataclass
 
 from pyro_pixels._options import Positive, Samples
 from pyro_pixels.queries.predict import infer, smooth

@@ -1,8 +1,8 @@
 """What happened in between? Fills missing frames from those at both ends (Sec 3.5); a picture like Fig 9."""
 
-from dataclasses import dataclass
-
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
+
+from dataclasses import dataclass
 
 from pyro_pixels._options import Frames, Samples
 from pyro_pixels.evaluation.table import N_SEEN

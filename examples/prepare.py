@@ -3,11 +3,11 @@
 Writes a contact sheet beside it, which shows what the model will see, and says what was done and what may go wrong.
 """
 
+from _common import say_where, start
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
-
-from _common import say_where, start
 
 import tyro
 

@@ -3,11 +3,11 @@
 Everything lands in one folder: config.json, metrics.jsonl, checkpoint.pt, metrics.json, figures and a GIF.
 """
 
+from _common import device_of, new_folder, say_where, start, write_json
+
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from _common import device_of, new_folder, say_where, start, write_json
 
 import torch
 

@@ -4,11 +4,11 @@ Everything else about a world can be changed, too, by naming its configuration a
 `python examples/simulate.py --out drift.npz config:drift-config --config.look.salt-and-pepper 0.02`.
 """
 
+from _common import say_where, start
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
-
-from _common import say_where, start
 
 import tyro
 

@@ -5,10 +5,10 @@ that nobody labelled (`pyro_pixels.training.distillation`), and every script tha
 SIGTERM save first; --resume then goes on as if nothing had happened.
 """
 
+from _common import device_of, new_folder, say_where, start
+
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from _common import device_of, new_folder, say_where, start
 
 import torch
 

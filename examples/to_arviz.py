@@ -1,12 +1,12 @@
 """What a trained run believes, as a file for arviz: posterior.nc, and pictures of what can be asked of it."""
 
+from _common import QueryArguments, new_folder, open_run, progress, say_where, start
+
 import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-from _common import QueryArguments, new_folder, open_run, progress, say_where, start
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -5,14 +5,14 @@ the folders seed0, seed1, ... of --run. Under PyTorch's launcher the processes s
 `torchrun --nproc-per-node 4 -- examples/train.py ...`.
 """
 
+from _common import device_of, new_folder, say_where, start
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from _common import device_of, new_folder, say_where, start
 
 import torch
 import torch.distributed as distributed

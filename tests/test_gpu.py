@@ -3,6 +3,8 @@
 On a card: `make test-gpu`.
 """
 
+from examples.experiments import train_edlstm
+
 import json
 import os
 import signal
@@ -13,8 +15,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
-
-from examples.experiments import train_edlstm
 
 import pyro
 import pytest

@@ -1,10 +1,10 @@
 """Measures with known answers."""
 
-import itertools
-import math
-
 from examples.experiments.latent_space import error_of_polynomial
 from examples.experiments.switches import closest, order_changes, switched_by
+
+import itertools
+import math
 
 import pytest
 import torch

@@ -1,14 +1,14 @@
 """examples/paper_in_pyro.py: the library's bound and gradients, the paper's settings, and (slow) one ball found."""
 
+from examples import paper_in_pyro
+from examples.paper_in_pyro import PAPER, PaperInPyro, Settings
+
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-from examples import paper_in_pyro
-from examples.paper_in_pyro import PAPER, PaperInPyro, Settings
 
 import numpy as np
 import oracles

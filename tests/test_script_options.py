@@ -1,12 +1,10 @@
 """Options of the scripts: what is refused, what the defaults are, and which sequences a run is asked about."""
 
+from examples.experiments import export_pretrained, latent_space, sweep, train_edlstm
+
 import dataclasses
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-
-from examples.experiments import export_pretrained, latent_space, sweep, train_edlstm
 
 import numpy as np
 import pytest
@@ -168,13 +166,3 @@ def test_pictures_of_the_gallery_do_not_land_on_tracked_files():
     assert gallery.Arguments().home == Path("runs/pretrained")
     with pytest.raises(ValueError, match="--docs and --out"):
         gallery.main(gallery.Arguments(docs=True, out=Path("g")))
-
-
-def test_ctrl_c_while_starting_leaves_no_traceback(tmp_path):
-    (tmp_path / "s.py").write_text("import _common\nraise KeyboardInterrupt\n")
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "s.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 130
-    assert done.stderr == "stopped\n"

@@ -5,13 +5,13 @@ finished is kept, what was cut off resumes. The last columns say what the networ
 of the trained guide, less that of Pyro's AutoNormal fitted to each of them with the same model.
 """
 
+from examples._common import device_of, new_folder, read_json, start, write_json
+
 import importlib.util
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from examples._common import device_of, new_folder, read_json, start, write_json
 
 import torch
 

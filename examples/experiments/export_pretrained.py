@@ -1,9 +1,9 @@
 """Puts the weights of a trained run, with its configuration and measures, where `load_pretrained` finds them."""
 
+from examples._common import read_json, start
+
 from dataclasses import dataclass
 from pathlib import Path
-
-from examples._common import read_json, start
 
 from pyro_pixels.runs import PRETRAINED, export_weights, load_run
 

@@ -6,9 +6,9 @@ image lie far apart. How much less the best cubic map to pixels errs than the be
 is. The health check, which sees neither labels nor this figure, is printed beside it.
 """
 
-from dataclasses import dataclass
-
 from examples._common import QueryArguments, open_run, say_where, start
+
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import torch

@@ -4,11 +4,11 @@ It reads the summary that `sweep_recurrent` writes, such as docs/results/recurre
 inferred, thick ones the same with names put right by p(a); dashed, the errors and rates to reach (docs/learning.md).
 """
 
+from examples._common import read_json, say_where, start
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from examples._common import read_json, say_where, start
 
 import matplotlib.pyplot as plt
 

@@ -4,11 +4,11 @@ Each case is trained, measured on fresh sequences and checked for health; docs/o
 Give the same command again to go on: what is finished is kept, what was cut off resumes.
 """
 
+from examples._common import device_of, new_folder, read_json, say_where, start, write_json
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from examples._common import device_of, new_folder, read_json, say_where, start, write_json
 
 import torch
 

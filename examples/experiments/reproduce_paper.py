@@ -6,13 +6,13 @@ of docs/reproduction.md is kept; only what stands between its markers <!-- begin
 replaced.
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
 from examples._common import device_of, new_folder, read_json, say_where, start, write_json
 from examples.experiments._paper_figures import draw_edlstm, draw_model_figures, draw_worst
 from examples.experiments._reproduction_text import baselines_text, generalisation_text, model_text, sweeps_text
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor

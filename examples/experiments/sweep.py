@@ -6,6 +6,9 @@ its last checkpoint, twice at most. The summary, one JSON and a table for each s
 position error and switch rate within the bars.
 """
 
+from examples._common import device_of, new_folder, one_job, read_json, say_where, start, write_json
+from examples.experiments._suites import configurations
+
 import math
 import subprocess
 import sys
@@ -13,9 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from examples._common import device_of, new_folder, one_job, read_json, say_where, start, write_json
-from examples.experiments._suites import configurations
 
 import torch
 

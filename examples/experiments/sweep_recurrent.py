@@ -4,6 +4,8 @@ Every run is a process of its own with a folder of its own under --out. Give the
 finished is kept, what was cut off resumes. The summary is one JSON and a table for each suite.
 """
 
+from examples._common import device_of, new_folder, one_job, read_json, start, write_json
+
 import json
 import subprocess
 import sys
@@ -13,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from examples._common import device_of, new_folder, one_job, read_json, start, write_json
 
 import numpy as np
 import torch

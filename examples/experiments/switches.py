@@ -4,12 +4,12 @@ A network that sorts objects by height switches them where the order of heights 
 loses them in a meeting switches them where they meet. True positions are needed.
 """
 
+from examples._common import QueryArguments, open_run, say_where, start, write_json
+
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
-
-from examples._common import QueryArguments, open_run, say_where, start, write_json
 
 import torch
 from torch import Tensor

@@ -4,12 +4,12 @@ Leaves config.json, metrics.jsonl, checkpoint.pt, metrics.json and generated_ima
 save first; --resume then goes on as if nothing had happened.
 """
 
+from examples._common import device_of, new_folder, say_where, start, write_json
+
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
-
-from examples._common import device_of, new_folder, say_where, start, write_json
 
 import torch
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.evaluation.metrics import nll_per_frame, pairwise_distances
+from pyro_pixels.evaluation.metrics import constant_image_nll, pairwise_distances
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
@@ -207,8 +207,7 @@ def _bound_measures(
         return measures
     ratios = []
     for n in data.n_objects.unique():
-        images = data.images[data.n_objects == n]
-        grey = nll_per_frame(images, images.double().nanmean().expand(images.shape)).mean()
+        grey = constant_image_nll(data.images[data.n_objects == n]).mean()
         ratios.append(-nats[data.n_objects == n].mean() / grey)
     return measures | {"bound_ratio": float(torch.stack(ratios).mean())}
 

@@ -124,6 +124,15 @@ def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
     return loss.mean(1) if bool(seen.all()) else torch.where(seen, loss, torch.nan).nanmean(1)
 
 
+def constant_image_nll(images: Tensor, *, batch_size: int = 100) -> Tensor:
+    """Returns `nll_per_frame` (B,), float64, of one grey value everywhere: the mean of all pixels that were seen."""
+    parts = images.split(batch_size)
+    total = sum(float(part.double().nansum()) for part in parts)
+    n = sum(int((~part.isnan()).sum()) if part.is_floating_point() else part.numel() for part in parts)
+    grey = torch.tensor(total / n if n else torch.nan, dtype=torch.float64, device=images.device)
+    return torch.cat([nll_per_frame(part, grey.expand(part.shape)) for part in parts])
+
+
 def paper_style_loss(images: Tensor, probabilities: Tensor) -> Tensor:
     """Returns the loss (B,) that may be behind the paper's 0.691: a mean cross entropy with probabilities as logits.
 

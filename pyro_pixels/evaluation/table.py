@@ -112,10 +112,7 @@ def _query(
     inferred, generated, interpolated = (torch.cat(p) for p in positions)
     values = {name: torch.cat(parts) for name, parts in losses.items()}
     values["bound_per_frame_nats"] = bound(model, guide, data, batch_size=batch_size).bound / data.seen.sum(1)
-    grey = data.images[:, n_seen:].double().nanmean()
-    values["constant_image_nll_per_frame_nats"] = metrics.nll_per_frame(
-        data.images[:, n_seen:], grey.expand(data.images[:, n_seen:].shape)
-    )
+    values["constant_image_nll_per_frame_nats"] = metrics.constant_image_nll(data.images[:, n_seen:])
     return inferred, generated, interpolated, values
 
 

@@ -10,7 +10,7 @@ Shapes are those of `pyro_pixels.queries.predict`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM, Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.latent_states import posterior_states
+from pyro_pixels.queries.parts import in_parts
 from pyro_pixels.queries.predict import Prediction, infer, render
 
 
@@ -87,6 +88,20 @@ class Change:
     """A mask, broadcastable to (B, N), of objects that are removed from the next frame on."""
 
 
+def _of_part(change: Change, part: slice, B: int, n_objects: Tensor) -> Change:
+    """A change of all sequences as that of some, which have fewer objects perhaps."""
+
+    def pick(x: Tensor | None, dim: int) -> Tensor | None:
+        """Of a tensor whose last dimension but ``dim`` is that of objects, and the one before that of sequences."""
+        if x is None or x.dim() <= dim:
+            return x
+        N = x.dim() - dim - 1
+        x = x if x.shape[N] == 1 else x.narrow(N, 0, int(n_objects[part].max()))
+        return x[part] if N == 1 and len(x) == B else x
+
+    return replace(change, shift=pick(change.shift, 1), removed=pick(change.removed, 0))
+
+
 @torch.no_grad()
 def what_if(
     model: PixelModel,
@@ -129,6 +144,15 @@ def what_if(
         )
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
+    joined = in_parts(
+        lambda part: what_if(
+            model, guide, images[part], n_objects[part], _of_part(change, part, len(images), n_objects),
+            frame=frame, n_frames=n_frames, n_samples=n_samples,
+        ),
+        images, n_objects, n_frames=n_frames, n_samples=n_samples, n_images=1 + n_samples,
+    )  # fmt: skip
+    if joined is not None:
+        return joined
     found = infer(guide, images, n_objects, n_samples=n_samples)
     h = posterior_states(model.dynamics, found.samples)
     assert found.samples is not None

@@ -14,11 +14,14 @@ Shapes are those of `pyro_pixels.queries.predict`.
 import torch
 from torch import Tensor
 
+from pyro_pixels._batch import counts
+from pyro_pixels._convert import as_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.parts import in_parts
 from pyro_pixels.queries.predict import Prediction, States, infer, render, smooth
 from pyro_pixels.queries.streaming import filtered, start, step
 
@@ -67,6 +70,14 @@ def states(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *
     """
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
+    images, n_objects = as_batch(images, n_objects)
+    n_objects = counts(n_objects, len(images), images)
+    found = in_parts(
+        lambda part: states(model, guide, images[part], n_objects[part], n_samples=n_samples),
+        images, n_objects, n_samples=n_samples,
+    )  # fmt: skip
+    if found is not None:
+        return found
     return posterior_states(model.dynamics, infer(guide, images, n_objects, n_samples=n_samples).samples)
 
 

@@ -4,6 +4,12 @@ Values are made from the annotations of each script's arguments, so that a new o
 soon as it is there.
 """
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import bad
 import numpy as np
 import pytest
@@ -234,3 +240,67 @@ def test_a_wrong_command_is_one_line_and_nothing_is_written(name, line, place, m
     assert end.is_one_line, end.said
     assert len(end.said) < 400
     assert bad.tree(place) == before
+
+
+def interrupted(args):
+    raise KeyboardInterrupt
+
+
+def no_memory(args):
+    raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory\nmore lines")
+
+
+def no_file(args):
+    Path("missing/file").read_text()
+
+
+@pytest.mark.parametrize(
+    "main, code, said",
+    [
+        (interrupted, 130, "stopped\n"),
+        (no_memory, 1, "error: there is not enough memory;"),
+        (no_file, 2, "error: missing/file: No such file or directory\n"),
+    ],
+)
+def test_what_ends_a_script_on_its_way_is_one_line(main, code, said):
+    end = bad.run([], main, SCRIPTS["train"].Arguments, None)
+    assert end.code == code
+    assert end.said.startswith(said)
+    assert end.said.count("\n") == 1
+
+
+def process_of(name, *line, cwd, path=()):
+    folder = bad.scripts()[name].parent.relative_to(bad.ROOT).as_posix()
+    module = ["-m", f"{folder}.{name}".replace("/", ".")]
+    script = [str(bad.ROOT / folder / f"{name}.py")] if folder == "examples" else module
+    path = os.pathsep.join([*map(str, path), str(bad.ROOT)])
+    return subprocess.run(
+        [sys.executable, *script, *line], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name, line", [
+    ("train", ["--threads", "100000"]), ("sweep", ["--no-such-option"]), ("infer", ["--pretrained", "--data", "text"]),
+], ids=str)  # fmt: skip
+def test_processes_of_their_own_say_the_same(name, line, place):
+    before, done = bad.tree(place), process_of(name, *line, cwd=place)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert bad.End(2, done.stderr).is_one_line, done.stderr
+    assert bad.tree(place) == before
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_while_a_script_starts_is_one_line(name, tmp_path):
+    """In the import of torch, before which no script imports anything that takes long."""
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    done = process_of(name, "--help", cwd=tmp_path, path=[tmp_path])
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_a_run_without_checksums_is_one_line_of_warning(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "old")
+    (tmp_path / "old/checksums.json").unlink()
+    done = process_of("infer", "--run", "old", "--n-sequences", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "warning: old has no checksum, as in earlier versions: damage would go unnoticed\n"

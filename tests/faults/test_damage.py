@@ -5,25 +5,37 @@ import shutil
 
 import pytest
 import torch
-from tiny import assert_same_outcome, damage, outcome_of, train, with_schedule
+from tiny import DATA, assert_same_outcome, damage, outcome_of, train, with_schedule
 
 from pyro_pixels import runs
+from pyro_pixels._checksums import read_json, write_json
+from pyro_pixels.run_figures import Snapshots
 from pyro_pixels.runs import export_weights, load_config, load_pretrained, load_run
 
-FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checksums.json")
+FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checksums.json", "snapshots.npz", "metrics.json")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained") / "run"
+    return make(tmp_path_factory.mktemp("trained") / "run")
+
+
+def make(folder):
+    """A run with every kind of file that scripts read again."""
     train(folder)
+    run = load_run(folder)
+    for step in (2, 6):
+        Snapshots(folder / "snapshots.npz", DATA, resume=step > 2).take(run, {"step": step})
+    write_json(folder / "metrics.json", {"all": {"position_error_px": 0.5}, "step": 6})
     return folder
 
 
 def use(folder):
     """Reads all that querying and resuming read."""
     run = load_run(folder)
-    return {**outcome_of(folder), "config": load_config(folder)}, run
+    means = Snapshots(folder / "snapshots.npz", DATA, resume=True).means
+    found = {**outcome_of(folder), "config": load_config(folder), "measured": read_json(folder / "metrics.json")}
+    return {**found, "means": {step: x.tolist() for step, x in means.items()}}, run
 
 
 def damaged_and_used(trained, tmp_path, n, seed):
@@ -40,13 +52,16 @@ def damaged_and_used(trained, tmp_path, n, seed):
             found, _ = use(folder)
         except ValueError as error:
             said = str(error)
-            counts["refused"] += "\n" not in said and str(folder) in said
+            assert "\n" not in said, said
+            assert str(folder) in said
+            counts["refused"] += 1
         else:
             dropped = found["lines"] == wanted["lines"][:-1] and not content.endswith(b"\n")  # with a word
             assert_same_outcome(found, {**wanted, "lines": found["lines"]} if dropped else wanted)
+            assert (found["measured"], found["means"]) == (wanted["measured"], wanted["means"])
             counts["last line dropped" if dropped else "equal"] += 1
         (folder / name).write_bytes(contents[name])
-    assert sum(counts.values()) == n, "a refusal is not one line that names the file"
+    assert sum(counts.values()) == n
     return counts
 
 

@@ -177,7 +177,10 @@ def test_a_link_is_replaced_and_not_followed(tmp_path):
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
     """A whole file of sequences and a whole checkpoint, to be changed."""
-    folder = tmp_path_factory.mktemp("seeds")
+    return make_seeds(tmp_path_factory.mktemp("seeds"))
+
+
+def make_seeds(folder):
     save_sequences(folder / "data.npz", SMALL)
     np.savez(folder / "stored.npz", **GOOD)
     save_checkpoint(folder / "c.pt", {"step": 1, "model": {"w": torch.arange(20.0)}, "list": [1, "a", None]})
@@ -220,15 +223,19 @@ def test_changed_files_are_read_or_refused(seeds, tmp_path, places, values, cut)
     fuzz(seeds, tmp_path, places, values, cut)
 
 
+def fuzz_once(seeds, folder, rng):
+    k = int(rng.integers(1, 7))
+    cut = int(rng.integers(1, 10**6)) if rng.random() < 0.2 else 0
+    return fuzz(seeds, folder, rng.integers(0, 10**6, k).tolist(), rng.integers(0, 256, k).tolist(), cut)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*has no checksum")
 def test_ten_minutes_of_changed_files(seeds, tmp_path, record_property):
     """Seconds by the environment variable FUZZ_SECONDS."""
     rng, started, n, refused = np.random.default_rng(0), time.monotonic(), 0, 0
     while time.monotonic() - started < float(os.environ.get("FUZZ_SECONDS", 600)):
-        k = int(rng.integers(1, 7))
-        cut = int(rng.integers(1, 10**6)) if rng.random() < 0.2 else 0
-        refused += fuzz(seeds, tmp_path, rng.integers(0, 10**6, k).tolist(), rng.integers(0, 256, k).tolist(), cut)
+        refused += fuzz_once(seeds, tmp_path, rng)
         n += len(seeds)
     record_property("files", n)
     record_property("refused", refused)
