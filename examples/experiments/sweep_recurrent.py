@@ -42,6 +42,7 @@ N_VALIDATION = 300
 CANDIDATES, CANDIDATE_STEPS = 3, 250  # of the suite `seeds`
 PROGRAM = [sys.executable, "-m", "examples.experiments.sweep_recurrent"]
 ONE_STEPS = 1_500  # of the suite `one`
+MEASURES = (("error_px", 1.0), ("switch_rate", 100.0))  # and what they are multiplied by in tables
 
 Change = Callable[[RunConfig], RunConfig]
 
@@ -222,32 +223,38 @@ def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
     return {"suite": args.suite, "variants": found}
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown: medians over seeds and, in brackets, the smallest and the largest."""
-    header = ["", "seeds", "steps", "R^2", "position error, px", "switch rate, %", "untangled: position error, px",
-              "untangled: switch rate, %", "generation / floor", "untangled", "health signs", "CPU s"]  # fmt: skip
-    rows = []
+def tables(result: dict[str, Any]) -> str:
+    """Positions and names, then predictions: medians over seeds and, in brackets, the smallest and the largest."""
+    found, predicted = [], []
     for name, runs in result["variants"].items():
-        tests = [run["test"] for run in runs]
+        tests, about = [run["test"] for run in runs], [name, str(len(runs)), f"{runs[0]['steps']:,}"]
+        columns = [(f"{prefix}{key}", factor) for prefix in ("", "untangled_") for key, factor in MEASURES]
+        parts = [[[factor * x for x in xs] for xs in zip(*(t[key] for t in tests))] for key, factor in columns]
+        seconds = f"{np.median([run['cpu_seconds'] for run in runs]):.0f}"
+        r2 = _spread([t["r2"] for t in tests], 3)
+        found.append(
+            [*about, r2, *(" / ".join(_spread(xs, 2 - i % 2) for xs in x) for i, x in enumerate(parts)), seconds]
+        )
+        if all("by_n_objects" in run for run in runs):
+            predicted.append([*about, *_predictions(runs)])
+    first = ["", "seeds", "steps", "R^2", "position error, px", "switch rate, %", "untangled: position error, px",
+             "untangled: switch rate, %", "CPU s"]  # fmt: skip
+    second = ["", "seeds", "steps", "generation / floor", "untangled", "interpolation / floor", "untangled",
+              "sides told, %", "gravity off, degrees", "health signs"]  # fmt: skip
+    return "\n\n".join(markdown(header, rows) for header, rows in ((first, found), (second, predicted)) if rows)
 
-        def column(key: str, factor: float, digits: int, tests: list[dict[str, Any]] = tests) -> str:
-            return " / ".join(_spread([factor * x for x in xs], digits) for xs in zip(*(t[key] for t in tests)))
 
-        def generation(prefix: str, runs: list[dict[str, Any]] = runs) -> str:
-            if "by_n_objects" not in runs[0]:
-                return "-"
+def _predictions(runs: list[dict[str, Any]]) -> list[str]:
+    """The row of runs in the second table."""
+    columns = []
+    for kind in ("generation", "interpolation"):
+        for prefix in ("", "untangled_"):
             groups = [[run["by_n_objects"][n] for run in runs] for n in runs[0]["by_n_objects"]]
-            errors = [[r[f"{prefix}generation_error_px"] / r["generation_floor_px"] for r in group] for group in groups]
-            return " / ".join(_spread(x, 2) for x in errors)
-
-        signs = [len(run["health"]["problems"]) for run in runs if "health" in run]
-        rows.append([
-            name, str(len(runs)), f"{runs[0]['steps']:,}", _spread([t["r2"] for t in tests], 3),
-            column("error_px", 1, 2), column("switch_rate", 100, 1), column("untangled_error_px", 1, 2),
-            column("untangled_switch_rate", 100, 1), generation(""), generation("untangled_"),
-            _spread(signs, 0) if signs else "-", f"{np.median([run['cpu_seconds'] for run in runs]):.0f}",
-        ])  # fmt: skip
-    return markdown(header, rows)
+            ratios = [[r[f"{prefix}{kind}_error_px"] / r[f"{kind}_floor_px"] for r in group] for group in groups]
+            columns.append(" / ".join(_spread(x, 2) for x in ratios))
+    sides = _spread([100 * run["all"]["side_accuracy"] for run in runs], 1)
+    gravity = _spread([abs(run["dynamics"]["degrees_from_down"]) for run in runs], 1)
+    return [*columns, sides, gravity, _spread([len(run["health"]["problems"]) for run in runs], 0)]
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
@@ -279,7 +286,7 @@ def main(args: Arguments) -> int:
         well = all(list(pool.map(launch, jobs)))
     result = summary(args, list(configs))
     write_json(path, result)
-    print(f"{table(result)}\n  {path}")
+    print(f"{tables(result)}\n  {path}")
     return 0 if well else 1
 
 
