@@ -12,7 +12,8 @@ from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.lgssm.dynamics import Dynamics
-from pyro_pixels.model.pixel_model import PixelModel, drawing_in_random_order
+from pyro_pixels.model.order import drawing_in_random_order
+from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer
 from pyro_pixels.training.elbo import AnnealedELBO
 

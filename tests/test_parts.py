@@ -33,6 +33,12 @@ QUERIES = {
     "reconstruct": lambda m, g, v, n, S: reconstruct(m, g, v, n),
     "generate": lambda m, g, v, n, S: generate(m, g, v[:, :5], n, n_frames=11, n_samples=S),
     "interpolate": lambda m, g, v, n, S: interpolate(m, g, v, n, torch.arange(11) % 4 != 2, n_samples=S),
+    "a mask each": lambda m, g, v, n, S: interpolate(
+        m, g, v, n, (torch.arange(11) + torch.arange(len(v)).unsqueeze(1)) % 4 != 2, n_samples=S
+    ),
+    "hidden objects": lambda m, g, v, n, S: interpolate(
+        m, g, v, n, ~((torch.arange(11) > 5) & (torch.arange(3).unsqueeze(1) == 0)).expand(len(v), 3, 11), n_samples=S
+    ),
     "states": lambda m, g, v, n, S: states(m, g, v, n, n_samples=S),
     "what_if": lambda m, g, v, n, S: what_if(
         m, g, v, n, Change(shift=torch.full((len(v), 3, 4), 0.1), removed=torch.arange(3) == 0),

@@ -111,7 +111,8 @@ def test_no_file_edits_the_search_path(path):
 
 def test_no_script_imports_another_script():
     """Scripts share code through modules that users do not run; `benchmarks.memory` runs only in its own processes."""
-    scripts = {path.stem: path for path in FILES if "__main__" in path.read_text() and "tests" not in path.parts}
+    guard = '\nif __name__ == "__main__":'
+    scripts = {path.stem: path for path in FILES if guard in path.read_text() and "tests" not in path.parts}
     del scripts["memory"]
     assert len(scripts) > 10
     for path in scripts.values():

@@ -7,9 +7,7 @@ components z are integrated out exactly. `PixelModel.joint` is the same model wi
 Departures from the paper: none.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -21,29 +19,8 @@ from pyro_pixels._pyro import ExactDensity, announce_parameters
 from pyro_pixels.lgssm.distributions import StatePath
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.likelihoods import BernoulliPixels, PixelLikelihood
+from pyro_pixels.model.order import in_order
 from pyro_pixels.model.renderer import Renderer
-
-_random_order: ContextVar[bool] = ContextVar("random_order", default=False)
-
-
-@contextmanager
-def drawing_in_random_order(random: bool = True) -> Iterator[None]:
-    """Within it the renderer of every `PixelModel` draws the objects of each sequence in an order drawn at random.
-
-    Objects have no names in p(a), so E_q[log p(v | pi a)] - KL(q || p) is a lower bound of log p(v) for every order pi,
-    and so is its mean over orders. A renderer that is trained with it comes to draw the same image whatever the order.
-    """
-    token = _random_order.set(random)
-    try:
-        yield
-    finally:
-        _random_order.reset(token)
-
-
-def in_random_order(a: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (..., B, N, T, 2) and presence (B, N) with the objects of each sequence in an order of its own."""
-    order = torch.rand(present.shape, device=present.device).argsort(-1)
-    return a.gather(-3, order[..., None, None].expand_as(a)), present.gather(-1, order)
 
 
 class PixelModel(nn.Module):
@@ -104,9 +81,7 @@ class PixelModel(nn.Module):
 
     def _draw(self, a: Tensor, present: Tensor, images: Tensor | None) -> Tensor:
         """Samples or observes v given positions."""
-        if _random_order.get() and a.shape[-3] > 1:
-            a, present = in_random_order(a, present)
-        logits = self.renderer(a, present)
+        logits = self.renderer(*in_order(a, present))
         p_v, obs = self.likelihood(logits), None
         if images is not None:
             obs = images.to(logits.dtype)

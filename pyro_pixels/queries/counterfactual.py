@@ -87,21 +87,21 @@ class Change:
     removed: Tensor | None = None
     """A mask, broadcastable to (B, N), of objects that are removed from the next frame on."""
 
+    def of_part(self, part: slice, n_sequences: int, most_objects: int) -> "Change":
+        """The change of some of the sequences, which have at most so many objects."""
 
-def _of_part(change: Change, part: slice, B: int, n_objects: Tensor) -> Change:
-    """A change of all sequences as that of some, which have fewer objects perhaps."""
+        def pick(x: Tensor | None, last: int) -> Tensor | None:
+            """``x`` broadcasts to (B, N) and ``last`` further dimensions."""
+            if x is None or x.dim() <= last:
+                return x
+            objects = x.dim() - last - 1
+            x = x if x.shape[objects] == 1 else x.narrow(objects, 0, most_objects)
+            return x[part] if objects == 1 and len(x) == n_sequences else x
 
-    def pick(x: Tensor | None, dim: int) -> Tensor | None:
-        """Of a tensor whose last dimension but ``dim`` is that of objects, and the one before that of sequences."""
-        if x is None or x.dim() <= dim:
-            return x
-        N = x.dim() - dim - 1
-        x = x if x.shape[N] == 1 else x.narrow(N, 0, int(n_objects[part].max()))
-        return x[part] if N == 1 and len(x) == B else x
-
-    return replace(change, shift=pick(change.shift, 1), removed=pick(change.removed, 0))
+        return replace(self, shift=pick(self.shift, 1), removed=pick(self.removed, 0))
 
 
+@in_parts(with_images=True)
 @torch.no_grad()
 def what_if(
     model: PixelModel,
@@ -144,15 +144,6 @@ def what_if(
         )
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
-    joined = in_parts(
-        lambda part: what_if(
-            model, guide, images[part], n_objects[part], _of_part(change, part, len(images), n_objects),
-            frame=frame, n_frames=n_frames, n_samples=n_samples,
-        ),
-        images, n_objects, n_frames=n_frames, n_samples=n_samples, n_images=1 + n_samples,
-    )  # fmt: skip
-    if joined is not None:
-        return joined
     found = infer(guide, images, n_objects, n_samples=n_samples)
     h = posterior_states(model.dynamics, found.samples)
     assert found.samples is not None

@@ -14,8 +14,6 @@ Shapes are those of `pyro_pixels.queries.predict`.
 import torch
 from torch import Tensor
 
-from pyro_pixels._batch import counts
-from pyro_pixels._convert import as_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
@@ -51,6 +49,7 @@ def filter_states(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None)
     return States(torch.stack(means, -2), torch.stack(covs, -3), torch.stack(p_z, -2))
 
 
+@in_parts()
 @torch.no_grad()
 def states(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 100) -> States:
     """Returns positions and velocities given images: p(h, z | a) averaged over q(a | v).
@@ -70,14 +69,6 @@ def states(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *
     """
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
-    images, n_objects = as_batch(images, n_objects)
-    n_objects = counts(n_objects, len(images), images)
-    found = in_parts(
-        lambda part: states(model, guide, images[part], n_objects[part], n_samples=n_samples),
-        images, n_objects, n_samples=n_samples,
-    )  # fmt: skip
-    if found is not None:
-        return found
     return posterior_states(model.dynamics, infer(guide, images, n_objects, n_samples=n_samples).samples)
 
 

@@ -5,83 +5,142 @@ about fewer gets what a single batch gives; beyond, samples are drawn part by pa
 hold 0.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyro_pixels._arrays import MAX_BYTES
 from pyro_pixels._batch import counts
+from pyro_pixels._convert import as_batch
 
 PIXELS_AT_ONCE = 2**24
 FEWEST = 16
-Answer = TypeVar("Answer", bound=NamedTuple)
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+@runtime_checkable
+class OfSequences(Protocol):
+    """An argument that says something of each sequence."""
+
+    def of_part(self, part: slice, n_sequences: int, most_objects: int) -> Any:
+        """What it says of some of the sequences, which have at most so many objects."""
+        ...
 
 
 def rows_of_parts(n_sequences: int, pixels: int) -> list[slice]:
     """Slices of the sequences, as many to a part as there may be with ``pixels`` of each."""
     at_once = max(FEWEST, PIXELS_AT_ONCE // max(1, pixels))
-    return [slice(start, start + at_once) for start in range(0, n_sequences, at_once)]
+    starts = range(0, max(1, n_sequences), at_once)
+    return [slice(start, min(start + at_once, n_sequences)) for start in starts]
 
 
-def in_parts(
-    ask: Callable[[slice], Answer],
-    images: Tensor,
-    n_objects: Tensor | int | Sequence[int],
-    *,
-    n_frames: int | None = None,
-    n_samples: int = 0,
-    n_images: int = 0,
-) -> Answer | None:
-    """The answers about some sequences at a time, joined; None where all of them make one part.
+def join(parts: Iterable[Tensor], rows: Sequence[slice], dim: int) -> Tensor:
+    """Tensors joined along ``dim``, counted from the last one, each put into its place as it comes."""
+    whole = None
+    for part, row in zip(parts, rows):
+        if len(rows) == 1:
+            return part
+        if whole is None:
+            whole = part.new_empty((*part.shape[:dim], rows[-1].stop, *part.shape[dim:][1:]))
+        whole.narrow(dim, row.start, part.shape[dim]).copy_(part)
+    assert whole is not None
+    return whole
+
+
+def in_parts(*, with_images: bool = False) -> Callable[[Callable[Given, Answer]], Callable[Given, Answer]]:
+    """Makes a query go through many sequences in parts.
+
+    Its ``images`` (B, T, H, W), ``n_objects``, a mask ``observed`` with sequences, and arguments that are `OfSequences`
+    are cut. Its answer is a named tuple: fields whose names begin with ``sample`` have the sequences in dimension 1,
+    others in dimension 0; those that are called ``...images`` have no objects.
 
     Args:
-        ask: the query about a slice of the sequences. Of its answer, fields whose names begin with ``sample`` have
-            the sequences in dimension 1, others in dimension 0; those that are called ``...images`` have no objects.
-            ``observed`` is left as it is in the first answer.
-        images: (B, T, H, W).
-        n_objects: (B,), or one number.
-        n_frames: of the answer, if it is not T.
-        n_samples: S.
-        n_images: how many images (B, T, H, W) the answer has, those of samples counted, to know what it takes.
-
-    Raises:
-        ValueError: if the images of the answer would take more than `MAX_BYTES`.
+        with_images: whether the answer has images, and as many again of samples. Where they would take more than
+            `MAX_BYTES` the query is refused with a ValueError.
     """
-    if images.dim() != 4 or 0 in images.shape:
-        return None  # refused later
+
+    def decorate(query: Callable[Given, Answer]) -> Callable[Given, Answer]:
+        signature = inspect.signature(query)
+
+        @functools.wraps(query)
+        def ask(*args: Given.args, **options: Given.kwargs) -> Answer:
+            given = signature.bind(*args, **options)
+            given.apply_defaults()
+            parts = _parts_of(given.arguments, with_images)
+            if len(parts) < 2:
+                return query(*args, **options)
+            sizes = [len(part["images"]) for part in parts]
+            most = max(int(part["n_objects"].max()) for part in parts)
+            return _joined((query(**part) for part in parts), sizes, most)  # type: ignore[call-arg, return-value]
+
+        return ask
+
+    return decorate
+
+
+def _parts_of(given: dict[str, Any], with_images: bool) -> list[dict[str, Any]]:
+    """The arguments of each part; none where the query will refuse them."""
+    images, n_objects = as_batch(given["images"], given["n_objects"])
+    frames, samples, observed = given.get("n_frames"), given.get("n_samples", 0), given.get("observed")
+    if images.dim() != 4 or 0 in images.shape or not isinstance(samples, int) or not isinstance(frames, int | None):
+        return []
     B, T, H, W = images.shape
-    pixels = (n_frames or T) * H * W
-    if 4 * B * pixels * n_images > MAX_BYTES:
+    pixels = (frames or T) * H * W
+    n_bytes = 4 * B * pixels * (1 + samples)
+    if with_images and n_bytes > MAX_BYTES:
         raise ValueError(
-            f"the images of {B:,} sequences with {n_samples:,} samples each would take {4 * B * pixels * n_images:,} "
-            f"bytes, more than {MAX_BYTES:,}; ask about fewer at a time"
+            f"the images of {B:,} sequences with {samples:,} samples each would take {n_bytes:,} bytes, more than "
+            f"{MAX_BYTES:,}; ask about fewer at a time"
         )
-    rows = rows_of_parts(B, pixels * max(1, n_samples))
-    n = counts(n_objects, B, images)
-    if len(rows) < 2 or n.shape != (B,):
-        return None
-    N, joined, first = int(n.max()), {}, None
-    for part in rows:
-        answer = ask(part)
-        first = answer if first is None else first
-        for name, x in zip(answer._fields, answer):
-            if not isinstance(x, Tensor) or name == "observed":
-                continue
-            of_samples = name.startswith("sample")
-            if name not in joined:
-                joined[name] = _room(x, B, N, int(of_samples), with_objects=not name.endswith("images"))
-            place = joined[name][:, part] if of_samples else joined[name][part]
-            if not name.endswith("images") and x.dim() > 1 + of_samples:
-                place = place[:, :, : x.shape[2]] if of_samples else place[:, : x.shape[1]]
-            place.copy_(x)
-    assert first is not None
-    return first._replace(**joined)
+    n_objects = counts(n_objects, B, images)
+    mask = observed if isinstance(observed, Tensor) and observed.dim() > 1 else None
+    if n_objects.shape != (B,) or (mask is not None and len(mask) != B):
+        return []
+    parts = []
+    for part in rows_of_parts(B, pixels * max(1, samples)):
+        most = int(n_objects[part].max())
+        own = {name: x.of_part(part, B, most) for name, x in given.items() if isinstance(x, OfSequences)}
+        if mask is not None:
+            own["observed"] = mask[part, :most] if mask.dim() == 3 else mask[part]
+        parts.append({**given, **own, "images": images[part], "n_objects": n_objects[part]})
+    return parts
 
 
-def _room(x: Tensor, B: int, N: int, batch: int, *, with_objects: bool) -> Tensor:
-    shape = list(x.shape)
-    shape[batch] = B
-    if with_objects and x.dim() > batch + 1:
-        shape[batch + 1] = N
-    return x.new_zeros(shape)
+def _joined(answers: Iterable[Any], sizes: Sequence[int], most: int) -> Any:
+    """One answer from those about parts of so many sequences, each put into its place as it comes."""
+    joined: dict[str, Tensor] = {}
+    masks: list[Tensor] = []
+    done, last = 0, None
+    for last, size in zip(answers, sizes):
+        for name, x in zip(last._fields, last):
+            if name == "observed":
+                masks.append(x)
+            elif isinstance(x, Tensor):
+                dim = int(name.startswith("sample"))
+                of_objects = not name.endswith("images") and x.dim() > 1 + dim
+                if name not in joined:
+                    lengths = (sum(sizes), most) if of_objects else (sum(sizes),)
+                    joined[name] = x.new_zeros((*x.shape[:dim], *lengths, *x.shape[dim + len(lengths) :]))
+                place = joined[name].narrow(dim, done, size)
+                (place.narrow(dim + 1, 0, x.shape[dim + 1]) if of_objects else place).copy_(x)
+        done += size
+    if masks:
+        joined["observed"] = _joined_masks(masks, sizes)
+    assert last is not None
+    return last._replace(**joined)
+
+
+def _joined_masks(masks: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """One mask from those of parts, (T,) or (b, N or 1, T) each."""
+    if all(mask.dim() == 1 for mask in masks):
+        return masks[0]
+    N = max(mask.shape[1] for mask in masks if mask.dim() > 1)
+    whole = [mask if mask.dim() > 1 else mask.expand(size, 1, -1) for mask, size in zip(masks, sizes)]
+    return torch.cat([mask.expand(-1, N, -1) if mask.shape[1] == 1 else pad(mask, (0, 0, 0, N - mask.shape[1]))
+                      for mask in whole])  # fmt: skip

@@ -12,7 +12,6 @@ Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; 
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
-from pyro_pixels.queries.parts import in_parts, rows_of_parts
+from pyro_pixels.queries.parts import in_parts, join, rows_of_parts
 
 MOMENT_SAMPLES = 256  # for guides whose distribution has no closed-form mean or variance
 
@@ -62,6 +61,7 @@ class Prediction(NamedTuple):
     sample_images: Tensor | None  # (S, B, T, H, W) pixel probabilities, rendered from the samples
 
 
+@in_parts()
 @torch.no_grad()
 def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int], *, n_samples: int = 0) -> Inference:
     """Positions from images (Sec 3.3).
@@ -75,13 +75,6 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int],
     """
     images, n_objects = as_batch(images, n_objects)
     n_samples = check_number("n_samples", n_samples, 0)
-    n_objects = counts(n_objects, len(images), images) if images.dim() else n_objects
-    found = in_parts(
-        lambda part: infer(guide, images[part], n_objects[part], n_samples=n_samples), images, n_objects,
-        n_samples=n_samples,
-    )  # fmt: skip
-    if found is not None:
-        return found
     check_values(images)
     q_a = guide.q(images, n_objects)
     mean, variance = _moments(q_a)
@@ -100,18 +93,9 @@ def render(model: PixelModel, a: Tensor, n_objects: Tensor | int | Sequence[int]
     """Renders positions (..., B, N, T, 2) as expected images (..., B, T, H, W), Eqs (1)-(2)."""
     if not isinstance(a, Tensor) or a.dim() < 4 or a.shape[-1] != 2:
         raise ValueError(f"positions are {tuple(getattr(a, 'shape', ()))}; wanted (..., B, N, T, 2)")
-    n_objects, pixels = counts(n_objects, a.shape[-4], a), model.renderer.height * model.renderer.width
-    rows = rows_of_parts(a.shape[-4], math.prod(a.shape[:-4]) * a.shape[-2] * pixels)
-    if len(rows) < 2 or len(n_objects) != a.shape[-4]:
-        return model.likelihood.mean(model.renderer(a, object_mask(n_objects, a.shape[-3])))
-    images = None
-    for part in rows:
-        drawn = render(model, a[..., part, :, :, :], n_objects[part])
-        if images is None:
-            images = drawn.new_empty((*a.shape[:-3], *drawn.shape[-3:]))
-        images[..., part, :, :, :] = drawn
-    assert images is not None
-    return images
+    present = object_mask(counts(n_objects, a.shape[-4], a), a.shape[-3])
+    rows = rows_of_parts(a.shape[-4], a[..., :1, :1, :, 0].numel() * model.renderer.height * model.renderer.width)
+    return join((model.likelihood.mean(model.renderer(a[..., row, :, :, :], present[row])) for row in rows), rows, -4)
 
 
 @torch.no_grad()
@@ -131,6 +115,7 @@ def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> Sta
     return States(mean, cov, p_z)
 
 
+@in_parts(with_images=True)
 @torch.no_grad()
 def generate(
     model: PixelModel,
@@ -166,29 +151,17 @@ def generate(
     tau = images.shape[1]
     if n_frames <= tau:
         raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more than {tau}")
-    found = in_parts(
-        lambda part: generate(model, guide, images[part], n_objects[part], n_frames=n_frames, n_samples=n_samples),
-        images, n_objects, n_frames=n_frames, n_samples=n_samples, n_images=1 + n_samples,
-    )  # fmt: skip
-    if found is not None:
-        return found._replace(observed=_seen_of(images, n_frames))
     unseen = images.new_zeros(len(images), n_frames - tau, *images.shape[2:])
-    observed = _seen_of(images, n_frames)
+    observed = torch.arange(n_frames, device=images.device) < tau
+    unknown = unseen_frames(images)
+    if bool(unknown.any()):  # the frames of each sequence that were seen
+        observed = (observed & ~F.pad(unknown, (0, n_frames - tau))).unsqueeze(1)
+        if not bool(observed.any(-1).all()):
+            raise ValueError("a sequence has no frame that was seen, all are NaN; leave it out")
     return _predict(model, guide, torch.cat([images, unseen], 1), n_objects, observed, n_samples)
 
 
-def _seen_of(images: Tensor, n_frames: int) -> Tensor:
-    """The first of ``n_frames`` frames, those of ``images``, without those that were not seen: (T,) or (B, 1, T)."""
-    tau, unknown = images.shape[1], unseen_frames(images)
-    observed = torch.arange(n_frames, device=images.device) < tau
-    if not bool(unknown.any()):
-        return observed
-    observed = (observed & ~F.pad(unknown, (0, n_frames - tau))).unsqueeze(1)
-    if not bool(observed.any(-1).all()):
-        raise ValueError("a sequence has no frame that was seen, all are NaN; leave it out")
-    return observed
-
-
+@in_parts(with_images=True)
 @torch.no_grad()
 def interpolate(
     model: PixelModel,
@@ -226,15 +199,6 @@ def interpolate(
     n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects)
     observed = _checked_mask(observed, images, n_objects)
-    found = in_parts(
-        lambda part: interpolate(
-            model, guide, images[part], n_objects[part],
-            observed if observed.dim() == 1 else _of_part(observed[part], n_objects[part]), n_samples=n_samples,
-        ),
-        images, n_objects, n_samples=n_samples, n_images=1 + n_samples,
-    )  # fmt: skip
-    if found is not None:
-        return found._replace(observed=observed)
     patterns = _frames_seen(observed)  # (T,) or (B, T)
     check_values(images, patterns)
     images = images.to(guide.dtype)
@@ -247,11 +211,6 @@ def interpolate(
         for r, seen in zip(rows, each)
     ]
     return _joined(parts, torch.cat(rows))._replace(observed=observed)
-
-
-def _of_part(observed: Tensor, n_objects: Tensor) -> Tensor:
-    """A mask (B, 1, T) as (B, T), or (B, N, T) with the objects that these sequences have."""
-    return observed.squeeze(1) if observed.shape[1] == 1 else observed[:, : int(n_objects.max())]
 
 
 def _interpolate(

@@ -20,7 +20,8 @@ from pyro_pixels._pyro import parameters_known
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm.sharing import sharing
-from pyro_pixels.model.pixel_model import PixelModel, drawing_in_random_order
+from pyro_pixels.model.order import drawing_in_random_order
+from pyro_pixels.model.pixel_model import PixelModel
 
 
 class ScaleLatents(ScaleMessenger):
@@ -50,15 +51,12 @@ class AnnealedELBO(Trace_ELBO):
     After each evaluation `terms` holds the terms of the unweighted ELBO (of the last particle).
     """
 
+    settings: tuple[str, ...] = ("random_order",)  # attributes with which a recorded step changes
+
     def __init__(self, kl_weight: float | Tensor = 1.0, *, random_order: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.kl_weight, self.random_order = kl_weight, random_order
         self.terms: BoundTerms | None = None
-
-    @property
-    def settings(self) -> tuple[float, ...]:
-        """What a recorded step holds of it: where one of them changes, steps are recorded anew."""
-        return (self.random_order,)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         with ScaleLatents(self.kl_weight), sharing(), drawing_in_random_order(self.random_order):

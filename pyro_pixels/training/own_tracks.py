@@ -41,16 +41,14 @@ class OwnTracks(AnnealedELBO):
         ValueError: if the weight is negative.
     """
 
+    settings = (*AnnealedELBO.settings, "weight")
+
     def __init__(self, weight: float = 1.0, *, most: int = 6, **options: Any) -> None:
         super().__init__(**options)
         if not weight >= 0:
             raise ValueError(f"weight is {weight}; wanted a number of at least 0")
         self.weight, self.most = weight, most
         self._drawn: Any = None
-
-    @property
-    def settings(self) -> tuple[float, ...]:
-        return (*super().settings, self.weight)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)

@@ -248,7 +248,8 @@ class CapturedSteps(Steps):
             group["lr"].fill_(learning_rate * group["factor"])
 
     def take(self, batch: Batch) -> None:
-        kind = (len(batch.index), batch.known, self._learning(), self.elbo.settings)
+        settings = tuple(getattr(self.elbo, name) for name in self.elbo.settings)
+        kind = (len(batch.index), batch.known, self._learning(), settings)
         if self.refused is None and kind not in self._recorded and self._taken.get(kind, 0) >= WARM_UP:
             self._record(kind, batch)
         if kind in self._recorded:
