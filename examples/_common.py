@@ -49,12 +49,13 @@ from pyro_pixels._checksums import read_json, write_json
 from pyro_pixels._files import CannotWrite, atomic_write
 from pyro_pixels._options import Seed, Sequences, check_options
 from pyro_pixels.data import ImageSequences
+from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled
 from pyro_pixels.run_sequences import TEST_SEED, sequences_to_ask
 from pyro_pixels.runs import Run, load_pretrained, load_run
 
 __all__ = [
     "Opened", "QueryArguments", "device_of", "new_folder", "one_job", "open_run", "parse", "progress", "read_json",
-    "save_arrays", "say_where", "start", "write_json",
+    "save_arrays", "say_where", "start", "untangled", "write_json",
 ]  # fmt: skip
 
 
@@ -178,6 +179,9 @@ class QueryArguments:
     """Seed of simulated sequences and of samples."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    untangle: bool = False
+    """Rename objects frame by frame as p(a) has it, which puts right what a guide without dynamics, such as the
+    recurrent one, exchanged."""
 
     @property
     def home(self) -> Path:
@@ -193,14 +197,16 @@ class Opened(NamedTuple):
     device: torch.device
 
 
-def open_run(args: QueryArguments, *, trained_on_too: bool = True) -> Opened:
+def open_run(args: QueryArguments, *, trained_on_too: bool = True, untangle: bool | None = None) -> Opened:
     """The run and the sequences that a script is to ask about, and the device; says which sequences they are.
 
     Args:
         trained_on_too: where --data is the file that the run learned from, take also what it was trained on.
+        untangle: whether its guide is to be an `UntangledGuide`; by default as --untangle says.
 
     Raises:
-        ValueError: if weights that come with the package are named, and a run is asked.
+        ValueError: if weights that come with the package are named, and a run is asked; if --untangle is given for a
+            guide whose frames cannot be exchanged.
     """
     if args.weights != QueryArguments.weights and not args.pretrained:
         raise ValueError(
@@ -212,11 +218,25 @@ def open_run(args: QueryArguments, *, trained_on_too: bool = True) -> Opened:
     device = device_of(args.device)
     torch.manual_seed(args.seed)
     run = load_pretrained(args.weights, device) if args.pretrained else load_run(args.run, device)
+    if args.untangle if untangle is None else untangle:
+        run = untangled(run)
     data, source = sequences_to_ask(
         run.config, args.data, args.n_sequences, args.seed, simulated=args.simulated, trained_on_too=trained_on_too
     )
     print(f"{'the pretrained weights' if args.pretrained else args.run} (step {run.step:,}), asked about {source}")
     return Opened(run, data, device)
+
+
+def untangled(run: Run) -> Run:
+    """The run with a guide that renames its objects as p(a) has it, or a ValueError if they cannot be exchanged."""
+    config, device = run.config.data, next(run.model.parameters()).device
+    blank = torch.zeros(1, 2, config.height, config.width, device=device)
+    if not can_be_untangled(run.guide.q(blank, torch.ones(1, dtype=torch.int64, device=device))):
+        raise ValueError(
+            "--untangle is for guides that are independent from frame to frame; that of the run, "
+            f"{run.config.guide}, has the dynamics inside: leave the option out"
+        )
+    return run._replace(guide=UntangledGuide(run.guide, run.model.dynamics))
 
 
 def new_folder(path: Path) -> Path:

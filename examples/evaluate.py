@@ -30,7 +30,7 @@ class Arguments(QueryArguments):
 
 def main(args: Arguments) -> None:
     out = result_file(args.out or args.home / "metrics.json", ".json", args.data)
-    run, data, device = open_run(args, trained_on_too=args.trained_on_too)
+    run, data, device = open_run(args, trained_on_too=args.trained_on_too, untangle=False)
     result = evaluate(run.model, run.guide, data, n_seen=args.n_seen, progress=True)
     if args.untangle:
         result = merged(result, evaluate_untangled(run.model, run.guide, data, n_seen=args.n_seen))

@@ -3,9 +3,12 @@
 from _common import QueryArguments, new_folder, open_run, progress, say_where, start
 
 import dataclasses
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,6 +19,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
+from pyro_pixels._files import atomic_write
 from pyro_pixels._options import Frames, Samples, Sequences
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
@@ -54,7 +58,10 @@ def main(args: Arguments) -> None:
         run.model, run.guide, view.images, view.n_objects, n_samples=args.n_samples, n_frames_ahead=T - args.n_seen,
         positions=None if truth is None else first_frames(truth, args.n_seen).positions, seed=args.seed, progress=True,
     )  # fmt: skip
-    inference.to_netcdf(str(out / "posterior.nc"))
+    with tempfile.TemporaryDirectory() as folder:
+        whole = inference.to_netcdf(str(Path(folder) / "posterior.nc"))
+        with open(whole, "rb") as source, atomic_write(out / "posterior.nc") as file:
+            shutil.copyfileobj(source, file)
     if hasattr(az, "convert_to_datatree"):
         say_where([out / "posterior.nc"])
         print("the pictures are drawn with arviz 0.x; arviz 1 reads the file, and has other functions for them")

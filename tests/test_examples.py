@@ -271,6 +271,20 @@ def test_the_pretrained_weights_answer_without_training(tmp_path):
     assert "add --pretrained" in done.stderr
 
 
+def test_objects_are_renamed_where_asked_and_can_be(tmp_path):
+    options = ("--pretrained", "--n-sequences", 9)
+    for which in ((), ("--untangle",)):
+        done = script("infer", *options, "--weights", "recurrent", *which, "--out", f"r{len(which)}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    plain, renamed = (np.load(tmp_path / f"r{i}/positions.npz") for i in (0, 1))
+    assert not np.array_equal(plain["mean"], renamed["mean"], equal_nan=True)  # sequence 8 has three objects
+    for name in ("mean", "std"):  # the same in each frame, under other names
+        np.testing.assert_allclose(np.sort(plain[name], 1), np.sort(renamed[name], 1), atol=1e-5)
+    done = script("infer", *options, "--untangle", cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "has the dynamics inside" in done.stderr
+
+
 def test_beliefs_are_written_for_arviz(tmp_path):
     options = ("--n-sequences", 3, "--n-samples", 20, "--out", "out")
     done = script("to_arviz", "--pretrained", *options, "--n-seen", 10, cwd=tmp_path)
