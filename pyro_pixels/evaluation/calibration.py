@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 from torch import Tensor, nn
 
 from pyro_pixels._batch import object_mask
@@ -74,7 +74,7 @@ def coverage(distances: Distances, levels: Sequence[float] = LEVELS, among: Tens
         raise ValueError(f"levels are {tuple(levels)}; wanted numbers between 0 and 1")
     squared = distances.squared if among is None else distances.squared[among]
     squared = squared[~squared.isnan()]
-    radius = torch.from_numpy(chi2.ppf(np.asarray(levels, float), 2))
+    radius = torch.from_numpy(2 * gammaincinv(1, np.asarray(levels, float)))
     shares = (squared.unsqueeze(-1) <= radius).double().mean(0)
     return Coverage(torch.tensor(levels, dtype=torch.float64), shares, len(squared))
 
