@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 
 from pyro_pixels.evaluation import metrics
-from pyro_pixels.queries.predict import smooth
 from pyro_pixels.run_figures import RunView
 from pyro_pixels.video.prepare import Source, load_source
 from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
@@ -28,7 +27,7 @@ def write_tracks(
     source = None if source is None else _of_rows(source, len(view.data))
     found = view.inference
     mean, cov = view.tracks(found.mean), view.to_pixels.covariance(torch.diag_embed(found.std.cpu().square()))
-    component = smooth(view.run.model.dynamics, found.mean).p_z.argmax(-1).cpu()
+    component = view.states.p_z.argmax(-1).cpu()
     if view.order is not None:
         cov, component = metrics.reorder(cov, view.order), metrics.reorder(component, view.order)
     table = track_rows(mean, cov, component, view.data.n_objects, source=source, scale=scale, fps=fps)
