@@ -52,12 +52,12 @@ from pyro_pixels.config import RunConfig
 from pyro_pixels.custom_guides import load_guides
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled
-from pyro_pixels.run_sequences import TEST_SEED, sequences_to_ask
+from pyro_pixels.run_sequences import TEST_SEED, AskedSequences, sequences_to_ask
 from pyro_pixels.runs import GUIDES, Run, load_config, load_pretrained, load_run
 
 __all__ = [
-    "Opened", "QueryArguments", "device_of", "new_folder", "one_job", "open_run", "parse", "progress", "read_json",
-    "read_run", "save_arrays", "say_where", "start", "untangled", "with_custom", "write_json",
+    "Opened", "QueryArguments", "device_of", "new_folder", "one_job", "open_run", "open_sequences", "parse",
+    "progress", "read_json", "read_run", "save_arrays", "say_where", "start", "untangled", "with_custom", "write_json",
 ]  # fmt: skip
 
 
@@ -202,6 +202,13 @@ class Opened(NamedTuple):
 
 
 def open_run(args: QueryArguments, *, trained_on_too: bool = True, untangle: bool | None = None) -> Opened:
+    """`open_sequences`, without where they come from."""
+    return open_sequences(args, trained_on_too=trained_on_too, untangle=untangle)[0]
+
+
+def open_sequences(
+    args: QueryArguments, *, trained_on_too: bool = True, untangle: bool | None = None
+) -> tuple[Opened, AskedSequences]:
     """The run and the sequences that a script is to ask about, and the device; says which sequences they are.
 
     Args:
@@ -224,11 +231,13 @@ def open_run(args: QueryArguments, *, trained_on_too: bool = True, untangle: boo
     run = load_pretrained(args.weights, device) if args.pretrained else read_run(args.run, device, args.custom)
     if args.untangle if untangle is None else untangle:
         run = untangled(run)
-    data, source = sequences_to_ask(
+    asked = sequences_to_ask(
         run.config, args.data, args.n_sequences, args.seed, simulated=args.simulated, trained_on_too=trained_on_too
     )
-    print(f"{'the pretrained weights' if args.pretrained else args.run} (step {run.step:,}), asked about {source}")
-    return Opened(run, data, device)
+    print(
+        f"{'the pretrained weights' if args.pretrained else args.run} (step {run.step:,}), asked about {asked.source}"
+    )
+    return Opened(run, asked.data, device), asked
 
 
 def untangled(run: Run) -> Run:

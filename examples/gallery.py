@@ -142,6 +142,7 @@ def main(args: Arguments) -> None:
         n = args.n_sequences if name in MANY else min(12, args.n_sequences)
         if n not in scenes:
             scenes[n] = Scene(*open_run(replace(args, n_sequences=n)), per_n=1, n_samples=args.n_samples)
+            scenes[n].progress, scenes[n].shows_progress = progress, True
         torch.manual_seed(args.seed)  # a picture is the same whichever others are made
         path = out / f"{name}.png"
         if name == "forecast":

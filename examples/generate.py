@@ -29,7 +29,8 @@ def main(args: Arguments) -> None:
     last = prediction.mean.shape[2]
     print(f"generated frames {view.n_seen + 1} to {last} of {len(data)} sequences from the first {view.n_seen}")
     paths = draw_generation(view, prediction, out)
-    say_where([*paths, save_arrays(out / "generation.npz", **prediction._asdict())])
+    arrays = save_arrays(out / "generation.npz", mean_px=view.in_pixels(prediction.mean), **prediction._asdict())
+    say_where([*paths, arrays])
 
 
 if __name__ == "__main__":

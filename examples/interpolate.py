@@ -27,7 +27,8 @@ def main(args: Arguments) -> None:
     last = T - view.n_seen
     print(f"filled frames {view.n_seen + 1} to {last} of {len(data)} sequences from {view.n_seen} at either end")
     paths = draw_interpolation(view, view.generation(), prediction, out)
-    say_where([*paths, save_arrays(out / "interpolation.npz", **prediction._asdict())])
+    arrays = save_arrays(out / "interpolation.npz", mean_px=view.in_pixels(prediction.mean), **prediction._asdict())
+    say_where([*paths, arrays])
 
 
 if __name__ == "__main__":

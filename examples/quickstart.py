@@ -83,7 +83,7 @@ def main(args: Arguments) -> int:
     paths = draw_training(out)
 
     all_of_file = config.data_file if held_out is None else None  # nothing is held out of a small file
-    test, source = sequences_to_ask(config, all_of_file, N_TEST, TEST_SEED)
+    test, source, *_ = sequences_to_ask(config, all_of_file, N_TEST, TEST_SEED)
     print(f"2. measuring it on {source}")
     torch.manual_seed(TEST_SEED)
     T = test.images.shape[1]
@@ -102,7 +102,7 @@ def main(args: Arguments) -> int:
     paths += draw_error_over_time(test, inferred.mean, predicted, out)
 
     print("3. drawing what it knows")
-    shown, _ = sequences_to_ask(config, config.data_file, N_DRAWN, TEST_SEED + 1)
+    shown = sequences_to_ask(config, config.data_file, N_DRAWN, TEST_SEED + 1).data
     paths += draw(run, shown, config.seed, out, device)
     say_where([out / "metrics.json", *paths])
     print(f"done in {time.perf_counter() - started:.0f} s; look at {out / 'generation.gif'} first")

@@ -125,11 +125,17 @@ class Job:
             f"training {self.folder}: guide '{self.config.guide}', {n_parameters:,} parameters, {len(self.data)} "
             f"sequences {tuple(self.data.images.shape[1:])}, {self.config.schedule.steps:,} steps on {self.device}"
         )
-        if self.config.data_file is not None:
+        if self.config.data_file is not None and not self.config.n_held_out:
+            print(
+                f"the {self.config.n_sequences} sequences in {self.config.data_file} are too few to hold some out; "
+                "give the other scripts some with --data"
+            )
+        elif self.config.data_file is not None:
             print(
                 f"the last {self.config.n_held_out} of the {self.config.n_sequences} sequences in "
                 f"{self.config.data_file} are held out; the other scripts ask about these by default"
             )
+        if self.config.data_file is not None:
             for warning in check_film(self.data):
                 print(f"  ! {warning}")
 

@@ -189,7 +189,10 @@ def draw_evidence(scene: Scene) -> Answer:
 def draw_count(scene: Scene) -> Answer:
     """The number of objects, where it is not given."""
     most = int(scene.n_objects.max())
-    found = count_objects(scene.model, scene.guide, scene.images, most, n_samples=max(1, scene.n_samples // 2))
+    found = count_objects(
+        scene.model, scene.guide, scene.images, most,
+        n_samples=max(1, scene.n_samples // 2), progress=scene.shows_progress,
+    )  # fmt: skip
     right = (found.n_objects == scene.n_objects).cpu()
     by_n = {n: right[scene.data.n_objects == n] for n in sorted(set(scene.data.n_objects.tolist()))}
     numbers = {"right": {str(n): {"right": int(x.sum()), "of": len(x)} for n, x in by_n.items()}}
@@ -231,7 +234,7 @@ def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> 
         shares = {kind: 100 * float(coverage(x, (0.5,)).shares) for kind, x in found.items()}
         text = "\n".join(f"{kind}: the 50 % regions hold {share:.0f} %" for kind, share in shares.items())
         return Answer(plots.plot_reliability(_curves(found)), text)
-    factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples)
+    factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples, progress=scene.shows_progress)
     text = f"factors: {factors.position_noise:.2f} on Sigma_A, {factors.measurement_noise:.2f} on R\n"
     mended = mahalanobis_distances(*corrected(scene.model, scene.guide, factors), scene.data, n_samples=n_samples)
     found |= {f"{kind}, corrected": x for kind, x in mended.items()}

@@ -34,9 +34,11 @@ class RunView:
         size: (H, W), or None where positions are plotted in latent units.
         order: (B, N), which inferred object is which true one; None where no true positions are known.
         progress: what items that take long are looped over with, such as a progress bar with a name.
+        shows_progress: whether queries that take long show a progress bar on a terminal.
     """
 
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = staticmethod(lambda items, name: items)
+    shows_progress: bool = False
 
     def __init__(
         self, run: Run, data: ImageSequences, device: torch.device, *, n_seen: int | None = None, n_samples: int = 0
@@ -65,6 +67,10 @@ class RunView:
         """Latent positions as they are plotted: in pixels and in the true objects' order if there is a truth."""
         a = self.to_pixels(a.cpu())
         return a if self.order is None else metrics.reorder(a, self.order)
+
+    def in_pixels(self, a: Tensor) -> Tensor | None:
+        """`tracks` where they are in pixels, else None."""
+        return None if self.size is None else self.tracks(a)
 
     def generation(self, n_frames: int | None = None, n_samples: int = 0) -> Prediction:
         """What follows the first ``n_seen`` frames."""
