@@ -1,8 +1,10 @@
 """Makes the film of docs/your_own_video.md: balls thrown before a bright wall, by another physics engine (pymunk).
 
-Anti-aliased, dark on light, uneven light, grain: as a phone sees them. `make_films(folder)` writes one MP4 a throw.
+Anti-aliased, dark on light, uneven light, grain: as a phone sees them. ``python docs/own_film.py films 120`` writes one
+MP4 a throw, one of them also as GIF beside the folder, and the true positions in truth.npz there, for comparison.
 """
 
+import sys
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -67,3 +69,19 @@ def make_films(folder: str | Path, n_films: int = 150, *, seed: int = 0, gifs: i
             iio.imwrite(folder.parent / f"{name.name}.gif", frames, duration=40, loop=0)
         truth.append(positions)
     return truth
+
+
+def main(folder: str, n_films: int) -> None:
+    truth = make_films(folder, n_films)
+    padded = np.full((len(truth), 2, T, 2), np.nan)
+    for row, positions in zip(padded, truth):
+        row[: len(positions)] = positions
+    np.savez_compressed(Path(folder).absolute().parent / "truth.npz", positions=padded)
+    print(f"{n_films} films of {T} frames, {HEIGHT} x {WIDTH} pixels, in {folder}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or not sys.argv[2].isdigit():
+        print("error: give a folder and a number of films, such as: python docs/own_film.py films 120", file=sys.stderr)
+        sys.exit(2)
+    main(sys.argv[1], int(sys.argv[2]))

@@ -34,7 +34,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,14 +48,16 @@ from pyro_pixels._checks import SEED, check_value
 from pyro_pixels._checksums import read_json, write_json
 from pyro_pixels._files import CannotWrite, atomic_write
 from pyro_pixels._options import Seed, Sequences, check_options
+from pyro_pixels.config import RunConfig
+from pyro_pixels.custom_guides import load_guides
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled
-from pyro_pixels.run_sequences import TEST_SEED, sequences_to_ask
-from pyro_pixels.runs import Run, load_pretrained, load_run
+from pyro_pixels.run_sequences import TEST_SEED, AskedSequences, sequences_to_ask
+from pyro_pixels.runs import GUIDES, Run, load_config, load_pretrained, load_run
 
 __all__ = [
-    "Opened", "QueryArguments", "device_of", "new_folder", "one_job", "open_run", "parse", "progress", "read_json",
-    "save_arrays", "say_where", "start", "untangled", "write_json",
+    "Opened", "QueryArguments", "device_of", "new_folder", "one_job", "open_run", "open_sequences", "parse",
+    "progress", "read_json", "read_run", "save_arrays", "say_where", "start", "untangled", "with_custom", "write_json",
 ]  # fmt: skip
 
 
@@ -160,6 +162,8 @@ class QueryArguments:
 
     run: Path = Path("runs/quick")
     """Folder of a trained run."""
+    custom: Path | None = None
+    """The Python file with the guide of the run, if it was trained with --custom and the file is elsewhere now."""
     pretrained: bool = False
     """Ask the weights that come with the package instead of a run."""
     weights: str = "quick"
@@ -198,6 +202,13 @@ class Opened(NamedTuple):
 
 
 def open_run(args: QueryArguments, *, trained_on_too: bool = True, untangle: bool | None = None) -> Opened:
+    """`open_sequences`, without where they come from."""
+    return open_sequences(args, trained_on_too=trained_on_too, untangle=untangle)[0]
+
+
+def open_sequences(
+    args: QueryArguments, *, trained_on_too: bool = True, untangle: bool | None = None
+) -> tuple[Opened, AskedSequences]:
     """The run and the sequences that a script is to ask about, and the device; says which sequences they are.
 
     Args:
@@ -217,14 +228,16 @@ def open_run(args: QueryArguments, *, trained_on_too: bool = True, untangle: boo
         raise ValueError(f"--simulated and --data {args.data} contradict each other; leave one of them out")
     device = device_of(args.device)
     torch.manual_seed(args.seed)
-    run = load_pretrained(args.weights, device) if args.pretrained else load_run(args.run, device)
+    run = load_pretrained(args.weights, device) if args.pretrained else read_run(args.run, device, args.custom)
     if args.untangle if untangle is None else untangle:
         run = untangled(run)
-    data, source = sequences_to_ask(
+    asked = sequences_to_ask(
         run.config, args.data, args.n_sequences, args.seed, simulated=args.simulated, trained_on_too=trained_on_too
     )
-    print(f"{'the pretrained weights' if args.pretrained else args.run} (step {run.step:,}), asked about {source}")
-    return Opened(run, data, device)
+    print(
+        f"{'the pretrained weights' if args.pretrained else args.run} (step {run.step:,}), asked about {asked.source}"
+    )
+    return Opened(run, asked.data, device), asked
 
 
 def untangled(run: Run) -> Run:
@@ -237,6 +250,27 @@ def untangled(run: Run) -> Run:
             f"{run.config.guide}, has the dynamics inside: leave the option out"
         )
     return run._replace(guide=UntangledGuide(run.guide, run.model.dynamics))
+
+
+def read_run(folder: Path, device: torch.device | str = "cpu", custom: Path | None = None) -> Run:
+    """`load_run` of a run of one's own: the file with its guide is the one that it was trained with, or ``custom``."""
+    return load_run(folder, device, custom=custom or load_config(folder).custom_file)
+
+
+def with_custom(config: RunConfig, custom: Path | None, guide: str | None) -> RunConfig:
+    """The configuration with a guide from a file of the user's: the one named, or the one that the file adds.
+
+    Raises:
+        ValueError: if the file adds several and none is named, or not the one that is.
+    """
+    if custom is None:
+        return config
+    file = load_guides(custom, GUIDES)
+    if guide is None and len(file.names) > 1:
+        raise ValueError(f"{custom} adds the guides {list(file.names)}; say which with --guide")
+    if guide is not None and guide not in file.names:
+        raise ValueError(f"{custom} adds {list(file.names)} and no guide '{guide}'; leave --guide or --custom out")
+    return replace(config, guide=guide or file.names[0], custom_file=str(file.path), custom_sha256=file.sha256)
 
 
 def new_folder(path: Path) -> Path:

@@ -46,8 +46,9 @@ def further(run: Run, args: Arguments) -> ImageSequences:
 def main(args: Arguments) -> None:
     out = new_folder(args.out or args.home / "ask")
     run, data, device = open_run(args)
+    print(f"asking {len(data)} sequences: {args.question}", flush=True)
     scene = Scene(run, data, device, n_samples=args.n_samples)
-    scene.progress = progress
+    scene.progress, scene.shows_progress = progress, True
     if args.question == "calibration":
         answer = draw_calibration(scene, further(run, args))
     else:

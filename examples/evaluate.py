@@ -9,21 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro_pixels._options import Frames, Sequences, result_file
-from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
-from pyro_pixels.evaluation.table import N_SEEN, evaluate, format_table
+from pyro_pixels.evaluation.answers import check_n_seen, infer_all, predict_all, seen_by_default
+from pyro_pixels.evaluation.film import START_FRAMES
+from pyro_pixels.evaluation.health import check_health, format_health
+from pyro_pixels.evaluation.table import N_FUTURES, format_table, table_of
 from pyro_pixels.evaluation.untangled import evaluate_untangled, merged
 from pyro_pixels.result_tables import environment, per_n
-from pyro_pixels.run_figures import RunView, draw_error_over_time
+from pyro_pixels.run_figures import draw_error_over_time
 
 
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 300
     """How many sequences to measure on; of a file, the first ones."""
-    n_seen: Frames = N_SEEN
-    """How many frames are seen before generation, and at either end for interpolation."""
+    n_seen: Frames | None = None
+    """How many frames are seen before generation, and at either end for interpolation. By default 5, or fewer where
+    sequences have fewer than 11 frames."""
     trained_on_too: bool = False
     """Measure also on what the run was trained on, where --data is the file that it learned from."""
+    details: bool = False
+    """Print all measures of the health check, and a sentence for each sign of failure."""
     untangle: bool = False
     """Measure also what comes out when p(a) renames the objects frame by frame: untangled_... in the JSON."""
 
@@ -31,13 +36,18 @@ class Arguments(QueryArguments):
 def main(args: Arguments) -> None:
     out = result_file(args.out or args.home / "metrics.json", ".json", args.data)
     run, data, device = open_run(args, trained_on_too=args.trained_on_too, untangle=False)
-    result = evaluate(run.model, run.guide, data, n_seen=args.n_seen, progress=True)
+    T = data.images.shape[1]
+    n_seen = seen_by_default(T) if args.n_seen is None else check_n_seen(args.n_seen, T, "--n-seen")
+    n_futures = N_FUTURES if data.positions is None else 0
+    inferred = infer_all(run.model, run.guide, data, progress=True)
+    predicted = predict_all(run.model, run.guide, data, n_seen=n_seen, n_futures=n_futures, progress=True)
+    result = table_of(run.model, data, inferred, predicted)
     if args.untangle:
-        result = merged(result, evaluate_untangled(run.model, run.guide, data, n_seen=args.n_seen))
+        result = merged(result, evaluate_untangled(run.model, run.guide, data, n_seen=n_seen))
     fresh = args.data is None and (args.simulated or run.config.data_file is None)
     result |= {"step": run.step, "train_seed": run.config.seed, "test_seed": args.seed if fresh else None}
     result["environment"] = environment(device)
-    health = check_health(run.model, run.guide, data) if data.images.shape[1] > START_FRAMES + 1 else None
+    health = check_health(run.model, run.guide, data, inferred=inferred) if T > START_FRAMES + 1 else None
     if health is not None:
         result["health"] = health._asdict()
     write_json(out, result, indent=2)
@@ -45,9 +55,8 @@ def main(args: Arguments) -> None:
     if args.untangle:
         print(_untangled(result))
     if health is not None:
-        print(format_health(health))
-    view = RunView(run, data, device, n_seen=args.n_seen)
-    paths = draw_error_over_time(view, view.generation(), view.interpolation(), out.parent)
+        print(format_health(health, options=True, details=args.details))
+    paths = draw_error_over_time(data, inferred.mean, predicted, out.parent)
     say_where([out, *paths])
 
 

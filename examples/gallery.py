@@ -70,9 +70,9 @@ def names(scene: Scene, found: Prediction) -> Tensor:
 
 
 def draw_positions(scene: Scene) -> Figure:
-    found = scene.inference
-    regions = Gaussians(found.mean, torch.diag_embed(found.std.square()))
-    return scene.picture(regions, torch.zeros(found.mean.shape[:-1], dtype=torch.bool))
+    mean, std = (x[scene.rows.to(scene.device)] for x in scene.inference[:2])
+    regions = Gaussians(mean, torch.diag_embed(std.square()))
+    return scene.picture(regions, torch.zeros(mean.shape[:-1], dtype=torch.bool))
 
 
 def draw_velocities(scene: Scene) -> Figure:
@@ -117,8 +117,8 @@ def draw_fan(scene: Scene) -> Figure:
 
 def draw_missing(scene: Scene) -> Figure:
     found = scene.interpolation()
-    order = names(scene, found)
-    return scene.picture(Gaussians(*(reorder(x, order) for x in (found.mean, found.cov))), found.observed)
+    order, rows = names(scene, found), scene.rows.to(scene.device)
+    return scene.picture(Gaussians(*(reorder(x, order)[rows] for x in (found.mean, found.cov))), found.observed)
 
 
 OWN: dict[str, Callable[[Scene], Figure]] = {
@@ -142,6 +142,7 @@ def main(args: Arguments) -> None:
         n = args.n_sequences if name in MANY else min(12, args.n_sequences)
         if n not in scenes:
             scenes[n] = Scene(*open_run(replace(args, n_sequences=n)), per_n=1, n_samples=args.n_samples)
+            scenes[n].progress, scenes[n].shows_progress = progress, True
         torch.manual_seed(args.seed)  # a picture is the same whichever others are made
         path = out / f"{name}.png"
         if name == "forecast":

@@ -5,14 +5,13 @@ from _common import QueryArguments, new_folder, open_run, save_arrays, say_where
 from dataclasses import dataclass
 
 from pyro_pixels._options import Frames, Samples
-from pyro_pixels.evaluation.table import N_SEEN
 from pyro_pixels.run_figures import RunView, draw_generation
 
 
 @dataclass
 class Arguments(QueryArguments):
-    n_seen: Frames = N_SEEN
-    """How many frames are seen."""
+    n_seen: Frames | None = None
+    """How many frames are seen. By default 5, or fewer where sequences have fewer than 11 frames."""
     n_frames: Frames | None = None
     """How many frames there are in all, seen and generated. By default as many as the sequences have."""
     n_samples: Samples = 0
@@ -22,12 +21,16 @@ class Arguments(QueryArguments):
 def main(args: Arguments) -> None:
     run, data, device = open_run(args)
     out = new_folder(args.out or args.home / "generate")
+    T = args.n_frames or data.images.shape[1]
+    if args.n_seen is not None and args.n_seen >= T:
+        raise ValueError(f"--n-seen is {args.n_seen} of {T} frames; wanted fewer, or more frames in all (--n-frames)")
     view = RunView(run, data, device, n_seen=args.n_seen)
     prediction = view.generation(args.n_frames, args.n_samples)
     last = prediction.mean.shape[2]
-    print(f"generated frames {args.n_seen + 1} to {last} of {len(data)} sequences from the first {args.n_seen}")
+    print(f"generated frames {view.n_seen + 1} to {last} of {len(data)} sequences from the first {view.n_seen}")
     paths = draw_generation(view, prediction, out)
-    say_where([*paths, save_arrays(out / "generation.npz", **prediction._asdict())])
+    arrays = save_arrays(out / "generation.npz", mean_px=view.in_pixels(prediction.mean), **prediction._asdict())
+    say_where([*paths, arrays])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Where are the objects? Infers positions from image sequences (Sec 3.3): a picture like Fig 3, .npz, CSV and GIF."""
 
-from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
+from _common import QueryArguments, new_folder, open_sequences, save_arrays, say_where, start
 
 from dataclasses import dataclass
 
 from pyro_pixels._options import Positive, Samples
-from pyro_pixels.queries.predict import infer, smooth
 from pyro_pixels.run_figures import RunView, draw_inference
 from pyro_pixels.run_tracks import write_tracks
 
@@ -21,18 +20,20 @@ class Arguments(QueryArguments):
 
 
 def main(args: Arguments) -> None:
-    run, data, device = open_run(args)
+    (run, data, device), asked = open_sequences(args)
     out = new_folder(args.out or args.home / "infer")
     print(f"inferring the positions of {len(data)} sequences {tuple(data.images.shape[1:])}")
-    view = RunView(run, data, device)
-    inferred = infer(run.guide, view.images, view.n_objects, n_samples=args.n_samples)
-    states = smooth(run.model.dynamics, inferred.mean)
+    view = RunView(run, data, device, n_samples=args.n_samples)
+    inferred, states = view.inference, view.states
     paths = draw_inference(view, out)
     arrays = save_arrays(
-        out / "positions.npz", mean=inferred.mean, std=inferred.std, samples=inferred.samples, states=states.mean,
-        states_cov=states.cov, component_probabilities=states.p_z, images=view.reconstruction(),
+        out / "positions.npz", mean_px=view.in_pixels(inferred.mean), mean=inferred.mean, std=inferred.std,
+        samples=inferred.samples, states=states.mean, states_cov=states.cov, component_probabilities=states.p_z,
+        images=view.reconstruction,
     )  # fmt: skip
-    tracks = write_tracks(view, out, data_file=args.data, scale=args.scale, fps=args.fps) if view.size else []
+    tracks = []
+    if view.size:
+        tracks = write_tracks(view, out, data_file=asked.file, first=asked.first, scale=args.scale, fps=args.fps)
     say_where([*paths, arrays, *tracks])
 
 

@@ -5,14 +5,14 @@ from _common import QueryArguments, new_folder, open_run, save_arrays, say_where
 from dataclasses import dataclass
 
 from pyro_pixels._options import Frames, Samples
-from pyro_pixels.evaluation.table import N_SEEN
+from pyro_pixels.evaluation.answers import check_n_seen, seen_by_default
 from pyro_pixels.run_figures import RunView, draw_interpolation
 
 
 @dataclass
 class Arguments(QueryArguments):
-    n_seen: Frames = N_SEEN
-    """How many frames are seen at either end."""
+    n_seen: Frames | None = None
+    """How many frames are seen at either end. By default 5, or fewer where sequences have fewer than 11 frames."""
     n_samples: Samples = 0
     """How many sampled fillings to save as well."""
 
@@ -20,12 +20,15 @@ class Arguments(QueryArguments):
 def main(args: Arguments) -> None:
     run, data, device = open_run(args)
     out = new_folder(args.out or args.home / "interpolate")
-    view = RunView(run, data, device, n_seen=args.n_seen)
+    T = data.images.shape[1]
+    n_seen = check_n_seen(seen_by_default(T) if args.n_seen is None else args.n_seen, T, "--n-seen")
+    view = RunView(run, data, device, n_seen=n_seen)
     prediction = view.interpolation(args.n_samples)
-    last = data.images.shape[1] - args.n_seen
-    print(f"filled frames {args.n_seen + 1} to {last} of {len(data)} sequences from {args.n_seen} at either end")
+    last = T - view.n_seen
+    print(f"filled frames {view.n_seen + 1} to {last} of {len(data)} sequences from {view.n_seen} at either end")
     paths = draw_interpolation(view, view.generation(), prediction, out)
-    say_where([*paths, save_arrays(out / "interpolation.npz", **prediction._asdict())])
+    arrays = save_arrays(out / "interpolation.npz", mean_px=view.in_pixels(prediction.mean), **prediction._asdict())
+    say_where([*paths, arrays])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Everything lands in one folder: config.json, metrics.jsonl, checkpoint.pt, metrics.json, figures and a GIF.
 """
 
-from _common import device_of, new_folder, say_where, start, write_json
+from _common import device_of, new_folder, say_where, start, with_custom, write_json
 
 import time
 from dataclasses import dataclass, replace
@@ -15,8 +15,10 @@ from pyro_pixels import lgssm
 from pyro_pixels._options import Count, Seed, refuse_changes
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
-from pyro_pixels.evaluation.table import evaluate, format_table
+from pyro_pixels.evaluation.answers import infer_all, predict_all, seen_by_default
+from pyro_pixels.evaluation.film import START_FRAMES
+from pyro_pixels.evaluation.health import check_health, format_health
+from pyro_pixels.evaluation.table import N_FUTURES, format_table, table_of
 from pyro_pixels.plots.paper import plot_start, save_figure
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.result_tables import environment
@@ -32,7 +34,7 @@ from pyro_pixels.run_figures import (
 )
 from pyro_pixels.run_sequences import TEST_SEED, run_sequences, sequences_to_ask
 from pyro_pixels.run_training import train_run
-from pyro_pixels.runs import Run, build, load_config
+from pyro_pixels.runs import Run, build, load_config, use_custom_guide
 
 N_TEST, N_DRAWN = 300, 60
 
@@ -43,10 +45,14 @@ class Arguments:
     """Folder for everything. A run that is there already is gone on with."""
     data: Path | None = None
     """An .npz of your own image sequences. By default cannonballs are simulated."""
+    custom: Path | None = None
+    """A Python file that adds a guide of yours to `GUIDES` (docs/write_a_guide.md)."""
     steps: Count | None = None
     """How many training steps to take. By default the preset's number; fewer shorten the schedule in proportion."""
     seed: Seed = 0
     """Seed of the data, the starting weights and training."""
+    details: bool = False
+    """Print all measures of the health check, and a sentence for each sign of failure."""
     device: str = "auto"
     """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
 
@@ -58,7 +64,10 @@ def main(args: Arguments) -> int:
     there = (out / "checkpoint.pt").exists()
 
     print("1. learning from images alone" + (" (a run is there already: going on with it)" if there else ""))
-    training, held_out, config = run_sequences(load_config(out) if there else configure(args))
+    config = load_config(out) if there else configure(args)
+    if there:
+        use_custom_guide(config, out, args.custom or config.custom_file)
+    training, held_out, config = run_sequences(config)
     if there:
         data_file = None if config.data_file is None else Path(config.data_file)
         args.data = None if args.data is None else args.data.resolve()
@@ -74,23 +83,26 @@ def main(args: Arguments) -> int:
     paths = draw_training(out)
 
     all_of_file = config.data_file if held_out is None else None  # nothing is held out of a small file
-    test, source = sequences_to_ask(config, all_of_file, N_TEST, TEST_SEED)
+    test, source, *_ = sequences_to_ask(config, all_of_file, N_TEST, TEST_SEED)
     print(f"2. measuring it on {source}")
     torch.manual_seed(TEST_SEED)
-    table = evaluate(run.model, run.guide, test, progress=True)
+    T = test.images.shape[1]
+    inferred = infer_all(run.model, run.guide, test, progress=True)
+    n_futures = N_FUTURES if test.positions is None else 0
+    predicted = predict_all(run.model, run.guide, test, n_seen=seen_by_default(T), n_futures=n_futures, progress=True)
+    table = table_of(run.model, test, inferred, predicted)
     table |= {"step": run.step, "train_seed": config.seed, "test_seed": TEST_SEED if config.data_file is None else None}
     table["environment"] = environment(device)
     print(format_table(table))
-    if test.images.shape[1] > START_FRAMES + 1:
-        health = check_health(run.model, run.guide, test)
+    if T > START_FRAMES + 1:
+        health = check_health(run.model, run.guide, test, inferred=inferred)
         table["health"] = health._asdict()
-        print(format_health(health))
+        print(format_health(health, options=True, details=args.details))
     write_json(out / "metrics.json", table, indent=2)
-    view = RunView(run, test, device)
-    paths += draw_error_over_time(view, view.generation(), view.interpolation(), out)
+    paths += draw_error_over_time(test, inferred.mean, predicted, out)
 
     print("3. drawing what it knows")
-    shown, _ = sequences_to_ask(config, config.data_file, N_DRAWN, TEST_SEED + 1)
+    shown = sequences_to_ask(config, config.data_file, N_DRAWN, TEST_SEED + 1).data
     paths += draw(run, shown, config.seed, out, device)
     say_where([out / "metrics.json", *paths])
     print(f"done in {time.perf_counter() - started:.0f} s; look at {out / 'generation.gif'} first")
@@ -104,7 +116,7 @@ def configure(args: Arguments) -> RunConfig:
         config = replace(config, schedule=config.schedule.with_steps(args.steps))
     if args.data is not None:
         config = replace(config, data_file=str(args.data.resolve()))
-    return config
+    return with_custom(config, args.custom, None)
 
 
 def draw(run: Run, data: ImageSequences, seed: int, out: Path, device: torch.device) -> list[Path]:

@@ -5,7 +5,7 @@ that nobody labelled (`pyro_pixels.training.distillation`), and every script tha
 SIGTERM save first; --resume then goes on as if nothing had happened.
 """
 
-from _common import device_of, new_folder, say_where, start
+from _common import device_of, new_folder, read_run, say_where, start, with_custom
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from pyro_pixels._options import Count, Seed, Size, Threads, refuse_changes
+from pyro_pixels.custom_guides import find_guide, guide_names
 from pyro_pixels.data import load_sequences
 from pyro_pixels.run_sequences import MOST_HELD_OUT, VALIDATION_SEED, training_sequences
 from pyro_pixels.run_training import teach_run, teaching_schedule
-from pyro_pixels.runs import GUIDES, load_config, load_pretrained, load_run
+from pyro_pixels.runs import GUIDES, load_config, load_pretrained, use_custom_guide
 from pyro_pixels.worlds.base import simulate
 
 
@@ -28,9 +29,11 @@ class Arguments:
     """Let the weights that come with the package teach instead."""
     data: Path | None = None
     """An .npz of image sequences to learn from. By default those that the teacher learned from."""
-    guide: str = "attentive"
-    """Name of the guide that learns, in `GUIDES`: recurrent is the paper's, attentive the paper's with an attention
-    head."""
+    guide: str | None = None
+    """Name of the guide that learns, in `GUIDES`: recurrent is the paper's; by default attentive, the paper's with an
+    attention head, or the guide that --custom adds."""
+    custom: Path | None = None
+    """A Python file that adds the guide that learns to `GUIDES` (docs/write_a_guide.md)."""
     state_size: Size = 256
     """Length of the states of the guide that learns."""
     steps: Count = 4_000
@@ -50,24 +53,28 @@ class Arguments:
 
 
 def main(args: Arguments) -> int:
-    if args.guide not in GUIDES:
-        raise ValueError(f"there is no guide '{args.guide}'; wanted one of {sorted(GUIDES)}")
+    if args.guide is not None and args.custom is None and find_guide(args.guide, GUIDES) is None:
+        raise ValueError(f"there is no guide '{args.guide}'; wanted one of {guide_names(GUIDES)}, or give --custom")
     if not args.resume and (args.out / "checkpoint.pt").exists():
         raise ValueError(
             f"{args.out} holds a trained run; give --resume to go on with it, or another folder with --out"
         )
     device, folder = device_of(args.device), new_folder(args.out)
     torch.set_num_threads(args.threads)
-    teacher = load_pretrained(device=device) if args.pretrained else load_run(args.teacher, device)
+    teacher = load_pretrained(device=device) if args.pretrained else read_run(args.teacher, device)
     config = replace(
         teacher.config,
-        guide=args.guide,
+        guide=args.guide or "attentive",
+        custom_file=None,
+        custom_sha256=None,
         guide_state_size=args.state_size,
         seed=args.seed,
         schedule=teaching_schedule(args.steps),
     )
+    config = with_custom(config, args.custom, args.guide)
     if args.resume:
         config = load_config(args.out)
+        use_custom_guide(config, args.out, args.custom or config.custom_file)
         there = {"guide": config.guide, "state_size": config.guide_state_size, "seed": config.seed}
         refuse_changes(args, {**there, "steps": config.schedule.steps}, args.out)
     if args.data is None:

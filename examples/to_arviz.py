@@ -40,8 +40,8 @@ class Arguments(QueryArguments):
     """How many sequences to ask about; of a file, the first ones."""
     n_samples: Samples = 100
     """How many draws of the posterior and of the prior."""
-    n_seen: Frames = 15
-    """How many frames are seen; those that follow are predicted."""
+    n_seen: Frames | None = None
+    """How many frames are seen; those that follow are predicted. By default half of them, at most 15."""
 
 
 def main(args: Arguments) -> None:
@@ -49,14 +49,15 @@ def main(args: Arguments) -> None:
     run, data, device = open_run(args)
     out = new_folder(args.out or args.home / "arviz")
     T = data.images.shape[1]
-    if not 0 < args.n_seen < T:
-        raise ValueError(f"n_seen is {args.n_seen}; wanted at least 1 and fewer than the {T} frames that there are")
-    view = RunView(run, first_frames(data, args.n_seen), device)
+    n_seen = max(1, min(15, T // 2)) if args.n_seen is None else args.n_seen
+    if not 0 < n_seen < T:
+        raise ValueError(f"--n-seen is {n_seen}; wanted at least 1 and fewer than the {T} frames that there are")
+    view = RunView(run, first_frames(data, n_seen), device)
     truth = in_the_models_order(data, view)
     print(f"drawing {args.n_samples} times what {len(data)} sequences were and will be")
     inference = to_inference_data(
-        run.model, run.guide, view.images, view.n_objects, n_samples=args.n_samples, n_frames_ahead=T - args.n_seen,
-        positions=None if truth is None else first_frames(truth, args.n_seen).positions, seed=args.seed, progress=True,
+        run.model, run.guide, view.images, view.n_objects, n_samples=args.n_samples, n_frames_ahead=T - n_seen,
+        positions=None if truth is None else first_frames(truth, n_seen).positions, seed=args.seed, progress=True,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         whole = inference.to_netcdf(str(Path(folder) / "posterior.nc"))

@@ -5,7 +5,7 @@ the folders seed0, seed1, ... of --run. Under PyTorch's launcher the processes s
 `torchrun --nproc-per-node 4 -- examples/train.py ...`.
 """
 
-from _common import device_of, new_folder, say_where, start
+from _common import device_of, new_folder, say_where, start, with_custom
 
 import os
 from collections.abc import Iterator
@@ -19,12 +19,13 @@ import torch.distributed as distributed
 
 from pyro_pixels._options import Count, Seed, Seeds, Sequences, Share, Threads, refuse_changes
 from pyro_pixels.config import RunConfig
-from pyro_pixels.evaluation.health import START_FRAMES, check_health, format_health
+from pyro_pixels.evaluation.film import START_FRAMES
+from pyro_pixels.evaluation.health import check_health, format_health
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.run_figures import Snapshots, draw_training
 from pyro_pixels.run_sequences import run_sequences
 from pyro_pixels.run_training import build_on, train_run
-from pyro_pixels.runs import build, check_config, load_config
+from pyro_pixels.runs import build, check_config, load_config, use_custom_guide
 from pyro_pixels.training.fitting import fit_together
 from pyro_pixels.training.loop import FitResult
 from pyro_pixels.training.svi import Training
@@ -43,6 +44,9 @@ class Arguments:
     values that make it learn, paper is Secs 3.1-3.2 to the letter, paper_learned is recurrent at the paper's size."""
     guide: str | None = None
     """Name of a guide in `GUIDES`, such as recurrent, attentive or structured. By default the preset's."""
+    custom: Path | None = None
+    """A Python file that adds a guide of yours to `GUIDES` (docs/write_a_guide.md). The run keeps its name and its
+    checksum, so that it is read without this option as long as the file stays as it is."""
     likelihood: str | None = None
     """Name of a likelihood of the pixels: bernoulli, continuous_bernoulli or gaussian. By default the preset's."""
     clutter: Share | None = None
@@ -78,6 +82,8 @@ class Arguments:
     resume: bool = False
     """Go on with the run in the folder, on its own data and with its own configuration; only --steps and --parts may
     change it."""
+    details: bool = False
+    """Print all measures of the health check, and a sentence for each sign of failure."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -97,6 +103,7 @@ def configure(args: Arguments) -> RunConfig:
         config = replace(config, schedule=config.schedule.with_steps(args.steps))
     if args.data is not None:
         config = replace(config, data_file=str(args.data.resolve()))
+    config = with_custom(config, args.custom, args.guide)
     if args.clutter and not any(hasattr(part, "clutter") for part in build(config).guide.modules()):
         raise ValueError(f"--clutter {args.clutter} is given, and the guide '{config.guide}' knows none; leave it out")
     return config
@@ -118,11 +125,17 @@ class Job:
             f"training {self.folder}: guide '{self.config.guide}', {n_parameters:,} parameters, {len(self.data)} "
             f"sequences {tuple(self.data.images.shape[1:])}, {self.config.schedule.steps:,} steps on {self.device}"
         )
-        if self.config.data_file is not None:
+        if self.config.data_file is not None and not self.config.n_held_out:
+            print(
+                f"the {self.config.n_sequences} sequences in {self.config.data_file} are too few to hold some out; "
+                "give the other scripts some with --data"
+            )
+        elif self.config.data_file is not None:
             print(
                 f"the last {self.config.n_held_out} of the {self.config.n_sequences} sequences in "
                 f"{self.config.data_file} are held out; the other scripts ask about these by default"
             )
+        if self.config.data_file is not None:
             for warning in check_film(self.data):
                 print(f"  ! {warning}")
 
@@ -142,7 +155,7 @@ class Job:
             on_evaluation=lambda line: self.snapshots.take(self.run, line),
         )  # fmt: skip
 
-    def show(self, result: FitResult) -> None:
+    def show(self, result: FitResult, *, details: bool, progress: bool) -> None:
         """Numbers, figures, and whether it has worked."""
         print(
             f"trained {result.step:,} steps in {result.seconds:.0f} s: "
@@ -152,7 +165,9 @@ class Job:
         if judges is None or len(judges) < JUDGES:
             judges = self.data[:JUDGES]
         if judges.images.shape[1] > START_FRAMES + 1:
-            print(format_health(check_health(self.run.model, self.run.guide, judges)))
+            print("checking health ...", flush=True)
+            health = check_health(self.run.model, self.run.guide, judges, progress=progress)
+            print(format_health(health, options=True, details=details))
         say_where([self.folder, *draw_training(self.folder)])
 
 
@@ -184,7 +199,7 @@ def main(args: Arguments) -> int:
             print(f"stopped and saved at step {results[0].step:,}; give the same command with --resume to go on")
             return 130
         for job, result in zip(jobs, results):
-            job.show(result)
+            job.show(result, details=args.details, progress=args.progress)
         return 0
 
 
@@ -193,6 +208,7 @@ def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
     folder = args.run if args.seeds == 1 else args.run / f"seed{seed}"
     if args.resume:
         config = load_config(folder)
+        use_custom_guide(config, folder, args.custom or config.custom_file)
         refuse_changes(replace(args, data=args.data and args.data.resolve()), options_of(config, seed, args), folder)
         changes = {"steps": args.steps, "parts": args.parts}
         changes = {name: value for name, value in changes.items() if value is not None}

@@ -18,6 +18,10 @@ class RunConfig:
 
     guide: str = "recurrent"
     """A name in `GUIDES`."""
+    custom_file: str | None = None
+    """The Python file that added the guide to `GUIDES`, where it is neither the package's nor an installed one's."""
+    custom_sha256: str | None = None
+    """The checksum of ``custom_file`` when the run was trained."""
     state_size: Size = 1024
     """Length of the states x of the renderer, and of s of the inference network."""
     guide_state_size: Size | None = None

@@ -22,7 +22,7 @@ from pyro_pixels.plots import answers as plots
 from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.queries.latent_states import filter_states, positions, retrodict, states
-from pyro_pixels.queries.predict import States, interpolate, smooth
+from pyro_pixels.queries.predict import States, infer, interpolate, smooth
 from pyro_pixels.queries.streaming import forecast, start, start_images, step, step_image
 from pyro_pixels.result_tables import markdown
 from pyro_pixels.run_figures import RunView
@@ -45,7 +45,8 @@ class Scene(RunView):
     """A `RunView` with the sequences that are drawn and Gaussians as they are plotted.
 
     Attributes:
-        rows: indices of the sequences that are drawn, ``per_n`` of each N.
+        rows: indices of the sequences that are drawn, ``per_n`` of each N, the largest first.
+        drawn: the images, n_objects and inferred means of these, which the questions that are drawn are asked about.
         n_samples: samples of q(a | v) to average over.
     """
 
@@ -55,32 +56,38 @@ class Scene(RunView):
         super().__init__(run, data, device)
         self.model, self.guide, self.dynamics = run.model, run.guide, run.model.dynamics
         self.rows, self.n_samples = self.pick(per_n), n_samples
+        rows = self.rows.to(device)
+        self.drawn = (self.images[rows], self.n_objects[rows], self.inference.mean[rows])
 
-    def regions(self, found: Gaussians) -> tuple[Tensor, Tensor]:
-        """Means and covariances of positions, in pixels if the truth is known."""
+    def regions(self, found: Gaussians, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Means and covariances of positions, in pixels if the truth is known; ``rows``: of these sequences alone."""
         cov = found.cov.expand(*found.mean.shape, 2).cpu()
         if isinstance(self.to_pixels, metrics.Affine):
             cov = self.to_pixels.covariance(cov)
-        return self.tracks(found.mean), cov if self.order is None else metrics.reorder(cov, self.order)
+        mean, order = self.to_pixels(found.mean.cpu()), self.order
+        if order is None:
+            return mean, cov
+        order = order if rows is None else order[rows]
+        return metrics.reorder(mean, order), metrics.reorder(cov, order)
 
     def picture(self, found: Gaussians, known: Tensor, truth: Tensor | None = None) -> Figure:
-        """The regions of positions of the sequences that are drawn."""
-        mean, cov = self.regions(found)
+        """The regions of positions of the sequences that are drawn; ``truth`` is of all sequences."""
+        mean, cov = self.regions(found, self.rows)
         known = known.expand(mean.shape[:-1]).cpu()
-        known = known if self.order is None else metrics.reorder(known, self.order)
+        known = known if self.order is None else metrics.reorder(known, self.order[self.rows])
         truth = self.data.positions if truth is None else truth
         rows, truth = self.rows, None if self.order is None else truth
         return plots.plot_regions(
-            mean[rows], cov[rows], known=known[rows], truth=None if truth is None else truth[rows],
+            mean, cov, known=known, truth=None if truth is None else truth[rows],
             n_objects=self.data.n_objects[rows], size=self.size,
         )  # fmt: skip
 
-    def moves(self, h: States) -> Gaussians:
-        """The expected move to the next frame, B (A - I) h + B u, as it is plotted."""
+    def moves(self, h: States, rows: Tensor | None = None) -> Gaussians:
+        """The expected move to the next frame, B (A - I) h + B u, as it is plotted; ``rows`` as in `regions`."""
         A, B, u = self.dynamics.lgssm()[:3]
         step_matrix = B @ A - B
-        mean, cov = self.regions(Gaussians(h.mean @ step_matrix.mT + B @ u, step_matrix @ h.cov @ step_matrix.mT))
-        offset = self.tracks(torch.zeros_like(h.mean[..., :2]))  # of the map to pixels, which a move does not have
+        mean, cov = self.regions(Gaussians(h.mean @ step_matrix.mT + B @ u, step_matrix @ h.cov @ step_matrix.mT), rows)
+        offset = self.to_pixels(torch.zeros_like(h.mean[..., :2]).cpu())  # of the map, which a move does not have
         return Gaussians(mean - offset, cov)
 
     def true_moves(self) -> Tensor | None:
@@ -93,11 +100,11 @@ class Scene(RunView):
 
 def draw_filter(scene: Scene) -> Answer:
     """Velocities of the first object, from the frames so far and from all frames."""
-    a = scene.inference.mean
+    a = scene.drawn[2]
     found = {"so far": filter_states(scene.dynamics, a), "in hindsight": smooth(scene.dynamics, a)}
-    moves = {name: scene.moves(h) for name, h in found.items()}
-    means = {name: x.mean[scene.rows, 0, :, 1] for name, x in moves.items()}
-    stds = {name: x.cov[scene.rows, 0, :, 1, 1].sqrt() for name, x in moves.items()}
+    moves = {name: scene.moves(h, scene.rows) for name, h in found.items()}
+    means = {name: x.mean[:, 0, :, 1] for name, x in moves.items()}
+    stds = {name: x.cov[:, 0, :, 1, 1].sqrt() for name, x in moves.items()}
     truth = scene.true_moves()
     titles = [f"N = {n}, object 1" for n in scene.data.n_objects[scene.rows].tolist()]
     figure = plots.plot_over_time(
@@ -109,10 +116,11 @@ def draw_filter(scene: Scene) -> Answer:
 
 def draw_hidden(scene: Scene) -> Answer:
     """Positions where the first object is not seen in the middle third of the frames."""
-    B, N, T = scene.inference.mean.shape[:3]
+    images, n_objects, means = scene.drawn
+    B, N, T = means.shape[:3]
     observed = torch.ones(B, N, T, dtype=torch.bool, device=scene.device)
     observed[:, 0, T // 3 : 2 * T // 3] = False
-    found = interpolate(scene.model, scene.guide, scene.images, scene.n_objects, observed)
+    found = interpolate(scene.model, scene.guide, images, n_objects, observed)
     figure = scene.picture(Gaussians(found.mean, found.cov), observed)
     return Answer(figure, f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}")
 
@@ -120,7 +128,7 @@ def draw_hidden(scene: Scene) -> Answer:
 def draw_retrodict(scene: Scene) -> Answer:
     """Paths before the first frame."""
     n = FRAMES_BACK
-    after = states(scene.model, scene.guide, scene.images, scene.n_objects, n_samples=scene.n_samples)
+    after = states(scene.model, scene.guide, *scene.drawn[:2], n_samples=scene.n_samples)
     before = retrodict(scene.dynamics, after, n)
     each = [positions(scene.dynamics, h, noise=False) for h in (before, after)]
     found = Gaussians(*(torch.cat(x, 2) for x in zip(*each)))
@@ -134,24 +142,26 @@ def draw_retrodict(scene: Scene) -> Answer:
 
 def draw_what_if(scene: Scene) -> Answer:
     """One sequence without gravity, with half of it, pushed upwards, and with an object removed, from a frame on."""
+    row = scene.rows[:1]
+    images, n_objects, _ = (x[:1] for x in scene.drawn)
+    inferred = infer(scene.guide, images, n_objects, n_samples=scene.n_samples)
     push = torch.tensor([0.0, 0.0, 0.0, -0.1])  # upwards
     changes = {
         "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),
         "no gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.0)),
         "a push upwards": Change(shift=push.to(scene.device)),
-        "one object fewer": Change(removed=torch.arange(scene.inference.mean.shape[1], device=scene.device) == 0),
+        "one object fewer": Change(removed=torch.arange(n_objects.max(), device=scene.device) == 0),
     }
-    row, T = scene.rows[:1], scene.images.shape[1]
-    frame = 2 * T // 5
+    T = images.shape[1]
+    frame = max(1, 2 * T // 5)
     means, covs = [], []
     for change in scene.progress(changes.values(), "changes"):
         found = what_if(
-            scene.model, scene.guide, scene.images, scene.n_objects, change,
-            frame=frame, n_frames=T, n_samples=scene.n_samples,
+            scene.model, scene.guide, images, n_objects, change, frame=frame, n_frames=T, inferred=inferred,
         )  # fmt: skip
-        mean, cov = scene.regions(Gaussians(found.mean, found.cov))
-        means.append(mean[row])
-        covs.append(cov[row])
+        mean, cov = scene.regions(Gaussians(found.mean, found.cov), row)
+        means.append(mean)
+        covs.append(cov)
     mean, truth, n = torch.cat(means), scene.data.positions, len(changes)
     figure = plots.plot_regions(
         mean, torch.cat(covs), known=(torch.arange(T) < frame).expand(mean.shape[:-1]),
@@ -179,7 +189,10 @@ def draw_evidence(scene: Scene) -> Answer:
 def draw_count(scene: Scene) -> Answer:
     """The number of objects, where it is not given."""
     most = int(scene.n_objects.max())
-    found = count_objects(scene.model, scene.guide, scene.images, most, n_samples=max(1, scene.n_samples // 2))
+    found = count_objects(
+        scene.model, scene.guide, scene.images, most,
+        n_samples=max(1, scene.n_samples // 2), progress=scene.shows_progress,
+    )  # fmt: skip
     right = (found.n_objects == scene.n_objects).cpu()
     by_n = {n: right[scene.data.n_objects == n] for n in sorted(set(scene.data.n_objects.tolist()))}
     numbers = {"right": {str(n): {"right": int(x.sum()), "of": len(x)} for n, x in by_n.items()}}
@@ -190,16 +203,17 @@ def draw_count(scene: Scene) -> Answer:
 def draw_stream(scene: Scene) -> Answer:
     """Each position as forecast from the frames before it."""
     lgssm, ahead, text = scene.dynamics.lgssm(), [], ""
+    images, n_objects, means = scene.drawn
     try:
-        stream = start_images(scene.model, scene.guide, scene.n_objects)
+        stream = start_images(scene.model, scene.guide, n_objects)
     except ValueError as error:
         text = f"positions are streamed, not images: {error}\n"
-        tracks = start(scene.dynamics, scene.inference.mean.shape[:2])
-        for a_t in scene.inference.mean.unbind(2):
+        tracks = start(scene.dynamics, means.shape[:2])
+        for a_t in means.unbind(2):
             ahead.append(forecast(lgssm, tracks))
             tracks = step(lgssm, tracks, a_t)
     else:
-        for image in scene.progress(scene.images.unbind(1), "frames"):
+        for image in scene.progress(images.unbind(1), "frames"):
             ahead.append(forecast(lgssm, stream.tracks))
             stream = step_image(scene.model, scene.guide, stream, image)
     mean, cov = torch.stack([x.mean for x in ahead], 2), torch.stack([x.cov for x in ahead], 2)
@@ -220,7 +234,7 @@ def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> 
         shares = {kind: 100 * float(coverage(x, (0.5,)).shares) for kind, x in found.items()}
         text = "\n".join(f"{kind}: the 50 % regions hold {share:.0f} %" for kind, share in shares.items())
         return Answer(plots.plot_reliability(_curves(found)), text)
-    factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples)
+    factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples, progress=scene.shows_progress)
     text = f"factors: {factors.position_noise:.2f} on Sigma_A, {factors.measurement_noise:.2f} on R\n"
     mended = mahalanobis_distances(*corrected(scene.model, scene.guide, factors), scene.data, n_samples=n_samples)
     found |= {f"{kind}, corrected": x for kind, x in mended.items()}

@@ -1,6 +1,7 @@
 """Figures of a trained run: what it infers, generates and fills in, beside the truth. Each returns its paths."""
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels._checksums import checked_write, read_checked
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.answers import Predictions, seen_by_default
 from pyro_pixels.evaluation.pixel_map import map_to_pixels
 from pyro_pixels.plots import paper as plots
-from pyro_pixels.queries.predict import Prediction, generate, infer, interpolate, reconstruct
+from pyro_pixels.queries.predict import Prediction, States, generate, infer, interpolate, render, smooth
 from pyro_pixels.runs import Run
 from pyro_pixels.training.checkpoints import read_lines
 
@@ -24,20 +26,28 @@ class RunView:
     """Some sequences with a run's answers about them, in pixels.
 
     Attributes:
-        inference: positions inferred from all frames, in latent units.
+        inference: positions inferred from all frames, in latent units, with ``n_samples`` samples.
+        n_seen: frames that are seen before generation and at either end for interpolation; default: 5, or fewer in
+            short sequences.
         to_pixels: maps latent positions to pixels: fitted to the true positions of single objects where there are any,
             else `map_to_pixels`; the identity where the renderer draws nothing yet.
         size: (H, W), or None where positions are plotted in latent units.
         order: (B, N), which inferred object is which true one; None where no true positions are known.
         progress: what items that take long are looped over with, such as a progress bar with a name.
+        shows_progress: whether queries that take long show a progress bar on a terminal.
     """
 
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = staticmethod(lambda items, name: items)
+    shows_progress: bool = False
 
-    def __init__(self, run: Run, data: ImageSequences, device: torch.device, *, n_seen: int = 5) -> None:
-        self.run, self.data, self.device, self.n_seen = run, data, device, n_seen
+    def __init__(
+        self, run: Run, data: ImageSequences, device: torch.device, *, n_seen: int | None = None, n_samples: int = 0
+    ) -> None:
+        T = data.images.shape[1]
+        self.n_seen = seen_by_default(T) if n_seen is None else n_seen
+        self.run, self.data, self.device = run, data, device
         self.images, self.n_objects = data.images.to(device), data.n_objects.to(device)
-        self.inference = infer(run.guide, self.images, self.n_objects)
+        self.inference = infer(run.guide, self.images, self.n_objects, n_samples=n_samples)
         self.to_pixels: Callable[[Tensor], Tensor] = lambda a: a
         self.size: tuple[int, int] | None = None
         self.order: Tensor | None = None
@@ -58,6 +68,10 @@ class RunView:
         a = self.to_pixels(a.cpu())
         return a if self.order is None else metrics.reorder(a, self.order)
 
+    def in_pixels(self, a: Tensor) -> Tensor | None:
+        """`tracks` where they are in pixels, else None."""
+        return None if self.size is None else self.tracks(a)
+
     def generation(self, n_frames: int | None = None, n_samples: int = 0) -> Prediction:
         """What follows the first ``n_seen`` frames."""
         return generate(
@@ -77,9 +91,15 @@ class RunView:
         ends = (time < self.n_seen) | (time >= len(time) - self.n_seen)
         return interpolate(self.run.model, self.run.guide, self.images, self.n_objects, ends, n_samples=n_samples)
 
+    @cached_property
     def reconstruction(self) -> Tensor:
         """The images (B, T, H, W) that the renderer draws at the inferred positions."""
-        return reconstruct(self.run.model, self.run.guide, self.images, self.n_objects)
+        return render(self.run.model, self.inference.mean, self.n_objects)
+
+    @cached_property
+    def states(self) -> States:
+        """Positions and velocities given the inferred positions."""
+        return smooth(self.run.model.dynamics, self.inference.mean)
 
     def pick(self, per_n: int) -> Tensor:
         """Indices of the first ``per_n`` sequences of each N, largest N first."""
@@ -139,7 +159,7 @@ def draw_forecast(view: RunView, prediction: Prediction, path: Path) -> Path:
     rows, T = view.pick(1), min(view.images.shape[1], prediction.images.shape[1])
     panels = {
         "truth": view.data.images[rows, :T],
-        "reconstruction": view.reconstruction().cpu()[rows, :T],
+        "reconstruction": view.reconstruction[rows.to(view.device), :T].cpu(),
         "generation": prediction.images.cpu()[rows, :T],
     }
     plots.gif(path, panels, scale=4, mark={"generation": view.n_seen})
@@ -164,22 +184,30 @@ def draw_interpolation(view: RunView, generated: Prediction, interpolated: Predi
     return [path]
 
 
-def draw_error_over_time(view: RunView, generated: Prediction, interpolated: Prediction, out: Path) -> list[Path]:
-    """Writes error_over_time.png: mean error in each frame beside the floor; only where the true dynamics are known."""
-    data, path = view.data, out / "error_over_time.png"
-    if view.order is None or data.dynamics is None or data.positions is None:
+def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Predictions, out: Path) -> list[Path]:
+    """Writes error_over_time.png: mean error in each frame beside the floor; only where the true dynamics are known.
+
+    Args:
+        inferred: latent positions (n, N, T, 2) that the map to pixels is fitted on.
+        predicted: what was generated and interpolated.
+    """
+    path = out / "error_over_time.png"
+    if data.dynamics is None or data.positions is None or not bool((data.n_objects == 1).any()):
         return []
-    truth, n_objects = data.positions, data.n_objects
-    errors, floors, observed = {}, {}, {}
-    for name, prediction in (("generated", generated), ("interpolated", interpolated)):
-        a, seen = view.to_pixels(prediction.mean.cpu()), prediction.observed.cpu()
+    truth, n_objects, ends = data.positions, data.n_objects, predicted.ends()
+    to_pixels = metrics.fit_affine(inferred, truth, n_objects)
+    found = {"generated": (predicted.generated, torch.arange(len(ends)) < predicted.n_seen)}
+    if predicted.interpolated is not None:
+        found["interpolated"] = (predicted.interpolated, ends)
+    errors, floors = {}, {}
+    for name, (positions, seen) in found.items():
+        a = to_pixels(positions)
         a = metrics.reorder(a, metrics.assign(a[:, :, seen], truth[:, :, seen], n_objects))
         errors[name] = metrics.errors(a, truth, n_objects).nanmean((0, 1))
         floor = metrics.floor_predictions(data.dynamics, truth, seen)
         floors[name] = metrics.errors(floor, truth, n_objects).nanmean((0, 1))
         floors[name][seen] = torch.nan
-        observed[name] = seen
-    plots.save_figure(plots.plot_error_over_time(errors, floors=floors, seen=observed["interpolated"]), path)
+    plots.save_figure(plots.plot_error_over_time(errors, floors=floors, seen=ends), path)
     return [path]
 
 

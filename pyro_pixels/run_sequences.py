@@ -75,6 +75,10 @@ class AskedSequences(NamedTuple):
     data: ImageSequences
     source: str
     """Where they come from, in words."""
+    file: Path | None = None
+    """The file that they are in, if any."""
+    first: int = 0
+    """Which of its sequences is the first of them."""
 
 
 def sequences_to_ask(
@@ -112,9 +116,11 @@ def sequences_to_ask(
                 f"no sequences of {config.data_file} were held out of training; give others with --data, or "
                 "--simulated for a world of the preset's"
             )
+        file, first = Path(str(config.data_file)), len(training_sequences(config))
         found, source = held_out, f"sequences that were held out of {config.data_file}"
     else:
         assert data is not None
+        file, first = Path(data), 0
         found, source = load_sequences(data), f"sequences in {data}"
         if own:
             source += f", of which this run was trained on {len(training_sequences(config))}"
@@ -125,4 +131,4 @@ def sequences_to_ask(
             f"this run was trained on {wanted[0]} x {wanted[1]}"
         )
     some = f"the first {n_sequences} of {len(found)}" if n_sequences < len(found) else f"{len(found)}"
-    return AskedSequences(found[:n_sequences], f"{some} {source}")
+    return AskedSequences(found[:n_sequences], f"{some} {source}", file, first)

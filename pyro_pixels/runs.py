@@ -19,6 +19,7 @@ from pyro_pixels._checks import check_number
 from pyro_pixels._checksums import checked_write, read_checked
 from pyro_pixels._lock import locked
 from pyro_pixels.config import RunConfig
+from pyro_pixels.custom_guides import find_guide, guide_names, load_guides, load_unchanged
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
@@ -95,7 +96,9 @@ GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
     "bidirectional": _bidirectional,  # "attentive" in both directions of time
     "structured": _structured,
 }
-"""Guides that a configuration can name; add your own to train and load it by name."""
+"""Guides that a configuration can name; add your own to train and load it by name.
+
+Those that installed packages announce as entry points `pyro_pixels.guides` are found as well."""
 
 
 def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
@@ -109,6 +112,8 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
             for more than ``max_weights``.
     """
     check_config(config, max_weights=max_weights)
+    make_guide = find_guide(config.guide, GUIDES)
+    assert make_guide is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         renderer = Renderer(
@@ -119,18 +124,23 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
             input_scale=config.renderer_input_scale,
         )
         model = PixelModel(Dynamics(config.dynamics), renderer, LIKELIHOODS[config.likelihood]())
-        return Run(config, model, GUIDES[config.guide](config, model), step=0)
+        return Run(config, model, make_guide(config, model), step=0)
 
 
 def check_config(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> None:
     """Raises the ValueError that `build` would, before anything is made or simulated."""
     if not isinstance(config, RunConfig):
         raise ValueError(f"config is a {type(config).__name__}; wanted a RunConfig, such as PRESETS['quick']")
-    for kind, name, known in (("guide", config.guide, GUIDES), ("likelihood", config.likelihood, LIKELIHOODS)):
-        if name not in known:
-            raise ValueError(
-                f"there is no {kind} '{name}'; wanted one of {sorted(known)}, or add yours to {kind.upper()}S"
-            )
+    if find_guide(config.guide, GUIDES) is None:
+        raise ValueError(
+            f"there is no guide '{config.guide}'; wanted one of {guide_names(GUIDES)}, or add yours to GUIDES "
+            "(scripts: --custom, with the file that does)"
+        )
+    if config.likelihood not in LIKELIHOODS:
+        raise ValueError(
+            f"there is no likelihood '{config.likelihood}'; wanted one of {sorted(LIKELIHOODS)}, or add yours to "
+            "LIKELIHOODS"
+        )
     pixels, D, K = config.data.height * config.data.width, config.state_size, config.dynamics.n_components
     S = config.guide_state_size or D
     n = D * (pixels + 7) + 2 * S * (2 * S + pixels) + config.max_objects**2 * S + 21 * K
@@ -171,13 +181,43 @@ def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
     return _from_dict(kind, values, str(path))
 
 
-def load_run(folder: str | Path, device: torch.device | str = "cpu") -> Run:
-    """The model and guide of a folder with their trained weights, on ``device``, ready for queries.
+def use_custom_guide(config: RunConfig, where: str | Path, custom: str | Path | None) -> None:
+    """Makes the guide of a run known that a file of its user's adds to `GUIDES`; does nothing for other guides.
+
+    Args:
+        config: the run's configuration.
+        where: its folder, for messages.
+        custom: the file. Reading a run executes no file that is not named here.
 
     Raises:
-        ValueError: if the folder holds no run, or its checkpoint is damaged or of another configuration.
+        ValueError: if it is not given, gone, or not the file that the run was trained with.
     """
-    run = build(load_config(folder))
+    if config.custom_file is None or config.custom_sha256 is None:
+        if custom is not None:
+            load_guides(custom, GUIDES)
+    elif custom is not None:
+        load_unchanged(custom, config.custom_sha256, GUIDES, str(where))
+    elif config.guide not in GUIDES:
+        raise ValueError(
+            f"the guide '{config.guide}' of {where} is made by {config.custom_file}; if you trust that file, give it "
+            "as custom=..."
+        )
+
+
+def load_run(folder: str | Path, device: torch.device | str = "cpu", *, custom: str | Path | None = None) -> Run:
+    """The model and guide of a folder with their trained weights, on ``device``, ready for queries.
+
+    Args:
+        custom: the Python file that adds the run's guide to `GUIDES`, if it was trained with ``--custom`` and the guide
+            is not there yet.
+
+    Raises:
+        ValueError: if the folder holds no run, its checkpoint is damaged or of another configuration, or the file with
+            its guide is not given or has changed.
+    """
+    config = load_config(folder)
+    use_custom_guide(config, folder, custom)
+    run = build(config)
     path = Path(folder) / "checkpoint.pt"
     state = load_checkpoint(path)
     check_weights(run.model, state.get("model"), path)

@@ -10,7 +10,10 @@ from torch import nn
 
 from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.evaluation.health import EXPECTED, Health, check_health, format_health, standardised_innovations
+from pyro_pixels.evaluation.causes import film_causes, has_walls
+from pyro_pixels.evaluation.film import standardised_innovations
+from pyro_pixels.evaluation.health import EXPECTED, Health, check_health, format_health
+from pyro_pixels.evaluation.health_words import CAUSES
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, dense_components, select_component
@@ -331,7 +334,7 @@ def test_an_untrained_run_of_the_paper(small_data):
     health = check_health(make_model(), make_guide(), small_data, batch_size=5)
     assert not health.ok
     assert "bound_ratio" in names(health)
-    text = format_health(health)
+    text = format_health(health, details=True)
     assert all(name in text for name in health.measures)
     assert all(problem in text for problem in health.problems)
 
@@ -361,10 +364,78 @@ def test_walls_are_no_linear_motion(kind, linear):
     dynamics = make_dynamics(n_components=2 if linear else 1, position_noise=0.02 * 4 / (SIDE - 1) ** 2)
     with torch.no_grad():
         dynamics.u.zero_()
-    fit_starts(dynamics, tracks[object_mask(data.n_objects, 3)])
+    present = tracks[object_mask(data.n_objects, 3)]
+    fit_starts(dynamics, present)
     health = check(dynamics, tracks, ImageSequences(make_data().images, data.n_objects))
     if linear:
         assert health.ok, health.problems
     else:
         assert {"path_residual", "innovation_mean_square"} <= names(health)
         assert any("bounce off walls" in problem for problem in health.problems)
+        assert "walls" in health.causes
+    assert has_walls(present) != linear
+
+
+def film(change):
+    """A film of discs, changed, whose guide was never shown it."""
+    data = simulate(DriftConfig(height=24, width=24, radius=2.5, n_frames=12), 30, seed=1)
+    images = data.images.float()
+    torch.manual_seed(0)
+    return ImageSequences(change(images).clamp(0, 1), data.n_objects)
+
+
+BRIGHT = torch.zeros(24, 24)
+BRIGHT[2:6, 3:20] = 0.5
+
+
+@pytest.mark.parametrize(
+    "change, causes",
+    [
+        (lambda v: v, []),
+        (lambda v: 1 - v, ["white"]),
+        (lambda v: v + 0.05 * torch.randn_like(v), ["noise"]),
+        (lambda v: torch.maximum(v, (torch.rand_like(v) < 0.02).float()), ["noise"]),
+        (lambda v: torch.maximum(v, BRIGHT), ["background"]),
+        (lambda v: v * (torch.arange(12) % 4 > 0)[:, None, None], ["come and go"]),
+        (lambda v: torch.maximum(v, v.roll(12, -1).roll(12, -2)), ["come and go"]),
+    ],
+    ids=["clean", "white", "noise", "salt", "background", "missing", "more"],
+)
+def test_causes_that_the_film_shows(world, change, causes):
+    assert film_causes(GivenTracks(world[1]), film(change)) == causes
+
+
+def test_noise_that_the_guide_was_trained_with_is_no_cause(world):
+    guide, data = GivenTracks(world[1]), film(lambda v: v + 0.05 * torch.randn_like(v))
+    guide.look_at(data.images, data.n_objects)
+    assert film_causes(guide, data) == []
+
+
+def test_five_lines_in_the_terms_of_the_interface(world):
+    dynamics, tracks, data = world
+    same = tracks.clone()
+    same[:, 1] = same[:, 0] + 0.01
+    health = check(dynamics, same, data)._replace(causes=("noise",))
+    library, script = (format_health(health, options=options).splitlines() for options in (False, True))
+    for lines in (library, script):
+        assert len(lines) == 5
+        assert lines[0] == "health check: 1 sign of failure; likely cause: noise in the images"
+        assert [line.split(":")[0].strip() for line in lines[1:]] == ["images", "motion", "objects", "to do"]
+        assert "two on one object in 100% of the sequences" in lines[3]
+    assert "look_at" in library[4]
+    assert "--" not in "".join(library)
+    assert "prepare.py" in script[4]
+    assert "`" not in "".join(script)
+    good = format_health(check(*world)).splitlines()
+    assert (good[0], good[4]) == ("health check: no sign of failure", "  to do:   nothing")
+
+
+@pytest.mark.parametrize("options", [False, True])
+def test_details_name_every_measure_cause_and_sign(world, options):
+    health = check(world[0], world[1] * torch.linspace(1, 2, T)[:, None] ** 3, world[2])._replace(causes=tuple(CAUSES))
+    text = format_health(health, options=options, details=True)
+    assert len(health.problems) > 1
+    assert text.count("  ! ") == len(health.problems)
+    assert all(cause.words in text for cause in CAUSES.values())
+    assert all(name in text for name in health.measures)
+    assert ("Schedule." in text) != options

@@ -137,11 +137,13 @@ def test_what_is_held_out_is_kept_in_the_run_and_asked_about(trained, file):
     assert (config.n_sequences, config.n_held_out) == (30, 3)
     split, data = run_sequences(config), load_sequences(file)
     assert (len(split.training), len(split.held_out)) == (27, 3)
-    found, source = sequences_to_ask(config, None, 60, 0)
+    found, source, where, first = sequences_to_ask(config, None, 60, 0)
+    assert (where, first) == (file, 27)
     assert np.array_equal(found.images, data.images[27:])
     assert "3 sequences that were held out of" in source
     assert len(sequences_to_ask(config, file, 60, 0, trained_on_too=False).data) == 3
-    everything, source = sequences_to_ask(config, file, 20, 0)
+    everything, source, where, first = sequences_to_ask(config, file, 20, 0)
+    assert (where, first) == (file, 0)
     assert len(everything) == 20
     assert "the first 20 of 30 sequences in" in source
     assert "trained on 27" in source

@@ -7,8 +7,6 @@ of the trained guide, less that of Pyro's AutoNormal fitted to each of them with
 
 from examples._common import device_of, new_folder, read_json, start, write_json
 
-import importlib.util
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 
 from pyro_pixels._options import Count, Seeds, Sequences, result_file
 from pyro_pixels.config import RunConfig
+from pyro_pixels.custom_guides import GuideFile, load_guides
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.mean_field import fit_mean_field
 from pyro_pixels.evaluation.table import evaluate
@@ -54,15 +53,6 @@ class Arguments:
     json: Path | None = None
     """Where the summary goes; default: guides.json in --out."""
     device: str = "cpu"
-
-
-def load_custom(path: Path) -> None:
-    """Runs the file, so that what it adds to `GUIDES` is there."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise ValueError(f"{path} is no Python file; wanted one that adds a guide to GUIDES")
-    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
 
 def one_run(args: Arguments, config: RunConfig, folder: Path) -> bool:
@@ -128,12 +118,19 @@ def _cost(result: dict[str, Any]) -> dict[str, float]:
     return {"seconds": result["seconds"], "seconds_per_step": result["seconds"] / result["steps"]}
 
 
+def configuration(base: RunConfig, name: str, seed: int, file: GuideFile) -> RunConfig:
+    """That of one run; of a guide from the file it says so."""
+    config = replace(base, guide=name, seed=seed)
+    own = name in file.names
+    return replace(config, custom_file=str(file.path), custom_sha256=file.sha256) if own else config
+
+
 def main(args: Arguments) -> int:
     torch.set_num_threads(1)
     device_of(args.device)
     out = result_file(args.json or new_folder(args.out) / "guides.json", ".json")
     new_folder(out.parent)
-    load_custom(args.custom)
+    file = load_guides(args.custom, GUIDES)
     names = args.guides or tuple(GUIDES)
     for name in names:
         if name not in GUIDES:
@@ -146,7 +143,7 @@ def main(args: Arguments) -> int:
             folder = args.out / name / f"seed{seed}"
             if not (folder / "result.json").exists():
                 print(f"{name}, seed {seed}", flush=True)
-                if not one_run(args, replace(base, guide=name, seed=seed), folder):
+                if not one_run(args, configuration(base, name, seed, file), folder):
                     print("stopped and saved; give the same command again to go on")
                     return 130
             found = read_json(folder / "result.json")

@@ -1,11 +1,11 @@
 """Puts the weights of a trained run, with its configuration and measures, where `load_pretrained` finds them."""
 
-from examples._common import read_json, start
+from examples._common import read_json, read_run, start
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyro_pixels.runs import PRETRAINED, export_weights, load_run
+from pyro_pixels.runs import PRETRAINED, export_weights
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     if args.run.resolve() == (args.folder / args.name).resolve():
         raise ValueError(f"{args.run} would be overwritten by its own weights; choose another --folder or --name")
-    run = load_run(args.run)
+    run = read_run(args.run)
     measured = args.run / "metrics.json"
     if not measured.exists():
         raise ValueError(f"{measured} is missing; measure the run first with examples/evaluate.py --run {args.run}")

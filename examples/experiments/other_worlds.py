@@ -111,12 +111,12 @@ def measure(folder: Path, data: ImageSequences, device: torch.device) -> dict[st
     """The table of `evaluate`, what the health check says, and what training cost."""
     run = load_run(folder, device)
     judges = simulate(run.config.data, JUDGES, seed=VALIDATION_SEED)
-    measures, problems = check_health(run.model, run.guide, judges)
+    measures, problems, causes = check_health(run.model, run.guide, judges)
     lines = read_lines(folder)
     likelihood = {name: p.tolist() for name, p in run.model.likelihood.named_parameters()}
     return {
         "evaluation": evaluate(run.model, run.guide, data),
-        "health": {"measures": measures, "problems": problems},
+        "health": {"measures": measures, "problems": problems, "causes": causes},
         "likelihood": likelihood,
         "training": lines[-1],
     }

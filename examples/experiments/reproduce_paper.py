@@ -6,7 +6,7 @@ of docs/reproduction.md is kept; only what stands between its markers <!-- begin
 replaced.
 """
 
-from examples._common import device_of, new_folder, read_json, say_where, start, write_json
+from examples._common import device_of, new_folder, read_json, read_run, say_where, start, write_json
 from examples.experiments._paper_figures import draw_edlstm, draw_model_figures, draw_worst
 from examples.experiments._reproduction_text import baselines_text, generalisation_text, model_text, sweeps_text
 
@@ -29,7 +29,7 @@ from pyro_pixels.queries.predict import infer
 from pyro_pixels.result_tables import environment, insert
 from pyro_pixels.run_figures import RunView, draw_stages
 from pyro_pixels.run_sequences import TEST_SEED
-from pyro_pixels.runs import Run, load_pretrained, load_run
+from pyro_pixels.runs import Run, load_pretrained
 from pyro_pixels.training.checkpoints import read_lines
 from pyro_pixels.worlds.base import simulate
 
@@ -69,7 +69,7 @@ class Reproduction:
 
     def __init__(self, args: Arguments) -> None:
         self.args, self.device = args, device_of(args.device)
-        self.run = load_pretrained(device=self.device) if args.run is None else load_run(args.run, self.device)
+        self.run = load_pretrained(device=self.device) if args.run is None else read_run(args.run, self.device)
         self.config = self.run.config.data
         self.figures = args.docs / "figures" / "paper"
         self._shown: RunView | None = None
@@ -88,7 +88,7 @@ class Reproduction:
         draw_model_figures(self.shown, self.figures)
         if self.args.run is not None:
             draw_stages(self.args.run / "snapshots.npz", self.figures / "fig5a.png")
-        run = self.run if self.args.recurrent is None else load_run(self.args.recurrent, self.device)
+        run = self.run if self.args.recurrent is None else read_run(self.args.recurrent, self.device)
         many = simulate(run.config.data, 300, seed=SHOWN_SEED)
         draw_worst(RunView(run, many, self.device), self.figures / "fig5b.png")
         return self._measure(self.run, self.test())
@@ -99,7 +99,7 @@ class Reproduction:
         config = runs[-1].config.data
         data = simulate(config, 60, seed=SHOWN_SEED)
         b, frames = int((data.n_objects == 3).nonzero()[0]), slice(0, None, 4)
-        drawn = {f"{run.step:,} steps": RunView(run, data, self.device).reconstruction()[b, frames] for run in runs}
+        drawn = {f"{run.step:,} steps": RunView(run, data, self.device).reconstruction[b, frames] for run in runs}
         figure = plots.plot_frames({"seen": data.images[b, frames], **drawn})
         plots.save_figure(figure, self.figures / "longer.png")
         return self._measure(runs[-1], simulate(config, self.args.n_test, seed=self.args.seed))

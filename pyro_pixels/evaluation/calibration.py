@@ -19,18 +19,20 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.stats import chi2
+from scipy.special import gammaincinv
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
-from pyro_pixels.evaluation.table import N_SEEN
+from pyro_pixels.evaluation.answers import check_n_seen, seen_by_default
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.latent_states import averaged
 from pyro_pixels.queries.predict import Prediction, generate, interpolate
 
+MOST_TRIALS = 30  # of a correction
 LEVELS = (0.5, 0.9, 0.95)
 KINDS = ("smoothing", "forecasting", "interpolation")
 Module = TypeVar("Module", bound=nn.Module)
@@ -74,14 +76,14 @@ def coverage(distances: Distances, levels: Sequence[float] = LEVELS, among: Tens
         raise ValueError(f"levels are {tuple(levels)}; wanted numbers between 0 and 1")
     squared = distances.squared if among is None else distances.squared[among]
     squared = squared[~squared.isnan()]
-    radius = torch.from_numpy(chi2.ppf(np.asarray(levels, float), 2))
+    radius = torch.from_numpy(2 * gammaincinv(1, np.asarray(levels, float)))
     shares = (squared.unsqueeze(-1) <= radius).double().mean(0)
     return Coverage(torch.tensor(levels, dtype=torch.float64), shares, len(squared))
 
 
 @torch.no_grad()
 def mahalanobis_distances(
-    model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, n_samples: int = 0,
+    model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int | None = None, n_samples: int = 0,
     batch_size: int = 100,
 ) -> dict[str, Distances]:  # fmt: skip
     """Measures the distances of true positions from smoothing, forecasting and interpolation.
@@ -90,7 +92,8 @@ def mahalanobis_distances(
         model: the trained model.
         guide: the trained guide.
         data: sequences with ``positions``, some with N = 1.
-        n_seen: observed frames before forecasting, and at either end for interpolation.
+        n_seen: observed frames before forecasting, and at either end for interpolation; default: 5, or fewer where
+            sequences have fewer than 11 frames.
         n_samples: if above 0, predictions are `averaged` over this number of samples of q. Use it for guides that do
             not know the dynamics, whose covariances otherwise leave out the uncertainty of q and z.
         batch_size: sequences per batch.
@@ -104,8 +107,7 @@ def mahalanobis_distances(
     T, N = data.images.shape[1], int(data.n_objects.max())
     if data.positions is None:
         raise ValueError("the sequences have no positions; wanted simulated ones (examples/simulate.py)")
-    if n_seen < 1 or 2 * n_seen >= T:
-        raise ValueError(f"sequences have {T} frames; to see {n_seen} at either end they need more than {2 * n_seen}")
+    n_seen = check_n_seen(seen_by_default(T) if n_seen is None else n_seen, T)
     device, frame = next(model.parameters()).device, torch.arange(T)
     masks = {
         "smoothing": frame >= 0,
@@ -192,7 +194,13 @@ class ScaledHead(nn.Module):
 
 
 def fit_correction(
-    model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, n_samples: int = 0
+    model: PixelModel,
+    guide: Guide,
+    data: ImageSequences,
+    *,
+    n_seen: int | None = None,
+    n_samples: int = 0,
+    progress: bool = False,
 ) -> Correction:
     """Fits the correction by maximum likelihood of the true positions of validation sequences.
 
@@ -205,6 +213,7 @@ def fit_correction(
         data: validation sequences with ``positions``, different from those whose coverage is reported; 60 are enough.
         n_seen: as in `mahalanobis_distances`.
         n_samples: as in `mahalanobis_distances`.
+        progress: show a progress bar on a terminal.
 
     Raises:
         ValueError: as in `mahalanobis_distances` and `corrected`.
@@ -217,9 +226,11 @@ def fit_correction(
         with torch.random.fork_rng(devices=[]):  # the same samples for every trial
             torch.manual_seed(0)
             each = mahalanobis_distances(*trial, data, n_seen=n_seen, n_samples=n_samples)
+        bar.update()
         return -sum(float(x.log_density[x.held].nanmean()) for x in each.values())
 
     simplex = np.log([(1.0, 1.0), (2.0, 1.0), (1.0, 0.3)])
-    options = {"initial_simplex": simplex, "xatol": 0.1, "fatol": 1e-3, "maxfev": 30}
-    found = minimize(loss, np.zeros(2), method="Nelder-Mead", options=options)
+    options = {"initial_simplex": simplex, "xatol": 0.1, "fatol": 1e-3, "maxfev": MOST_TRIALS}
+    with tqdm(total=MOST_TRIALS, desc="correction", disable=None if progress else True, leave=False) as bar:
+        found = minimize(loss, np.zeros(2), method="Nelder-Mead", options=options)
     return Correction(*np.exp(found.x).tolist())

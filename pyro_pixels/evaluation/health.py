@@ -14,19 +14,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import chi2
+from scipy.special import chdtri, gammaincinv
 from torch import Tensor
 
 from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation.answers import Inferences, infer_all
+from pyro_pixels.evaluation.causes import likely_causes
+from pyro_pixels.evaluation.film import START_FRAMES, standardised_innovations
+from pyro_pixels.evaluation.health_words import CAUSES, DIVERGED, SIGNS, TOO_LARGE, TOO_SMALL, five_lines, sentence
 from pyro_pixels.evaluation.metrics import constant_image_nll, pairwise_distances
 from pyro_pixels.guides.base import Guide
-from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.lgssm.marginal import response
 from pyro_pixels.model.pixel_model import PixelModel
-from pyro_pixels.queries.predict import infer, smooth
-from pyro_pixels.training.elbo import bound
+from pyro_pixels.queries.predict import smooth
 
 EXPECTED: dict[str, tuple[float, float]] = {
     # Good runs of quick presets: 0.15 to 0.21; an earlier recipe on a seed on which it failed: 0.5 after 1,000 steps.
@@ -49,50 +51,8 @@ EXPECTED: dict[str, tuple[float, float]] = {
 }
 """Where each measure should lie (`check_health` says what they are). Runs are trials on images of 32 x 32 or less."""
 
-START_FRAMES = 2  # innovations of the first frames depend on the covariance of the start, the others on the noises
 UNEXPLAINED = 1e-4  # a track is unexplained beyond this upper quantile of the sum of squares of its innovations
 COINCIDING = 0.1  # two tracks coincide when their mean distance is below this share of the spread of all positions
-
-_RESTART = "train from another seed, or pick the best of several starts (`fit(candidates=...)`, `train.py --starts`)"
-_STIFFEN = (
-    "start again with a smaller `state_noise` and `position_noise` that are held longer (`Schedule.learn_from`), "
-    "with a structured guide, or from another seed"
-)
-_STARTS = (
-    "put the starts where tracks are likeliest (`Schedule.fit_starts_at`), or use fewer components if objects start in "
-    "fewer ways"
-)
-_NOT_LINEAR = (
-    ", or of objects that do not move linearly themselves, as where they bounce off walls: then no training helps"
-)
-_ADVICE = {
-    "bound_ratio": "images cost {x:.2f} of what one grey value everywhere would cost (a good run: about 0.2): "
-    "the renderer does not draw the images from the inferred positions, unless the pixels are noisy; "
-    f"train for more steps; if that does not help, {_RESTART}",
-    "innovation_autocorrelation": "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): "
-    f"tracks do not move as the dynamics say, as when the latent space is warped{_NOT_LINEAR}; {_STIFFEN}",
-    "path_residual": "tracks stray from noise-free paths by {x:.2f} of their spread (Sec 3.1's data: 0.1): noise "
-    "explains what the dynamics cannot, a sign of a folded or warped latent space (unless the objects' own motion "
-    f"is as random, or all of it along one line){_NOT_LINEAR}; {_STIFFEN}",
-    "unexplained_tracks": "{x:.0%} of the tracks do not fit the dynamics that explain the others: identities swap "
-    f"halfway, or objects are lost; {_STIFFEN}",
-    "smallest_component": "the least used component of the mixture over h_1 has {x:.1%} of the tracks: it is unused; "
-    + _STARTS,
-    "component_certainty": "components are inferred with a mean probability of only {x:.2f}: the components of the "
-    f"mixture over h_1 overlap and do not stand for different ways to start; {_STARTS}",
-    "coinciding_objects": "in {x:.0%} of the sequences with several objects two of them have nearly the same track: "
-    f"one follows another, which leaves an object undetected; {_RESTART}",
-}
-_TOO_SMALL = (
-    "innovations have a mean square of {x:.2f} (1 if calibrated): Sigma_A, Sigma_H or Sigma_k are larger than the "
-    "tracks need, so that predictions are more uncertain than they should be; train for more steps after the noises "
-    "are freed (`Schedule.learn_from`)"
-)
-_TOO_LARGE = (
-    "innovations have a mean square of {x:.2f} (1 if calibrated): the tracks move less regularly than the dynamics "
-    "allow, so that predictions are too certain; free the noises earlier (`Schedule.learn_from`), train for more "
-    "steps, or, if another problem is named too, see to that first"
-)
 
 
 class Health(NamedTuple):
@@ -101,6 +61,8 @@ class Health(NamedTuple):
     measures: dict[str, float]
     problems: list[str]
     """One sentence each: what was found, what it usually means, what to do. Empty if all is well."""
+    causes: tuple[str, ...] = ()
+    """Names of likely causes, if there are problems: white, noise, background, come and go, walls."""
 
     @property
     def ok(self) -> bool:
@@ -110,7 +72,14 @@ class Health(NamedTuple):
 
 @torch.no_grad()
 def check_health(
-    model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0
+    model: PixelModel,
+    guide: Guide,
+    data: ImageSequences,
+    *,
+    batch_size: int = 100,
+    seed: int = 0,
+    inferred: Inferences | None = None,
+    progress: bool = False,
 ) -> Health:
     """Looks for signs that training has failed, from ``images`` and ``n_objects`` alone.
 
@@ -135,6 +104,8 @@ def check_health(
     Args:
         data: some hundred sequences with at least 4 frames, fresh ones or those of the training.
         seed: of the draws; the caller's random state is left as it was.
+        inferred: `infer_all` of these sequences, if it is there already.
+        progress: show a progress bar on a terminal.
 
     Raises:
         ValueError: if the sequences have fewer frames or do not fit model and guide.
@@ -144,9 +115,11 @@ def check_health(
         raise ValueError(
             f"sequences have {T} frames, too few to check motion on; give sequences of at least {START_FRAMES + 2}"
         )
-    measures = _bound_measures(model, guide, data, batch_size, seed)
-    mean, a, present = _tracks(guide, data, next(model.parameters()).device, batch_size, seed)
-    draws = a[present]  # (M, T, 2)
+    if inferred is None:
+        inferred = infer_all(model, guide, data, batch_size=batch_size, seed=seed, progress=progress)
+    measures = _bound_measures(model, data, inferred)
+    present = object_mask(data.n_objects, inferred.mean.shape[1])
+    draws = inferred.drawn[present].to(next(model.parameters()).device)  # (M, T, 2)
     whiten = _whitening(draws.flatten(0, 1))
 
     states = smooth(model.dynamics, draws)
@@ -156,7 +129,8 @@ def check_health(
     innovations = innovations[:, START_FRAMES:]  # (M, T - 2, 2)
     total = innovations.square().sum((1, 2))
     degrees = innovations[0].numel()
-    explained = total / total.median() * chi2.median(degrees) <= chi2.isf(UNEXPLAINED, degrees)
+    median = 2 * float(gammaincinv(degrees / 2, 0.5))  # of chi-square
+    explained = total / total.median() * median <= float(chdtri(degrees, UNEXPLAINED))
     typical = innovations[explained]
     share = F.one_hot(k, states.p_z.shape[-1]).double().mean(0)
     measures |= {
@@ -168,40 +142,36 @@ def check_health(
         "unexplained_tracks": float((~explained).double().mean()),
         "smallest_component": float(share.min()),
         "component_certainty": float(states.p_z.amax(-1).mean()),
-        "coinciding_objects": _coinciding(mean @ whiten.mT, present),
+        "coinciding_objects": _coinciding(inferred.mean @ whiten.cpu().mT, present),
     }
-    return Health(measures, _problems(measures))
+    found = signs(measures)
+    causes = likely_causes(guide, data, inferred.mean[present]) if found and found != ["diverged"] else ()
+    return Health(measures, _sentences(measures, found, options=False), causes)
 
 
-def standardised_innovations(dynamics: Dynamics, a: Tensor) -> Tensor:
-    """L_t^-1 (a_t - E[a_t | a_{1:t-1}, z = k]) (..., K, T, 2) of tracks (..., T, 2) under each component.
+def format_health(health: Health, *, options: bool = False, details: bool = False) -> str:
+    """Formats the result as five plain lines, the verdict first.
 
-    L_t L_t' is the covariance of a_t given a_{1:t-1}. Independent standard normals for draws from p(a | z = k).
+    Args:
+        options: speak of options of the scripts, not of fields of the library.
+        details: also all measures with the range that they should lie in, and a sentence for each that does not.
     """
-    lgssm = dynamics.lgssm()
-    filtered = kalman.kalman_filter(lgssm, a.unsqueeze(-3))
-    states = kalman.Gaussians(filtered.predicted_mean, filtered.predicted_cov)
-    mean, cov = kalman.observation_moments(lgssm, states)  # (..., K, T, 2), (K, T, 2, 2)
-    identity = torch.eye(2, dtype=cov.dtype, device=cov.device)
-    whiten = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(cov).L, identity, upper=False)
-    return (whiten @ (a.unsqueeze(-3) - mean).unsqueeze(-1)).squeeze(-1)
-
-
-def format_health(health: Health) -> str:
-    """Formats the measures, their expected ranges and the problems as text."""
-    lines = []
+    found = signs(health.measures)
+    lines = five_lines(health.measures, found, health.causes, options=options)
+    if not details:
+        return "\n".join(lines)
     for name, value in health.measures.items():
         low, high = EXPECTED.get(name, (-math.inf, math.inf))
         bounds = [word.format(x) for word, x in (("from {:g}", low), ("to {:g}", high)) if math.isfinite(x)]
         lines.append(f"  {name:<27}{value:>9.3f}   {' '.join(bounds)}".rstrip())
-    verdict = "no sign of failure" if health.ok else f"signs of failure: {len(health.problems)}"
-    return "\n".join([f"health check: {verdict}", *lines, *(f"  ! {problem}" for problem in health.problems)])
+    causes = [CAUSES[name] for name in health.causes]
+    lines += [f"  ? {c.words}; {c.advice.options if options else c.advice.fields}" for c in causes]
+    sentences = _sentences(health.measures, found, options=True) if options else health.problems
+    return "\n".join([*lines, *(f"  ! {sentence}" for sentence in sentences)])
 
 
-def _bound_measures(
-    model: PixelModel, guide: Guide, data: ImageSequences, batch_size: int, seed: int
-) -> dict[str, float]:
-    nats = bound(model, guide, data, batch_size=batch_size, seed=seed).bound / data.seen.sum(1)
+def _bound_measures(model: PixelModel, data: ImageSequences, inferred: Inferences) -> dict[str, float]:
+    nats = inferred.terms.bound / data.seen.sum(1)
     measures = {"bound_per_frame_nats": float(nats.mean())}
     if model.likelihood.is_density:
         return measures
@@ -210,23 +180,6 @@ def _bound_measures(
         grey = constant_image_nll(data.images[data.n_objects == n]).mean()
         ratios.append(-nats[data.n_objects == n].mean() / grey)
     return measures | {"bound_ratio": float(torch.stack(ratios).mean())}
-
-
-def _tracks(
-    guide: Guide, data: ImageSequences, device: torch.device, batch_size: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and one draw of q(a | v), each (n, N, T, 2), and which objects there are, (n, N) bool."""
-    N = int(data.n_objects.max())
-    means, draws = [], []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for start in range(0, len(data), batch_size):
-            part = data[start : start + batch_size]
-            mean, _, samples = infer(guide, part.images.to(device), part.n_objects.to(device), n_samples=1)
-            assert samples is not None
-            for kept, x in ((means, mean), (draws, samples[0])):
-                kept.append(F.pad(x, (0, 0, 0, 0, 0, N - x.shape[1])))
-    return torch.cat(means), torch.cat(draws), object_mask(data.n_objects.to(device), N)
 
 
 def _whitening(points: Tensor) -> Tensor:
@@ -266,17 +219,21 @@ def _coinciding(mean: Tensor, present: Tensor) -> float:
     return float((pairs & (pairwise_distances(mean, mean) < COINCIDING)).flatten(1).any(1)[several].double().mean())
 
 
-def _problems(measures: dict[str, float]) -> list[str]:
-    broken = [name for name, x in measures.items() if not math.isfinite(x)]
-    if broken:
-        return [
-            f"{', '.join(broken)} are not finite: training has diverged; "
-            "train again with a smaller learning rate or `Schedule.clip_norm`"
-        ]
-    problems = []
+def signs(measures: dict[str, float]) -> list[str]:
+    """The signs of failure among the measures, keys of `health_words.SIGNS`, or ["diverged"] alone."""
+    if not all(math.isfinite(x) for x in measures.values()):
+        return ["diverged"]
+    found = []
     for name, x in measures.items():
         low, high = EXPECTED.get(name, (-math.inf, math.inf))
         if not low <= x <= high:
-            advice = _ADVICE.get(name, _TOO_SMALL if x < low else _TOO_LARGE)
-            problems.append(advice.format(x=x))
-    return problems
+            found.append(name if name in SIGNS else TOO_SMALL if x < low else TOO_LARGE)
+    return found
+
+
+def _sentences(measures: dict[str, float], found: list[str], *, options: bool) -> list[str]:
+    if found == ["diverged"]:
+        broken = [name for name, x in measures.items() if not math.isfinite(x)]
+        advice = DIVERGED.options if options else DIVERGED.fields
+        return [f"{', '.join(broken)} are not finite: training has diverged; {advice}"]
+    return [sentence(sign, measures.get(sign, measures["innovation_mean_square"]), options=options) for sign in found]

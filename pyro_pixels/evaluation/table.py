@@ -5,17 +5,30 @@ from typing import Any
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from tqdm import tqdm
 
 from pyro_pixels._checks import check_number
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.answers import (
+    N_SEEN,
+    Inferences,
+    Predictions,
+    check_n_seen,
+    infer_all,
+    predict_all,
+    seen_by_default,
+)
+from pyro_pixels.evaluation.film import (
+    innovation_mean_square,
+    mean_image_nll_per_frame,
+    persistence_nll_per_frame,
+)
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
-from pyro_pixels.queries.predict import generate, infer, interpolate
-from pyro_pixels.training.elbo import bound
 
-N_SEEN = 5  # observed frames at the start, and for interpolation also at the end (Secs 3.4, 3.5)
+__all__ = ["N_SEEN", "errors_in_pixels", "evaluate", "format_table", "means_by_n", "table_of"]
+
+N_FUTURES = 20  # that forecasts are averaged over where there are no true positions
 
 Table = dict[str, dict[str, float | int | None]]
 
@@ -25,8 +38,8 @@ def evaluate(
     guide: Guide,
     data: ImageSequences,
     *,
-    n_seen: int = N_SEEN,
-    n_futures: int = 0,
+    n_seen: int | None = None,
+    n_futures: int | None = None,
     batch_size: int = 100,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -35,10 +48,12 @@ def evaluate(
     Args:
         model: the trained model.
         guide: the trained guide.
-        data: held-out sequences. Errors in pixels need ``positions``, floors also need ``dynamics``.
-        n_seen: observed frames before generation, and at either end for interpolation.
-        n_futures: sampled futures per sequence whose images are averaged for ``averaged_nll_per_frame_nats``; with 0
-            it is left out.
+        data: held-out sequences. Errors in pixels need ``positions``, floors also need ``dynamics``; without positions
+            forecasts are measured against those that know no motion, and innovations (`evaluation.film`).
+        n_seen: observed frames before generation, and at either end for interpolation; default: 5, or fewer where
+            sequences have fewer than 11 frames.
+        n_futures: sampled futures per sequence whose images are averaged, for the measures of forecasts; 0 leaves these
+            out. Default: 20 without positions, else 0.
         batch_size: sequences per batch.
         progress: show a progress bar on a terminal.
 
@@ -49,75 +64,56 @@ def evaluate(
     Raises:
         ValueError: if the sequences are too short or do not fit the model, or ``n_futures`` is negative.
     """
-    n_seen, n_futures = check_number("n_seen", n_seen), check_number("n_futures", n_futures)
+    T = data.images.shape[1]
+    n_seen = seen_by_default(T) if n_seen is None else check_n_seen(n_seen, T)
+    if n_futures is None:
+        n_futures = N_FUTURES if data.positions is None else 0
+    n_futures = check_number("n_futures", n_futures)
     if n_futures < 0:
         raise ValueError(f"n_futures is {n_futures}; wanted a number of sampled futures, 0 for none")
-    T = data.images.shape[1]
-    if n_seen < 1 or 2 * n_seen >= T:
-        raise ValueError(
-            f"sequences have {T} frames; to see {n_seen} (at least 1) at either end they need more than {2 * n_seen}"
-        )
-    time = torch.arange(T)
-    ends = (time < n_seen) | (time >= T - n_seen)
-    found = _query(model, guide, data, ends, n_seen, n_futures, batch_size, progress)
-    inferred, generated, interpolated, values = found
+    inferred = infer_all(model, guide, data, batch_size=batch_size, progress=progress)
+    predicted = predict_all(
+        model, guide, data, n_seen=n_seen, n_futures=n_futures, batch_size=batch_size, progress=progress
+    )
+    return table_of(model, data, inferred, predicted)
 
+
+def table_of(model: PixelModel, data: ImageSequences, inferred: Inferences, predicted: Predictions) -> dict[str, Any]:
+    """The result of `evaluate`, from answers that are there already."""
+    n_seen, T = predicted.n_seen, data.images.shape[1]
+    values = dict(predicted.losses)
+    values["bound_per_frame_nats"] = inferred.terms.bound / data.seen.sum(1)
+    values["constant_image_nll_per_frame_nats"] = metrics.constant_image_nll(data.images[:, n_seen:])
     result: dict[str, Any] = {"n_seen": n_seen, "n_frames": T}
+    if data.positions is None:
+        values |= _known_of_a_film(model, data, inferred, n_seen)
     if data.positions is not None and bool((data.n_objects == 1).any()):
-        affine = metrics.fit_affine(inferred, data.positions, data.n_objects)
+        affine = metrics.fit_affine(inferred.mean, data.positions, data.n_objects)
         result["affine"] = {"matrix": affine.matrix.tolist(), "offset": affine.offset.tolist(), "r2": affine.r2}
         result["dynamics"] = _dynamics_in_pixels(model, affine)
-        values |= errors_in_pixels(data, affine(inferred), affine(generated), affine(interpolated), ends, n_seen)
+        between = predicted.interpolated
+        values |= errors_in_pixels(
+            data, affine(inferred.mean), affine(predicted.generated), None if between is None else affine(between),
+            predicted.ends(), n_seen,
+        )  # fmt: skip
         if data.sides is not None:
-            values["side_accuracy"] = _side_accuracy(model, inferred, affine(inferred), data)
+            values["side_accuracy"] = _side_accuracy(model, inferred.mean, affine(inferred.mean), data)
 
     return result | means_by_n(values, data.n_objects)
 
 
-@torch.no_grad()
-def _query(
-    model: PixelModel,
-    guide: Guide,
-    data: ImageSequences,
-    ends: Tensor,
-    n_seen: int,
-    n_futures: int,
-    batch_size: int,
-    progress: bool,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Returns latent positions (n, N, T, 2) by inference, generation and interpolation, and losses (n,)."""
-    device = next(model.parameters()).device
-    T, N = data.images.shape[1], int(data.n_objects.max())
-    positions: list[list[Tensor]] = [[], [], []]
-    losses: dict[str, list[Tensor]] = {}
-    batches = range(0, len(data), batch_size)
-    for start in tqdm(batches, desc="errors and losses", disable=None if progress else True, leave=False):
-        part = data[start : start + batch_size]
-        images, n_objects = part.images.to(device), part.n_objects.to(device)
-        future = generate(model, guide, images[:, :n_seen], n_objects, n_frames=T, n_samples=n_futures)
-        between = interpolate(model, guide, images, n_objects, ends.to(device))
-        for found, a in zip(positions, (infer(guide, images, n_objects).mean, future.mean, between.mean)):
-            padding = a.new_full((a.shape[0], N - a.shape[1], T, 2), torch.nan)
-            found.append(torch.cat([a, padding], 1).cpu())
-        unseen, drawn = part.images[:, n_seen:].float(), future.images[:, n_seen:].cpu()
-        found_losses = {
-            "nll_per_frame_nats": metrics.nll_per_frame(unseen, drawn),
-            "paper_style_loss": metrics.paper_style_loss(unseen, drawn),
-        }
-        if future.sample_images is not None:
-            averaged = future.sample_images[:, :, n_seen:].mean(0).cpu()
-            found_losses["averaged_nll_per_frame_nats"] = metrics.nll_per_frame(unseen, averaged)
-        for name, value in found_losses.items():
-            losses.setdefault(name, []).append(value.double())
-    inferred, generated, interpolated = (torch.cat(p) for p in positions)
-    values = {name: torch.cat(parts) for name, parts in losses.items()}
-    values["bound_per_frame_nats"] = bound(model, guide, data, batch_size=batch_size).bound / data.seen.sum(1)
-    values["constant_image_nll_per_frame_nats"] = metrics.constant_image_nll(data.images[:, n_seen:])
-    return inferred, generated, interpolated, values
+def _known_of_a_film(model: PixelModel, data: ImageSequences, inferred: Inferences, n_seen: int) -> dict[str, Tensor]:
+    """Measures (n,) that need no true positions, beside the forecasts of the model."""
+    density = model.likelihood.is_density
+    return {
+        "mean_image_nll_per_frame_nats": mean_image_nll_per_frame(data.images, n_seen, is_density=density),
+        "persistence_nll_per_frame_nats": persistence_nll_per_frame(data.images, n_seen, is_density=density),
+        "innovation_mean_square": innovation_mean_square(model.dynamics, inferred.drawn, data),
+    }
 
 
 def errors_in_pixels(
-    data: ImageSequences, inferred: Tensor, generated: Tensor, interpolated: Tensor, ends: Tensor, n_seen: int
+    data: ImageSequences, inferred: Tensor, generated: Tensor, interpolated: Tensor | None, ends: Tensor, n_seen: int
 ) -> dict[str, Tensor]:
     """Returns the mean error of each object in pixels (n, N) and whether identities switched (n,).
 
@@ -128,7 +124,7 @@ def errors_in_pixels(
         data: sequences with ``positions``.
         inferred: positions (n, N, T, 2) in pixels, as all the others.
         generated: positions after ``n_seen`` observed frames.
-        interpolated: positions between observed frames at both ends.
+        interpolated: positions between observed frames at both ends; None where there are none between.
         ends: (T,) bool, the frames observed for interpolation.
         n_seen: the number of frames observed for generation.
     """
@@ -139,17 +135,15 @@ def errors_in_pixels(
     def matched(a: Tensor, frames: Tensor) -> Tensor:
         return metrics.reorder(a, metrics.assign(a[:, :, frames], truth[:, :, frames], n_objects))
 
-    inferred, generated, interpolated = (
-        matched(inferred, torch.ones_like(ends)),
-        matched(generated, seen),
-        matched(interpolated, ends),
-    )
+    inferred = matched(inferred, torch.ones_like(ends))
     values = {
         "position_error_px": metrics.errors(inferred, truth, n_objects).nanmean(-1),
         "switch_rate": torch.where(n_objects > 1, metrics.switches(inferred, truth, n_objects).double(), torch.nan),
     }
     targets = {"": truth} if data.paths is None else {"": truth, "path_": data.paths}
-    predictions = {"generation": (generated, seen), "interpolation": (interpolated, ends)}
+    predictions = {"generation": (matched(generated, seen), seen)}
+    if interpolated is not None:
+        predictions["interpolation"] = (matched(interpolated, ends), ends)
     for kind, (prediction, observed) in predictions.items():
         floor = None if data.dynamics is None else metrics.floor_predictions(data.dynamics, truth, observed)
         for name, target in targets.items():
@@ -216,22 +210,44 @@ def _dynamics_in_pixels(model: PixelModel, affine: metrics.Affine) -> dict[str, 
     }
 
 
+COLUMNS: dict[str, tuple[str, str]] = {
+    "position_error_px": ("position error", "px"),
+    "switch_rate": ("switch rate", ""),
+    "generation_error_px": ("generation", "px"),
+    "generation_floor_px": ("(floor)", "px"),
+    "interpolation_error_px": ("interpolation", "px"),
+    "interpolation_floor_px": ("(floor)", "px"),
+    "nll_per_frame_nats": ("nll/frame", "nats"),
+    "bound_per_frame_nats": ("bound/frame", "nats"),
+}
+FILM_COLUMNS: dict[str, tuple[str, str]] = {
+    "n_sequences": ("sequences", ""),
+    "bound_per_frame_nats": ("bound", "nats/frame"),
+    "forecast_nll_per_frame_nats": ("forecast", "nats/frame"),
+    "mean_image_nll_per_frame_nats": ("mean image", "nats/frame"),
+    "persistence_nll_per_frame_nats": ("persistence", "nats/frame"),
+    "innovation_mean_square": ("innovations", "(1 if true)"),
+}
+"""Of sequences without true positions."""
+
+
 def format_table(result: dict[str, Any]) -> str:
-    """Formats the result of `evaluate` as a short text table."""
-    columns = {
-        "position error": "position_error_px",
-        "switch rate": "switch_rate",
-        "generation": "generation_error_px",
-        "(floor)": "generation_floor_px",
-        "interpolation": "interpolation_error_px",
-        "(floor) ": "interpolation_floor_px",
-        "nll/frame": "nll_per_frame_nats",
-        "bound/frame": "bound_per_frame_nats",
-    }
+    """Formats the result of `evaluate` as a short text table, of what was measured."""
+    film = "innovation_mean_square" in result["all"]
+    columns = FILM_COLUMNS if film else COLUMNS
+    columns = {key: title for key, title in columns.items() if film is False or result["all"].get(key) is not None}
     rows: Table = {f"N = {n}": row for n, row in result["by_n_objects"].items()} | {"all": result["all"]}
-    lines = ["       " + "".join(f"{title.strip():>15}" for title in columns)]
-    lines.append("       " + "".join(f"{unit:>15}" for unit in ("px", "", "px", "px", "px", "px", "nats", "nats")))
+    lines = ["       " + "".join(f"{word:>15}" for word in words) for words in zip(*columns.values())]
     for name, row in rows.items():
-        cells = [row.get(key) for key in columns.values()]
-        lines.append(f"{name:<7}" + "".join(f"{'-' if cell is None else format(cell, '.2f'):>15}" for cell in cells))
+        cells = [row.get(key) for key in columns]
+        lines.append(f"{name:<7}" + "".join(f"{_cell(cell):>15}" for cell in cells))
+    if film:
+        lines.append(
+            f"forecast: -log p of the frames behind the first {result['n_seen']}, against their mean image and the "
+            "persistence of the last frame seen, both fitted to these very frames; lower is better"
+        )
     return "\n".join(lines)
+
+
+def _cell(value: float | int | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.2f}"

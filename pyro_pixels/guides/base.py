@@ -110,6 +110,10 @@ class Guide(nn.Module, ABC):
         """Runs the Pyro guide, which samples the site ``a`` (B, N, T, 2); the arguments are those of the model."""
         announce_parameters("guide", self)
         n_objects = counts(n_objects, len(images), images)
-        q_a = self.q(images, n_objects)
-        with pyro.plate("sequences", len(images), dim=-1):
-            return pyro.sample("a", ExactDensity(q_a.mask(object_mask(n_objects, q_a.batch_shape[1])).to_event(1)))
+        return sample_positions(self.q(images, n_objects), n_objects)
+
+
+def sample_positions(q_a: dist.TorchDistribution, n_objects: Tensor) -> Tensor:
+    """Samples the site ``a`` (B, N, T, 2) in a plate of B sequences; absent objects do not count."""
+    with pyro.plate("sequences", len(n_objects), dim=-1):
+        return pyro.sample("a", ExactDensity(q_a.mask(object_mask(n_objects, q_a.batch_shape[1])).to_event(1)))

@@ -13,6 +13,7 @@ Departures from the paper: none.
 
 from typing import ClassVar
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -46,7 +47,7 @@ class StatePosterior(TorchDistribution):
 
     def __init__(self, lgssm: LGSSM, a: Tensor) -> None:
         self._lgssm, self._a = lgssm, a.to(lgssm.A.dtype)
-        batch_shape = torch.broadcast_shapes(lgssm.mu.shape[:-1], a.shape[:-2])
+        batch_shape = torch.Size(np.broadcast_shapes(lgssm.mu.shape[:-1], a.shape[:-2]))
         event_shape = torch.Size((a.shape[-2], lgssm.mu.shape[-1]))
         super().__init__(batch_shape, event_shape, validate_args=False)
 

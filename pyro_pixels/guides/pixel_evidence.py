@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.stats import binom, norm
+from scipy.special import comb, ndtr, ndtri  # not scipy.stats, which takes as long to import as Pyro
 from torch import Tensor, nn
 
 FRAMES = 2_000  # that the estimates are made from
@@ -37,7 +37,6 @@ BACKGROUND_LEAST = 0.02  # grey value; a background below it is black
 SPREAD_LEAST = 1e-4  # grey value
 STILL_MOST = 0.55  # share of pixels that noise, cut at 0, leaves exactly black
 OBJECT_LEAST = 0.5  # probability below which a pixel is background
-Floats = NDArray[Any]  # float32 or float64
 Floats = NDArray[Any]  # float32 or float64
 KERNEL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
 
@@ -212,7 +211,7 @@ def _evidence(excess: Floats) -> _Evidence:
     """The empirical null of the smoothed pixels, and P(object) by the local false discovery rate above it."""
     smooth, top, table = _smoothed(excess), float(excess.max()), np.ones(Z_BINS)
     low, centre, high = (float(q) for q in np.quantile(smooth[:: max(1, len(smooth) // 500)], (0.3, 0.5, 0.7)))
-    spread = max(centre - low, high - centre) / float(norm.ppf(0.7))
+    spread = max(centre - low, high - centre) / float(ndtri(0.7))
     still = bool(((excess == 0) | (excess == 1)).all()) or float((excess == 0).mean()) > STILL_MOST
     if still or spread < SPREAD_LEAST:
         bright = excess[excess > 0.5 * top] if top > 0 else excess[:0]
@@ -222,7 +221,7 @@ def _evidence(excess: Floats) -> _Evidence:
     bins = _bins(smooth, null)
     observed = np.bincount(bins.ravel(), minlength=Z_BINS).astype(float)
     z = np.arange(Z_BINS + 1) * Z_STEP
-    expected = np.diff(norm.cdf(z)) * smooth.size
+    expected = np.diff(ndtr(z)) * smooth.size
     table -= np.divide(expected, observed, out=np.zeros(Z_BINS), where=observed > 0)
     table[z[:-1] < Z_LEAST] = 0.0
     table = np.maximum.accumulate(np.clip(table, 0, 1))
@@ -234,7 +233,7 @@ def _evidence(excess: Floats) -> _Evidence:
 
 def _count_error(found: _Evidence, counts: NDArray[np.int64]) -> float:
     """How far the number of connected components of the object pixels is from that of the objects, mean over frames."""
-    return float(np.abs(_components(found.weights > 0.5) - counts).mean())
+    return float(np.abs(count_blobs(found.weights > 0.5) - counts).mean())
 
 
 def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float, Floats]:
@@ -246,11 +245,12 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
     rate = float(white[alone].mean()) if alone.any() else 0.0
     if rate * white[0].size < CLUTTER_LEAST:
         return 0.0, all_objects
-    blobs = _components(white)
+    blobs = count_blobs(white)
     if (np.minimum(blobs, counts)).sum() < 0.5 * counts.sum():  # single pixels may be the objects
         return 0.0, all_objects
     observed = np.bincount(neighbours[white], minlength=9).astype(float)
-    expected = rate * binom.pmf(np.arange(9), 8, rate) * white.size
+    k = np.arange(9)
+    expected = rate * comb(8, k) * rate**k * (1 - rate) ** (8 - k) * white.size  # a binomial number of neighbours
     table = 1 - np.divide(expected, observed, out=np.zeros(9), where=observed > 0)
     table = np.maximum.accumulate(np.clip(table, 0, 1))
     table[table < OBJECT_LEAST] = 0.0
@@ -258,7 +258,7 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
     return rate, table
 
 
-def _components(white: NDArray[np.bool_], least: int = 2) -> NDArray[np.int64]:
+def count_blobs(white: NDArray[np.bool_], least: int = 2) -> NDArray[np.int64]:
     """How many connected components (8 neighbours) of at least so many pixels each frame (F, H, W) has."""
     flat = np.zeros((3, 3, 3), bool)
     flat[1] = True

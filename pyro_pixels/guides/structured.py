@@ -93,8 +93,11 @@ class ConditionedTracks(TorchDistribution):
     def frame_covariance(self) -> Tensor:
         """The covariance of a_t in each frame, (..., T, 2, 2)."""
         means, w = self._updated(self._m, self._m), self.component.probs  # (..., K, 2T), (..., K)
-        explained = self._C @ cholesky_solve(self._C.expand_as(self._L), self._L)
-        within = _frame_blocks(self._C - explained)  # (..., K, T, 2, 2)
+        white = torch.linalg.solve_triangular(self._L, self._C.expand_as(self._L), upper=False)  # C S^-1 C = W' W
+        x, y = white.unflatten(-1, self.event_shape).unbind(-1)  # (..., K, 2T, T) each
+        xy = (x * y).sum(-2)
+        explained = torch.stack([x.square().sum(-2), xy, xy, y.square().sum(-2)], -1).unflatten(-1, (2, 2))
+        within = _frame_blocks(self._C) - explained  # (..., K, T, 2, 2)
         spread = (means - (w.unsqueeze(-1) * means).sum(-2, keepdim=True)).unflatten(-1, self.event_shape)
         between = spread.unsqueeze(-1) * spread.unsqueeze(-2)
         return (w[..., None, None, None] * (within + between)).sum(-4)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np  # its broadcast_shapes; torch's imports sympy, which takes longer than the filter
 import torch
 from torch import Tensor
 
@@ -70,7 +71,7 @@ def kalman_filter(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> Fi
         state, log_density = update(lgssm, predicted, a[..., t, :], observed[..., t])
         log_likelihood = log_likelihood + log_density
         steps.append((*state, *predicted))
-    batch = torch.broadcast_shapes(state.mean.shape[:-1], a.shape[:-2], observed.shape[:-1])
+    batch = np.broadcast_shapes(state.mean.shape[:-1], a.shape[:-2], observed.shape[:-1])
     moments = [_stack(x, time_dim) for x, time_dim in zip(zip(*steps), (-2, -3, -2, -3))]
     return Filtered(*moments, log_likelihood=log_likelihood.expand(batch))
 
@@ -147,7 +148,7 @@ def sample_posterior(
     `kalman_filter`.
     """
     a, observed = check_observations(lgssm, a, observed)
-    batch = torch.broadcast_shapes(a.shape[:-2], observed.shape[:-1], lgssm.mu.shape[:-1])
+    batch = np.broadcast_shapes(a.shape[:-2], observed.shape[:-1], lgssm.mu.shape[:-1])
     model = lgssm._replace(mu=lgssm.mu.expand(*batch, -1))
     h, a_drawn = sample(model, a.shape[-2], sample_shape)
     centred = lgssm._replace(mu=torch.zeros_like(lgssm.mu), u=torch.zeros_like(lgssm.u))

@@ -22,7 +22,7 @@ from pyro_pixels.lgssm.kalman import LGSSM, Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.latent_states import posterior_states
 from pyro_pixels.queries.parts import in_parts
-from pyro_pixels.queries.predict import Prediction, infer, render
+from pyro_pixels.queries.predict import Inference, Prediction, infer, render
 
 
 def unchanged(lgssm: LGSSM) -> LGSSM:
@@ -113,6 +113,7 @@ def what_if(
     frame: int,
     n_frames: int,
     n_samples: int = 100,
+    inferred: Inference | None = None,
 ) -> Prediction:
     """Returns the first ``frame`` frames as inferred, and the following ones as predicted after a change.
 
@@ -128,13 +129,15 @@ def what_if(
         frame: the frame after which the world changes, from 1 to T.
         n_frames: the total number of frames, more than ``frame``.
         n_samples: S, at least 1, the number of samples of q(a | v) to average over.
+        inferred: `infer` of these images with samples, if it is there already; they are then averaged over.
 
     Returns:
         A `Prediction` of ``n_frames`` frames. ``observed`` marks those before the change; removed objects are NaN in
         the others.
 
     Raises:
-        ValueError: if ``frame``, ``n_frames`` or ``n_samples`` are out of range, or as in `infer`.
+        ValueError: if ``frame``, ``n_frames`` or ``n_samples`` are out of range, ``inferred`` is of other images or has
+            no samples, or as in `infer`.
     """
     T = images.shape[1] if images.dim() == 4 else 0
     if not 1 <= frame <= T or n_frames <= frame:
@@ -144,7 +147,11 @@ def what_if(
         )
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
-    found = infer(guide, images, n_objects, n_samples=n_samples)
+    found = infer(guide, images, n_objects, n_samples=n_samples) if inferred is None else inferred
+    if len(found.mean) != len(images) or found.mean.shape[2] != T:
+        raise ValueError(
+            f"inferred has means {tuple(found.mean.shape)} for images {tuple(images.shape)}; give infer of these images"
+        )
     h = posterior_states(model.dynamics, found.samples)
     assert found.samples is not None
     assert h.samples is not None

@@ -17,12 +17,13 @@ Shapes are those of `pyro_pixels.queries.predict`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from pyro_pixels._batch import check_batch, object_mask
 from pyro_pixels.guides.base import Guide
@@ -81,6 +82,7 @@ def count_objects(
     log_prior: Tensor | None = None,
     n_samples: int = 10,
     chunk_size: int = 100,
+    progress: bool = False,
 ) -> Count:
     """Returns p(N | v) for N = 0, ..., ``max_objects`` from the evidence for each N; that of N = 0 is exact.
 
@@ -95,6 +97,7 @@ def count_objects(
         log_prior: (max_objects + 1,), log p(N) up to a constant; by default uniform.
         n_samples: S, drawn from q for each number of objects up to ``max_objects + 1``.
         chunk_size: the number of sequences processed at once.
+        progress: show a progress bar on a terminal.
 
     Raises:
         ValueError: if ``max_objects`` is below 1, ``log_prior`` has another length, or as in `log_evidence`.
@@ -103,15 +106,22 @@ def count_objects(
         raise ValueError(f"max_objects is {max_objects}; wanted at least 1")
     if log_prior is not None and log_prior.shape != (max_objects + 1,):
         raise ValueError(f"log_prior has shape {tuple(log_prior.shape)}; wanted ({max_objects + 1},), N = 0 included")
-    parts = [_evidence_by_count(model, guide, images[chunk], max_objects, n_samples)
-             for chunk in _chunks(len(images), chunk_size, n_samples)]  # fmt: skip
+    chunks = _chunks(len(images), chunk_size, n_samples)
+    steps = len(chunks) * (max_objects + 1) * n_samples
+    with tqdm(total=steps, desc="samples", disable=None if progress else True, leave=False) as bar:
+        parts = [_evidence_by_count(model, guide, images[c], max_objects, n_samples, bar.update) for c in chunks]
     log_p, effective = (torch.cat(x) for x in zip(*parts))
     posterior = log_p if log_prior is None else log_p + log_prior.to(log_p)
     return Count(posterior.argmax(-1), posterior.softmax(-1), log_p, effective)
 
 
 def _evidence_by_count(
-    model: PixelModel, guide: Guide, images: Tensor, max_objects: int, n_samples: int
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    max_objects: int,
+    n_samples: int,
+    on_sample: Callable[[], object],
 ) -> tuple[Tensor, Tensor]:
     """Returns the bounds and the effective sample sizes, each (B, max_objects + 1), for every N."""
     one = torch.ones(len(images), dtype=torch.long, device=images.device)
@@ -121,7 +131,7 @@ def _evidence_by_count(
         everyone = torch.ones(n, dtype=torch.bool, device=images.device)
         all_but_one = ~torch.eye(n, dtype=torch.bool, device=images.device)
         kept = [everyone, *(all_but_one if n > 1 else [])]
-        weights = _log_weights(model, guide.q(images, n * one), images, kept, n_samples)
+        weights = _log_weights(model, guide.q(images, n * one), images, kept, n_samples, on_sample)
         log_w[n].append(weights[0])
         log_w[n - 1] += weights[1:]
     each = [_summary(torch.cat(samples)) for samples in log_w[:-1]]
@@ -141,7 +151,12 @@ def _summary(log_w: Tensor) -> Evidence:
 
 
 def _log_weights(
-    model: PixelModel, q_a: dist.TorchDistribution, images: Tensor, kept: Sequence[Tensor], n_samples: int
+    model: PixelModel,
+    q_a: dist.TorchDistribution,
+    images: Tensor,
+    kept: Sequence[Tensor],
+    n_samples: int,
+    on_sample: Callable[[], object] = lambda: None,
 ) -> list[Tensor]:
     """Returns log w (S, B), float64, for each of the ``kept`` masks of objects, (N,) or (B, N)."""
     p_a = model.dynamics.positions(images.shape[1])
@@ -151,6 +166,7 @@ def _log_weights(
         log_ratio = p_a.log_prob(a) - q_a.log_prob(a).double()  # (B, N)
         for weights, mask in zip(log_w, kept):
             weights.append(_log_pixels(model, a, mask, images) + torch.where(mask, log_ratio, 0.0).sum(-1))
+        on_sample()
     return [torch.stack(weights) for weights in log_w]
 
 

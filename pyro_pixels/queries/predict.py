@@ -39,6 +39,11 @@ class Inference(NamedTuple):
     std: Tensor  # (B, N, T, 2)
     samples: Tensor | None  # (S, B, N, T, 2)
 
+    def of_part(self, part: slice, n_sequences: int, most_objects: int) -> "Inference":
+        """The inference of some of the sequences, which have at most so many objects."""
+        mean, std = self.mean[part, :most_objects], self.std[part, :most_objects]
+        return Inference(mean, std, None if self.samples is None else self.samples[:, part, :most_objects])
+
 
 class States(NamedTuple):
     """The exact p(h | a) and p(z | a): positions and velocities given positions."""
@@ -125,6 +130,7 @@ def generate(
     *,
     n_frames: int,
     n_samples: int = 0,
+    covariances: bool = True,
 ) -> Prediction:
     """Generates the frames that follow (Sec 3.4).
 
@@ -139,6 +145,7 @@ def generate(
         n_objects: (B,).
         n_frames: T, the total number of frames, more than tau.
         n_samples: S, 0 for no samples.
+        covariances: False leaves ``cov`` NaN, which takes less time.
 
     Raises:
         ValueError: if tau >= T, or as in `infer`.
@@ -158,7 +165,7 @@ def generate(
         observed = (observed & ~F.pad(unknown, (0, n_frames - tau))).unsqueeze(1)
         if not bool(observed.any(-1).all()):
             raise ValueError("a sequence has no frame that was seen, all are NaN; leave it out")
-    return _predict(model, guide, torch.cat([images, unseen], 1), n_objects, observed, n_samples)
+    return _predict(model, guide, torch.cat([images, unseen], 1), n_objects, observed, n_samples, covariances)
 
 
 @in_parts(with_images=True)
@@ -171,6 +178,7 @@ def interpolate(
     observed: Tensor,
     *,
     n_samples: int = 0,
+    covariances: bool = True,
 ) -> Prediction:
     """Infers missing frames (Sec 3.5): between observed ones, before the first or after the last; or hidden objects.
 
@@ -190,6 +198,7 @@ def interpolate(
         observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object in the guide's order, with
             at least one true frame in every sequence.
         n_samples: S, 0 for no samples.
+        covariances: False leaves ``cov`` NaN, which takes less time.
 
     Raises:
         ValueError: if ``observed`` is not such a mask, or as in `infer`.
@@ -203,11 +212,13 @@ def interpolate(
     check_values(images, patterns)
     images = images.to(guide.dtype)
     if patterns.dim() == 1:
-        return _interpolate(model, guide, images, n_objects, observed, patterns, n_samples)
+        return _interpolate(model, guide, images, n_objects, observed, patterns, n_samples, covariances)
     each, group = patterns.unique(dim=0, return_inverse=True)
     rows = [(group == i).nonzero().squeeze(1) for i in range(len(each))]
     parts = [
-        _interpolate(model, guide, images[r], n_objects[r], observed[r, : int(n_objects[r].max())], seen, n_samples)
+        _interpolate(
+            model, guide, images[r], n_objects[r], observed[r, : int(n_objects[r].max())], seen, n_samples, covariances
+        )
         for r, seen in zip(rows, each)
     ]
     return _joined(parts, torch.cat(rows))._replace(observed=observed)
@@ -221,25 +232,33 @@ def _interpolate(
     observed: Tensor,
     frames_seen: Tensor,
     n_samples: int,
+    covariances: bool,
 ) -> Prediction:
     """Interpolates sequences with the same observed frames (T,)."""
     filled = torch.where(frames_seen[:, None, None], images, 0.0)  # what is not seen may be NaN
     for start, stop in _gaps(frames_seen):
         so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
-        prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far)
+        prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far, covariances=False)
         filled[:, start:stop] = prediction.images[:, start:stop]
-    return _predict(model, guide, filled, n_objects, observed, n_samples)
+    return _predict(model, guide, filled, n_objects, observed, n_samples, covariances)
 
 
 def _predict(
-    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, observed: Tensor, n_samples: int = 0
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor,
+    observed: Tensor,
+    n_samples: int = 0,
+    covariances: bool = True,
 ) -> Prediction:
     """Predicts all frames from the observed ones; unobserved ``images`` are generated ones."""
     samples, known = None, observed.unsqueeze(-1)
     knows_dynamics = guide.encode_observed(guide.see(images), n_objects, observed)
     if knows_dynamics is not None:
         q_a, p_z = knows_dynamics
-        mean, cov, k = q_a.mean, q_a.frame_covariance, p_z.logits.argmax(-1)  # type: ignore[attr-defined]
+        mean, k = q_a.mean, p_z.logits.argmax(-1)
+        cov = q_a.frame_covariance if covariances else _no_covariance(mean)  # type: ignore[attr-defined]
         if n_samples:
             samples = q_a.sample(torch.Size((n_samples,)))
     else:
@@ -252,7 +271,9 @@ def _predict(
         lgssm = select_component(dynamics.lgssm(), k)
         smoothed = kalman.observation_moments(lgssm, kalman.rts_smoother(lgssm, seen, observed))
         mean = torch.where(known, seen, smoothed.mean)
-        cov = torch.where(known.unsqueeze(-1), torch.diag_embed(variance), smoothed.cov)
+        cov = _no_covariance(mean)
+        if covariances:
+            cov = torch.where(known.unsqueeze(-1), torch.diag_embed(variance), smoothed.cov)
         if n_samples:
             a = F.pad(q_a.sample(torch.Size((n_samples,))).to(mean.dtype), (0, 0, first, T - last))
             lgssm = select_component(dynamics.lgssm(), dynamics.component_posterior(a, observed).sample())
@@ -268,6 +289,19 @@ class _Moments(NamedTuple):
 
     mean: Tensor  # (B, N, T, 2)
     variance: Tensor  # (B, N, T, 2)
+
+
+def mean_of(q_a: dist.TorchDistribution) -> Tensor:
+    """The mean (B, N, T, 2) of q(a | v), from samples if it has no closed form."""
+    try:
+        mean = q_a.mean
+    except NotImplementedError:
+        mean = q_a.sample(torch.Size((MOMENT_SAMPLES,))).mean(0)
+    return mean.to(kalman.exact_dtype(mean.device))
+
+
+def _no_covariance(mean: Tensor) -> Tensor:
+    return mean.new_full((), torch.nan).expand(*mean.shape, 2)
 
 
 def _moments(q_a: dist.TorchDistribution) -> _Moments:

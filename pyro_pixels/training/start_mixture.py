@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.lgssm.marginal import response
 
+LEAST_TRACKS = 10  # per component
 VARIANCE_FLOOR = 1e-5  # latent units, of Sigma_k in any direction
 
 
@@ -40,8 +41,10 @@ def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterati
         ValueError: if there are too few tracks or frames.
     """
     K = dynamics.config.n_components
-    if a.dim() != 3 or a.shape[1] < 2 or len(a) < 10 * K:
-        raise ValueError(f"tracks have shape {tuple(a.shape)}; wanted (n >= {10 * K}, T >= 2, 2) to fit {K} starts")
+    if a.dim() != 3 or a.shape[1] < 2 or len(a) < LEAST_TRACKS * K:
+        raise ValueError(
+            f"tracks have shape {tuple(a.shape)}; wanted (n >= {LEAST_TRACKS * K}, T >= 2, 2) to fit {K} starts"
+        )
     m, P = _seen_starts(dynamics, a)
     floor = VARIANCE_FLOOR * torch.eye(4, dtype=m.dtype, device=m.device)
     generator = torch.Generator().manual_seed(seed)

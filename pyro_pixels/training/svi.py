@@ -28,7 +28,7 @@ from pyro_pixels.training.loop import Loop
 from pyro_pixels.training.own_tracks import OwnTracks
 from pyro_pixels.training.processes import is_first_process, n_processes
 from pyro_pixels.training.schedule import Schedule, by_longest_prefix, check_prefixes
-from pyro_pixels.training.start_mixture import fit_starts
+from pyro_pixels.training.start_mixture import LEAST_TRACKS, fit_starts
 from pyro_pixels.training.step_runners import Batch, Steps, steps_for
 
 FIT_STARTS_SEQUENCES = 500
@@ -219,7 +219,10 @@ class Training(Loop):
             n_objects = self.n_objects[index.to(self.device)]
             a = self.guide.q(self.images[index.to(self.device)], n_objects).sample()
             tracks.append(a[object_mask(n_objects, a.shape[1])])
-        fit_starts(self.model.dynamics, torch.cat(tracks), seed=self.seed)
+        all_tracks = torch.cat(tracks)
+        if len(all_tracks) < LEAST_TRACKS * self.model.dynamics.config.n_components:
+            return  # of so few films gradients alone find the starts
+        fit_starts(self.model.dynamics, all_tracks, seed=self.seed)
         if n_processes() > 1:
             for parameter in self.model.dynamics.parameters():
                 distributed.broadcast(parameter.data, 0)

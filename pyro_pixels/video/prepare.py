@@ -15,7 +15,7 @@ from pyro_pixels._arrays import read_arrays
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.video.check import count_components
-from pyro_pixels.video.read import Film, optional, read_films
+from pyro_pixels.video.read import Film, Origin, optional, read_films, read_with_origins
 
 LONG, CUT = 60, 30  # a film of more frames than LONG is cut into sequences of CUT, half overlapping
 
@@ -33,6 +33,22 @@ class Source(NamedTuple):
     """(H, W) of the film."""
     first_frames: tuple[tuple[int, int], ...] = ()
     """(film, frame) that each sequence begins with."""
+    films: tuple[Origin, ...] = ()
+    """Where each film was read from."""
+    axes: str | None = None
+    """Of films that are arrays, as they were read."""
+
+    def frames(self, row: int, n_frames: int) -> Film | None:
+        """The film's own frames (T, H, W) of a sequence, read again; None if they are not there any more."""
+        if row >= len(self.first_frames) or not self.films:
+            return None
+        film, first = self.first_frames[row]
+        try:
+            found = read_films(self.films[film].path, axes=self.axes)[self.films[film].index]
+        except (ValueError, IndexError):
+            return None
+        frames = found[first : first + n_frames]
+        return frames if len(frames) and frames.shape[1:] == self.size else None
 
     def to_source(self, positions: Any) -> NDArray[np.float64]:
         """Positions (..., 2), (column, row), in the film's own pixels."""
@@ -91,7 +107,8 @@ def prepare_video(
     Raises:
         ValueError: if a film cannot be read, an option is out of range, or no sequence shows an object.
     """
-    films, notes = read_films(paths, axes=axes), []
+    read, notes = read_with_origins(paths, axes=axes), []
+    films = [film for film, _ in read]
     shape = films[0].shape[1:]
     if any(f.shape[1:] != shape for f in films):
         raise ValueError(f"films differ in size, {sorted({f.shape[1:] for f in films})}; prepare those of one size")
@@ -141,7 +158,8 @@ def prepare_video(
     chosen_images = [x for x, k in zip(images, keep) if k]
     first = tuple(s for s, k in zip(starts, keep) if k)
     data = ImageSequences(chosen_images, [x for x, k in zip(n, keep) if k])  # type: ignore[arg-type]
-    source = Source(scale, offset, (left, top), (shape[0], shape[1]), first)
+    origins = tuple(origin for _, origin in read)
+    source = Source(scale, offset, (left, top), (shape[0], shape[1]), first, origins, axes)
     padded = np.full((len(first), data.images.shape[1]), -1)
     for row, c in zip(padded, [c for c, k in zip(counts, keep) if k]):
         row[: len(c)] = c
@@ -172,7 +190,8 @@ def load_source(path: str | Path) -> Source | None:
         values = json.loads(str(found["source"]))
         first = tuple((int(a), int(b)) for a, b in values["first_frames"])
         offset, corner, size = (tuple(values[name]) for name in ("offset", "corner", "size"))
-        return Source(values["scale"], offset, corner, size, first)
+        films = tuple(Origin(str(path), int(i)) for path, i in values.get("films", ()))
+        return Source(values["scale"], offset, corner, size, first, films, values.get("axes"))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: its map to the film is damaged ({error}); make it anew with prepare.py") from None
 

@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,23 @@ def read_films(paths: str | Path | Sequence[str | Path], *, axes: str | None = N
     Raises:
         ValueError: if there is no such file, its kind or the meaning of its values is not known, or a library misses.
     """
-    found: list[Film] = []
+    return [film for film, _ in read_with_origins(paths, axes=axes)]
+
+
+class Origin(NamedTuple):
+    """Where a film was read from, so that it can be read again by itself."""
+
+    path: str
+    """Absolute: a file, a folder, or a glob."""
+    index: int
+    """Which of the films that `read_films` finds there."""
+
+
+def read_with_origins(
+    paths: str | Path | Sequence[str | Path], *, axes: str | None = None
+) -> list[tuple[Film, Origin]]:
+    """`read_films`, each film with its `Origin`."""
+    found: list[tuple[Film, Origin]] = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         found += _read(str(path), axes)
     if not found:
@@ -54,12 +70,16 @@ def read_films(paths: str | Path | Sequence[str | Path], *, axes: str | None = N
     return found
 
 
-def _read(path: str, axes: str | None) -> list[Film]:
+def _read(path: str, axes: str | None) -> list[tuple[Film, Origin]]:
     where = Path(path)
+
+    def of_file(file: Path) -> list[tuple[Film, Origin]]:
+        return [(film, Origin(str(file.absolute()), i)) for i, film in enumerate(_read_file(file, axes))]
+
     if where.is_dir():
         files = sorted((p for p in where.iterdir() if p.is_file()), key=_natural)
     elif where.is_file():
-        return _read_file(where, axes)
+        return of_file(where)
     elif any(c in path for c in "*?["):
         files = sorted((Path(p) for p in glob.glob(path)), key=_natural)
     else:
@@ -71,7 +91,7 @@ def _read(path: str, axes: str | None) -> list[Film]:
             f"{path} has pictures and films, such as {pictures[0].name} and {films[0].name}; give one kind"
         )
     if films:
-        return [film for p in films for film in _read_file(p, axes)]
+        return [film for p in films for film in of_file(p)]
     if not pictures:
         raise ValueError(f"{path} has no pictures or films; wanted {sorted(PICTURES | MOVIES | ANIMATIONS | ARRAYS)}")
     if len(pictures) > 1:
@@ -81,8 +101,8 @@ def _read(path: str, axes: str | None) -> list[Film]:
             if len(sizes) > 1:
                 raise ValueError(f"{path}: pictures differ in size, {sorted(sizes)[:3]}; wanted frames of one size")
             grey = [to_grey(f, f.ndim == 3) for f in frames]
-            return [to_unit(np.stack(grey), path)]
-    return [film for p in pictures for film in _read_file(p, axes)]
+            return [(to_unit(np.stack(grey), path), Origin(str(where.absolute()), 0))]
+    return [film for p in pictures for film in of_file(p)]
 
 
 def _read_file(path: Path, axes: str | None) -> list[Film]:

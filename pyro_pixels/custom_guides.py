@@ -1,0 +1,109 @@
+"""Guides from outside the package: a Python file that adds to `GUIDES`, or an entry point `pyro_pixels.guides`.
+
+A file is run when it is asked for, and its checksum goes into the configuration of the run that is trained with it: a
+file that has changed since would make another network of the same name. A package announces its guides by an entry
+point, ``[project.entry-points."pyro_pixels.guides"]`` with a line ``mine = "my_package:make_guide"``, where
+``make_guide(config, model)`` returns a `Guide`; it is imported when the name is first asked for.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, MutableMapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pyro_pixels._checksums import digest
+
+GROUP = "pyro_pixels.guides"
+Registry = MutableMapping[str, Callable[..., Any]]
+_loaded: dict[tuple[str, str], tuple[str, ...]] = {}
+
+
+class GuideFile(NamedTuple):
+    """A file that was run."""
+
+    path: Path
+    """Absolute."""
+    sha256: str
+    names: tuple[str, ...]
+    """The guides that it added."""
+
+
+def load_guides(path: str | Path, registry: Registry) -> GuideFile:
+    """Runs a Python file that adds guides to the registry, `GUIDES`; the same file is run once.
+
+    Raises:
+        ValueError: if there is no such file, it fails, or adds no guide.
+    """
+    path = Path(path).expanduser().resolve()
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"{path} is no Python file; wanted one that adds a guide to GUIDES, see docs/write_a_guide.md")
+    found = digest(path.read_bytes())
+    key = (str(path), found)
+    if key not in _loaded:
+        before = dict(registry)
+        name = f"{path.stem}_{found[:12]}"  # its own: a file may be called as another module is
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"{path} fails: {type(error).__name__}: {_first_line(error)}") from error
+        names = tuple(sorted(n for n, make in registry.items() if before.get(n) is not make))
+        if not names:
+            raise ValueError(f'{path} adds no guide; wanted a line such as GUIDES["mine"] = lambda config, model: ...')
+        _loaded[key] = names
+    return GuideFile(path, found, _loaded[key])
+
+
+def load_unchanged(path: str | Path, sha256: str, registry: Registry, where: str) -> GuideFile:
+    """`load_guides` of the file that a run was trained with.
+
+    Args:
+        sha256: its checksum then.
+        where: the run, for the message.
+
+    Raises:
+        ValueError: if it is missing or has changed, in one line that says what to do.
+    """
+    path = Path(path).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(
+            f"{where} was trained with the guides in {path}, which is gone; say where it is now (--custom)"
+        )
+    if digest(path.read_bytes()) != sha256:
+        raise ValueError(
+            f"{path} has changed since {where} was trained with it (SHA-256 {sha256[:12]}...); restore it, say where "
+            "the file as it was is (--custom), or train again in another folder"
+        )
+    return load_guides(path, registry)
+
+
+def find_guide(name: str, registry: Registry) -> Callable[..., Any] | None:
+    """The function that makes a guide of that name, from the registry or an installed package; None if there is none.
+
+    Raises:
+        ValueError: if the package's entry point cannot be imported.
+    """
+    if name not in registry:
+        for point in entry_points(group=GROUP, name=name):
+            try:
+                registry[name] = point.load()
+            except Exception as error:
+                raise ValueError(
+                    f"the guide '{name}' is in {point.value}, which cannot be imported: {_first_line(error)}; install "
+                    "that package again"
+                ) from error
+    return registry.get(name)
+
+
+def guide_names(registry: Registry) -> list[str]:
+    """The names that are known, entry points included, in order."""
+    return sorted({*registry, *(point.name for point in entry_points(group=GROUP))})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,162 @@
+"""What a model and its guide say about sequences, asked once: tables, checks and figures share the answers.
+
+`infer_all` and `predict_all` go through the sequences in batches; positions are padded with NaN to the largest N of all
+and kept on the CPU.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pyro_pixels._checks import check_number
+from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation import metrics
+from pyro_pixels.evaluation.film import forecast_nll_per_frame
+from pyro_pixels.guides.base import Guide
+from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.predict import generate, interpolate, mean_of
+from pyro_pixels.training.elbo import BoundTerms, bound_given
+
+N_SEEN = 5  # observed frames at the start, and for interpolation also at the end (Secs 3.4, 3.5)
+
+
+class Inferences(NamedTuple):
+    """What all frames say."""
+
+    mean: Tensor  # (n, N, T, 2), of q(a | v), latent
+    drawn: Tensor  # (n, N, T, 2), a sample of q(a | v)
+    terms: BoundTerms  # of Eq (7), (n,) each, from these samples
+
+
+class Predictions(NamedTuple):
+    """What follows a few frames, and what lies between some at either end."""
+
+    n_seen: int
+    generated: Tensor  # (n, N, T, 2), after n_seen frames
+    interpolated: Tensor | None  # (n, N, T, 2); None where n_seen frames at either end are all there are
+    losses: dict[str, Tensor]  # (n,) each, of the frames behind the first n_seen
+
+    def ends(self) -> Tensor:
+        """The mask (T,) of the frames that are observed for interpolation."""
+        time = torch.arange(self.generated.shape[2])
+        return (time < self.n_seen) | (time >= len(time) - self.n_seen)
+
+
+def seen_by_default(n_frames: int) -> int:
+    """N_SEEN frames, or fewer in short sequences, such that one is left to be filled in between where there can be."""
+    return max(1, min(N_SEEN, (n_frames - 1) // 2))
+
+
+def check_n_seen(n_seen: int, n_frames: int, name: str = "n_seen") -> int:
+    """The number of seen frames, if it leaves one between those at either end; ``name`` is that of the option.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    n_seen = check_number(name, n_seen)
+    if n_seen < 1 or 2 * n_seen >= n_frames:
+        most = (n_frames - 1) // 2
+        advice = f"give {name} from 1 to {most}" if most else "give longer sequences"
+        raise ValueError(f"{name} is {n_seen}, at either end of sequences of {n_frames} frames; {advice}")
+    return n_seen
+
+
+@torch.no_grad()
+def infer_all(
+    model: PixelModel,
+    guide: Guide,
+    data: ImageSequences,
+    *,
+    batch_size: int = 100,
+    seed: int = 0,
+    progress: bool = False,
+) -> Inferences:
+    """Means, one draw, and the bound; the numbers of `infer` and `training.elbo.bound`, with q(a | v) computed once.
+
+    Args:
+        seed: of the draws; the caller's random state is left as it was.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: if the sequences do not fit model and guide.
+    """
+    device = next(model.parameters()).device
+    means, draws, terms, devices = [], [], [], [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for part in _batches(data, batch_size, "inference", progress):
+            images, n_objects = part.images.to(device), part.n_objects.to(device)
+            q_a = guide.q(images, n_objects)
+            found, a = bound_given(model, q_a, images, n_objects)
+            with torch.random.fork_rng(devices=devices):  # means may need samples
+                means.append(mean_of(q_a))
+            draws.append(a.to(means[-1]))
+            terms.append([term.cpu().double() for term in found])
+    N = int(data.n_objects.max())
+    return Inferences(padded(means, N), padded(draws, N), BoundTerms(*(torch.cat(x) for x in zip(*terms))))
+
+
+@torch.no_grad()
+def predict_all(
+    model: PixelModel,
+    guide: Guide,
+    data: ImageSequences,
+    *,
+    n_seen: int = N_SEEN,
+    n_futures: int = 0,
+    batch_size: int = 100,
+    progress: bool = False,
+) -> Predictions:
+    """Generation and interpolation, and what the images cost that were not seen.
+
+    Args:
+        n_seen: observed frames before generation, and at either end for interpolation, if that leaves any between.
+        n_futures: sampled futures, for losses under their average; 0 leaves these out.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: if the sequences are too short or do not fit the model.
+    """
+    device, T = next(model.parameters()).device, data.images.shape[1]
+    time = torch.arange(T, device=device)
+    ends = (time < n_seen) | (time >= T - n_seen)
+    generated, interpolated = [], []
+    losses: dict[str, list[Tensor]] = {}
+    for part in _batches(data, batch_size, "predictions", progress):
+        images, n_objects = part.images.to(device), part.n_objects.to(device)
+        future = generate(
+            model, guide, images[:, :n_seen], n_objects, n_frames=T, n_samples=n_futures, covariances=False
+        )
+        generated.append(future.mean)
+        if not bool(ends.all()):
+            interpolated.append(interpolate(model, guide, images, n_objects, ends, covariances=False).mean)
+        unseen, drawn = part.images[:, n_seen:].float(), future.images[:, n_seen:].cpu()
+        found = {
+            "nll_per_frame_nats": metrics.nll_per_frame(unseen, drawn),
+            "paper_style_loss": metrics.paper_style_loss(unseen, drawn),
+        }
+        if future.samples is not None and future.sample_images is not None:
+            averaged = future.sample_images[:, :, n_seen:].mean(0).cpu()
+            found["averaged_nll_per_frame_nats"] = metrics.nll_per_frame(unseen, averaged)
+            found["forecast_nll_per_frame_nats"] = forecast_nll_per_frame(
+                model, future.samples[..., n_seen:, :], images[:, n_seen:], n_objects
+            )
+        for name, value in found.items():
+            losses.setdefault(name, []).append(value.double())
+    N = int(data.n_objects.max())
+    between = padded(interpolated, N) if interpolated else None
+    return Predictions(n_seen, padded(generated, N), between, {name: torch.cat(x) for name, x in losses.items()})
+
+
+def padded(parts: list[Tensor], n_objects: int) -> Tensor:
+    """Joins positions (b, N, T, 2) of several batches, padded with NaN to so many objects, on the CPU."""
+    return torch.cat([
+        torch.nn.functional.pad(a, (0, 0, 0, 0, 0, n_objects - a.shape[1]), value=torch.nan).cpu() for a in parts
+    ])  # fmt: skip
+
+
+def _batches(data: ImageSequences, batch_size: int, what: str, progress: bool) -> "tqdm[ImageSequences]":
+    parts = [data[start : start + batch_size] for start in range(0, len(data), batch_size)]
+    return tqdm(parts, desc=what, disable=None if progress else True, leave=False)

@@ -1,0 +1,175 @@
+"""What `check_health` found, in words: five plain lines, the verdict first, in the terms of a script or the library."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Advice(NamedTuple):
+    """What to do, by names of the library's fields or of the scripts' options."""
+
+    fields: str
+    options: str
+
+
+class Cause(NamedTuple):
+    """A likely cause."""
+
+    words: str
+    advice: Advice
+
+
+CAUSES: dict[str, Cause] = {
+    "white": Cause(
+        "images are mostly white, and objects are taken to be bright",
+        Advice("invert the images: 1 - images", "invert the film (prepare.py --invert)"),
+    ),
+    "noise": Cause(
+        "noise in the images",
+        Advice(
+            "train on these images, for which `fit` estimates it (`Guide.look_at`), or threshold them",
+            "train on this film, for which the noise is estimated, or threshold it (prepare.py without --grey)",
+        ),
+    ),
+    "background": Cause(
+        "a background that shows",
+        Advice(
+            "subtract the median over time (`load_video(background=True)`)", "subtract it (prepare.py --background)"
+        ),
+    ),
+    "come and go": Cause(
+        "objects that come and go, or numbers of objects that are not those of the images",
+        Advice(
+            "correct `n_objects`, or leave out frames in which objects are missing (`load_video(frames=...)`)",
+            "say how many there are (prepare.py --n-objects), or cut where they enter and leave (--frames, --crop)",
+        ),
+    ),
+    "walls": Cause(
+        "objects that bounce off walls, where no motion is linear",
+        Advice(
+            "cut sequences shorter than the time between bounces (`load_video(frames=...)`)",
+            "cut sequences shorter than the time between bounces (prepare.py --frames)",
+        ),
+    ),
+}
+
+_RESTART = Advice(
+    "train from another seed, or pick the best of several starts (`fit(candidates=...)`)",
+    "train with another --seed, or pick the best of several starts (train.py --starts 4)",
+)
+_LONGER = Advice(
+    "train for more steps after the noises are freed (`Schedule.learn_from`)",
+    "train longer (train.py --steps): noises are learned in the last third of the schedule",
+)
+_STIFFEN = Advice(
+    "start again with a smaller `state_noise` and `position_noise` that are held longer (`Schedule.learn_from`), with "
+    "a structured guide, or from another seed",
+    "train with another --seed or --starts 4, with --guide structured, or longer (--steps)",
+)
+_STARTS = Advice(
+    "put the starts where tracks are likeliest (`Schedule.fit_starts_at`), or use fewer components if objects start in "
+    "fewer ways (`DynamicsConfig.n_components`)",
+    "train longer (train.py --steps); no fault where objects start in one way only",
+)
+_NOT_LINEAR = (
+    ", or of objects that do not move linearly themselves, as where they bounce off walls: then no training helps"
+)
+TOO_SMALL, TOO_LARGE = "innovations too small", "innovations too large"
+SIGNS: dict[str, tuple[str, Advice]] = {
+    "bound_ratio": (
+        "images cost {x:.2f} of what one grey value everywhere would cost (a good run: about 0.2): the renderer does "
+        "not draw the images from the inferred positions, unless the pixels are noisy",
+        Advice(
+            f"train for more steps; if that does not help, {_RESTART.fields}",
+            f"train longer (train.py --steps); if that does not help, {_RESTART.options}",
+        ),
+    ),
+    "innovation_autocorrelation": (
+        "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): tracks do not move as the "
+        f"dynamics say, as when the latent space is warped{_NOT_LINEAR}",
+        _STIFFEN,
+    ),
+    "path_residual": (
+        "tracks stray from noise-free paths by {x:.2f} of their spread (Sec 3.1's data: 0.1): noise explains what the "
+        "dynamics cannot, a sign of a folded or warped latent space (unless the objects' own motion is as random, or "
+        f"all of it along one line){_NOT_LINEAR}",
+        _STIFFEN,
+    ),
+    "unexplained_tracks": (
+        "{x:.0%} of the tracks do not fit the dynamics that explain the others: identities swap halfway, or objects "
+        "are lost",
+        _STIFFEN,
+    ),
+    "smallest_component": (
+        "the least used component of the mixture over h_1 has {x:.1%} of the tracks: it is unused",
+        _STARTS,
+    ),
+    "component_certainty": (
+        "components are inferred with a mean probability of only {x:.2f}: the components of the mixture over h_1 "
+        "overlap and do not stand for different ways to start",
+        _STARTS,
+    ),
+    "coinciding_objects": (
+        "in {x:.0%} of the sequences with several objects two of them have nearly the same track: one follows another, "
+        "which leaves an object undetected",
+        _RESTART,
+    ),
+    TOO_SMALL: (
+        "innovations have a mean square of {x:.2f} (1 if calibrated): Sigma_A, Sigma_H or Sigma_k are larger than the "
+        "tracks need, so that predictions are more uncertain than they should be",
+        _LONGER,
+    ),
+    TOO_LARGE: (
+        "innovations have a mean square of {x:.2f} (1 if calibrated): the tracks move less regularly than the dynamics "
+        "allow, so that predictions are too certain",
+        Advice(
+            "free the noises earlier (`Schedule.learn_from`), train for more steps, or, if another problem is named "
+            "too, see to that first",
+            "train longer (train.py --steps), or, if another sign is named too, see to that first",
+        ),
+    ),
+}
+"""What each measure says when it is out of range, and what to do."""
+DIVERGED = Advice(
+    "train again with a smaller learning rate or `Schedule.clip_norm`", "train again with another --seed or --preset"
+)
+
+
+def sentence(sign: str, x: float, *, options: bool) -> str:
+    """One sign in one sentence, with what to do."""
+    words, advice = SIGNS[sign]
+    return f"{words.format(x=x)}; {advice.options if options else advice.fields}"
+
+
+def five_lines(measures: Mapping[str, float], signs: list[str], causes: tuple[str, ...], *, options: bool) -> list[str]:
+    """The verdict; how images, motion and objects are understood; and what to do."""
+    n = len(signs)
+    verdict = "no sign of failure" if not n else f"{n} sign{'s' if n > 1 else ''} of failure"
+    if causes:
+        verdict += f"; likely cause: {CAUSES[causes[0]].words}"
+    ratio = measures.get("bound_ratio")
+    images = (
+        "grey: their cost has no scale" if ratio is None else f"cost {ratio:.2f} of a grey image's (good: below 0.5)"
+    )
+    told = "" if measures["component_certainty"] >= 0.8 else ", ways to start not told apart"
+    return [
+        f"health check: {verdict}",
+        f"  images:  {images}",
+        f"  motion:  {_errors(measures['innovation_mean_square'])}; noise is {measures['path_residual']:.0%} of the "
+        "extent of tracks (good: below 20%)",
+        f"  objects: {measures['unexplained_tracks']:.0%} of the tracks lost or exchanged, two on one object in "
+        f"{measures['coinciding_objects']:.0%} of the sequences{told}",
+        f"  to do:   {_to_do(signs, causes, options)}",
+    ]
+
+
+def _errors(mean_square: float) -> str:
+    ratio = math.sqrt(mean_square) if mean_square >= 0 else math.nan
+    return f"errors of prediction are {ratio:.2f} times as large as it expects (good: 0.7 to 1.4)"
+
+
+def _to_do(signs: list[str], causes: tuple[str, ...], options: bool) -> str:
+    if not signs:
+        return "nothing"
+    advice = DIVERGED if signs == ["diverged"] else CAUSES[causes[0]].advice if causes else SIGNS[signs[0]][1]
+    return advice.options if options else advice.fields
