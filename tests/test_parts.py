@@ -10,6 +10,7 @@ from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.guides.tracking_head import TrackingHead
 from pyro_pixels.queries import parts
 from pyro_pixels.queries.counterfactual import Change, what_if
+from pyro_pixels.queries.inference_data import to_inference_data
 from pyro_pixels.queries.latent_states import states
 from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct
 
@@ -121,3 +122,22 @@ def test_answers_that_no_memory_has_are_refused(small_data):
     model, guide = make_model(), make_guide()
     with pytest.raises(ValueError, match=r"images of 12 sequences with 10,000,000 samples each would take"):
         generate(model, guide, small_data.images[:, :5], small_data.n_objects, n_frames=11, n_samples=10**7)
+
+
+def test_parts_of_inference_data_have_the_same_variables(small_data, monkeypatch):
+    model, guide = make_model(), make_guide()
+
+    def ask():
+        return to_inference_data(model, guide, small_data.images, small_data.n_objects, n_samples=2, n_frames_ahead=2)
+
+    whole = ask()
+    monkeypatch.setattr(parts, "PIXELS_AT_ONCE", 5 * 13 * 12 * 12)
+    found = ask()
+    assert found.groups() == whole.groups()
+    for group in whole.groups():
+        for name, x in whole[group].items():
+            assert found[group][name].dims == x.dims
+            assert found[group][name].shape == x.shape
+            assert (found[group][name].isnull() == x.isnull()).all(), "other slots are those of absent objects"
+    with pytest.raises(ValueError, match="samples of the images of 12 sequences take"):
+        to_inference_data(model, guide, small_data.images, small_data.n_objects, n_samples=10**7)

@@ -23,19 +23,20 @@ from typing import Any
 
 import pyro
 import torch
+import torch.nn.functional as F
 from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_pixels._arrays import MAX_BYTES
 from pyro_pixels._batch import check_batch, object_mask
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.joint import JointGuide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.parts import PIXELS_AT_ONCE, rows_of_parts
 from pyro_pixels.queries.predict import render
-
-PIXELS_AT_ONCE = 2**24  # pixels that are rendered together, over all sequences, frames and samples
 
 OBJECT = ("sequence", "object")
 PIXELS = ("sequence", "time", "row", "column")
@@ -121,7 +122,12 @@ def to_inference_data(
     _check_options(images, n_objects, n_samples, n_frames_ahead, positions)
     T, device = images.shape[1], images.device
 
+    rows = rows_of_parts(len(images), (T + n_frames_ahead) * images[0, 0].numel())
+
     def draw(n: int) -> Groups:
+        return _side_by_side([draw_some(images[part], n_objects[part], n) for part in rows], int(n_objects.max()))
+
+    def draw_some(images: Tensor, n_objects: Tensor, n: int) -> Groups:
         groups = _posterior(model, guide, images, n_objects, n)
         if n_frames_ahead:
             groups["predictions"] = _future(model, groups["posterior"]["h"], n_objects, n_frames_ahead)
@@ -129,7 +135,7 @@ def to_inference_data(
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        groups = _in_parts(draw, n_samples, PIXELS_AT_ONCE // images.numel(), progress)
+        groups = _in_parts(draw, n_samples, PIXELS_AT_ONCE // images[rows[0]].numel(), progress)
     groups = {group: {name: x.unsqueeze(0) for name, x in drawn.items()} for group, drawn in groups.items()}
     groups["observed_data"] = {"v": images.to(torch.uint8)}
     groups["constant_data"] = _constants(model, n_objects, positions)
@@ -193,6 +199,21 @@ def _in_parts(draw: Callable[[int], Groups], n_samples: int, batch_size: int, pr
     }
 
 
+def _side_by_side(parts: list[Groups], n_objects: int) -> Groups:
+    """Joins what was drawn for different sequences, on the CPU; NaN where some have fewer objects."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def join(group: str, name: str) -> Tensor:
+        tensors = [part[group][name].cpu() for part in parts]
+        if "object" in DIMENSIONS[group][name]:
+            missing = [(0, 0) * (x.dim() - 3) + (0, n_objects - x.shape[2]) for x in tensors]
+            tensors = [F.pad(x, pad, value=torch.nan) for x, pad in zip(tensors, missing)]
+        return torch.cat(tensors, 1)
+
+    return {group: {name: join(group, name) for name in drawn} for group, drawn in parts[0].items()}
+
+
 def _constants(model: PixelModel, n_objects: Tensor, positions: Tensor | None) -> dict[str, Tensor]:
     """Returns the learned parameters and the given data."""
     dynamics, lgssm = model.dynamics, model.dynamics.lgssm()
@@ -253,6 +274,12 @@ def _check_options(
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
     if n_frames_ahead < 0:
         raise ValueError(f"n_frames_ahead is {n_frames_ahead}; wanted 0, for no predictions, or more")
+    n_bytes = n_samples * images[:, :1].numel() * (2 * images.shape[1] + n_frames_ahead)
+    if n_bytes > MAX_BYTES:
+        raise ValueError(
+            f"{n_samples:,} samples of the images of {len(images):,} sequences take {n_bytes:,} bytes, more than "
+            f"{MAX_BYTES:,}; ask for fewer samples, or about fewer sequences"
+        )
     wanted = (len(images), int(n_objects.max()), images.shape[1], 2)
     if positions is not None and positions.shape != wanted:
         raise ValueError(f"positions have shape {tuple(positions.shape)}; wanted (B, N, T, 2) = {wanted}")
