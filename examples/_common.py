@@ -266,11 +266,12 @@ def with_custom(config: RunConfig, custom: Path | None, guide: str | None) -> Ru
     if custom is None:
         return config
     file = load_guides(custom, GUIDES)
-    if guide is None and len(file.names) > 1:
-        raise ValueError(f"{custom} adds the guides {list(file.names)}; say which with --guide")
-    if guide is not None and guide not in file.names:
-        raise ValueError(f"{custom} adds {list(file.names)} and no guide '{guide}'; leave --guide or --custom out")
-    return replace(config, guide=guide or file.names[0], custom_file=str(file.path), custom_sha256=file.sha256)
+    names = list(file.names)
+    if guide is None and len(names) > 1:
+        raise ValueError(f"{custom} adds the guides {names}; say which with --guide")
+    if guide is not None and guide not in names:
+        raise ValueError(f"{custom} adds {names} and no guide '{guide}'; leave --guide or --custom out")
+    return replace(config, guide=guide or names[0], custom_file=str(file.path), custom_sha256=file.sha256)
 
 
 def new_folder(path: Path) -> Path:

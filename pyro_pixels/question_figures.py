@@ -150,7 +150,7 @@ def draw_what_if(scene: Scene) -> Answer:
         "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),
         "no gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.0)),
         "a push upwards": Change(shift=push.to(scene.device)),
-        "one object fewer": Change(removed=torch.arange(n_objects.max(), device=scene.device) == 0),
+        "one object fewer": Change(removed=torch.arange(int(n_objects.max()), device=scene.device) == 0),
     }
     T = images.shape[1]
     frame = max(1, 2 * T // 5)

@@ -6,6 +6,7 @@ and kept on the CPU.
 
 from typing import NamedTuple
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,10 +15,11 @@ from pyro_pixels._checks import check_number
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.film import forecast_nll_per_frame
-from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.base import Guide, sample_positions
 from pyro_pixels.model.pixel_model import PixelModel
-from pyro_pixels.queries.predict import generate, interpolate, mean_of
-from pyro_pixels.training.elbo import BoundTerms, bound_given
+from pyro_pixels.queries.moments import mean_of
+from pyro_pixels.queries.predict import generate, interpolate
+from pyro_pixels.training.elbo import AnnealedELBO, BoundTerms
 
 N_SEEN = 5  # observed frames at the start, and for interpolation also at the end (Secs 3.4, 3.5)
 
@@ -89,7 +91,7 @@ def infer_all(
         for part in _batches(data, batch_size, "inference", progress):
             images, n_objects = part.images.to(device), part.n_objects.to(device)
             q_a = guide.q(images, n_objects)
-            found, a = bound_given(model, q_a, images, n_objects)
+            found, a = _bound_given(model, q_a, images, n_objects)
             with torch.random.fork_rng(devices=devices):  # means may need samples
                 means.append(mean_of(q_a))
             draws.append(a.to(means[-1]))
@@ -160,3 +162,18 @@ def padded(parts: list[Tensor], n_objects: int) -> Tensor:
 def _batches(data: ImageSequences, batch_size: int, what: str, progress: bool) -> "tqdm[ImageSequences]":
     parts = [data[start : start + batch_size] for start in range(0, len(data), batch_size)]
     return tqdm(parts, desc=what, disable=None if progress else True, leave=False)
+
+
+def _bound_given(
+    model: PixelModel, q_a: dist.TorchDistribution, images: Tensor, n_objects: Tensor
+) -> tuple[BoundTerms, Tensor]:
+    """The terms of Eq (7) (B,) of images (B, T, H, W) from one sample of a q(a | v) that is known, and the sample."""
+    drawn: list[Tensor] = []
+
+    def guide(_: Tensor, n_objects: Tensor) -> None:
+        drawn.append(sample_positions(q_a, n_objects))
+
+    elbo = AnnealedELBO()
+    elbo.differentiable_loss(model, guide, images, n_objects)
+    assert elbo.terms is not None
+    return elbo.terms, drawn[0]

@@ -11,11 +11,9 @@ posterior instead of passing means to a smoother.
 Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; positions are latent, float64.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,9 +25,9 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.masks import checked_mask, frames_seen_in, gaps_of
+from pyro_pixels.queries.moments import moments_of
 from pyro_pixels.queries.parts import in_parts, join, rows_of_parts
-
-MOMENT_SAMPLES = 256  # for guides whose distribution has no closed-form mean or variance
 
 
 class Inference(NamedTuple):
@@ -82,7 +80,7 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int],
     n_samples = check_number("n_samples", n_samples, 0)
     check_values(images)
     q_a = guide.q(images, n_objects)
-    mean, variance = _moments(q_a)
+    mean, variance = moments_of(q_a)
     return Inference(mean, variance.sqrt(), q_a.sample(torch.Size((n_samples,))).to(mean.dtype) if n_samples else None)
 
 
@@ -207,8 +205,8 @@ def interpolate(
     n_samples = check_number("n_samples", n_samples, 0)
     n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects)
-    observed = _checked_mask(observed, images, n_objects)
-    patterns = _frames_seen(observed)  # (T,) or (B, T)
+    observed = checked_mask(observed, images, n_objects)
+    patterns = frames_seen_in(observed)  # (T,) or (B, T)
     check_values(images, patterns)
     images = images.to(guide.dtype)
     if patterns.dim() == 1:
@@ -236,7 +234,7 @@ def _interpolate(
 ) -> Prediction:
     """Interpolates sequences with the same observed frames (T,)."""
     filled = torch.where(frames_seen[:, None, None], images, 0.0)  # what is not seen may be NaN
-    for start, stop in _gaps(frames_seen):
+    for start, stop in gaps_of(frames_seen):
         so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
         prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far, covariances=False)
         filled[:, start:stop] = prediction.images[:, start:stop]
@@ -265,7 +263,7 @@ def _predict(
         T, seen_at = images.shape[1], observed.reshape(-1, images.shape[1]).any(0).nonzero()
         first, last = int(seen_at.min()), int(seen_at.max()) + 1  # the dynamics predict the frames outside
         q_a = guide.q(images[:, first:last], n_objects)
-        seen, variance = (F.pad(x, (0, 0, first, T - last)) for x in _moments(q_a))
+        seen, variance = (F.pad(x, (0, 0, first, T - last)) for x in moments_of(q_a))
         dynamics = model.dynamics
         k = dynamics.component_posterior(seen, observed).logits.argmax(-1)
         lgssm = select_component(dynamics.lgssm(), k)
@@ -284,63 +282,8 @@ def _predict(
     return Prediction(mean, cov, render(model, mean, n_objects), observed, k, samples, sample_images)
 
 
-class _Moments(NamedTuple):
-    """The first two moments of q(a | v)."""
-
-    mean: Tensor  # (B, N, T, 2)
-    variance: Tensor  # (B, N, T, 2)
-
-
-def mean_of(q_a: dist.TorchDistribution) -> Tensor:
-    """The mean (B, N, T, 2) of q(a | v), from samples if it has no closed form."""
-    try:
-        mean = q_a.mean
-    except NotImplementedError:
-        mean = q_a.sample(torch.Size((MOMENT_SAMPLES,))).mean(0)
-    return mean.to(kalman.exact_dtype(mean.device))
-
-
 def _no_covariance(mean: Tensor) -> Tensor:
     return mean.new_full((), torch.nan).expand(*mean.shape, 2)
-
-
-def _moments(q_a: dist.TorchDistribution) -> _Moments:
-    """Returns the mean and variance of q(a | v), from samples if they have no closed form."""
-    try:
-        mean, variance = q_a.mean, q_a.variance
-    except NotImplementedError:
-        samples = q_a.sample(torch.Size((MOMENT_SAMPLES,)))
-        mean, variance = samples.mean(0), samples.var(0)
-    dtype = kalman.exact_dtype(mean.device)
-    return _Moments(mean.to(dtype), variance.to(dtype))
-
-
-def _checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
-    """Checks ``observed`` and returns it as (T,) or (B, N or 1, T)."""
-    if not isinstance(observed, Tensor):
-        raise ValueError(f"observed is a {type(observed).__name__}; wanted a tensor of bool, (T,), (B, T) or (B, N, T)")
-    (B, T), N = images.shape[:2], int(n_objects.max())
-    if observed.dtype != torch.bool or observed.shape not in ((T,), (B, T), (B, N, T)):
-        raise ValueError(
-            f"observed is {observed.dtype} {tuple(observed.shape)}; "
-            f"wanted bool, (T,) = ({T},), (B, T) = {(B, T)} or (B, N, T) = {(B, N, T)}"
-        )
-    observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
-    unknown = unseen_frames(images)  # marked by NaN, whatever the mask says
-    if bool((unknown & _frames_seen(observed)).any()):
-        observed = observed & ~unknown.unsqueeze(1)
-    if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects are never observed
-        observed = observed & object_mask(n_objects, N).unsqueeze(-1)
-    unseen = ~_frames_seen(observed).any(-1)
-    if unseen.any():
-        where = "" if observed.dim() == 1 else f" of sequence {int(unseen.nonzero()[0])}"
-        raise ValueError(f"no frame{where} is observed; wanted at least one True in every sequence")
-    return observed
-
-
-def _frames_seen(observed: Tensor) -> Tensor:
-    """Returns a mask (T,) or (B, T) of the frames in which any object is observed."""
-    return observed if observed.dim() == 1 else observed.any(1)
 
 
 def _joined(parts: Sequence[Prediction], rows: Tensor) -> Prediction:
@@ -363,9 +306,3 @@ def _joined(parts: Sequence[Prediction], rows: Tensor) -> Prediction:
 def _with_objects(x: Tensor, dim: int, n_objects: int) -> Tensor:
     """Pads dimension ``dim`` of x with zeros up to ``n_objects``."""
     return F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, n_objects - x.shape[dim]])
-
-
-def _gaps(seen: Tensor) -> list[tuple[int, int]]:
-    """Returns (start, stop) of every run of missing frames between two observed ones of a mask (T,)."""
-    frames = seen.nonzero().squeeze(1).tolist()
-    return [(before + 1, after) for before, after in itertools.pairwise(frames) if after > before + 1]

@@ -10,7 +10,6 @@ form, which has the same gradient for Eq (9)'s guide and holds for every other g
 
 from typing import Any, NamedTuple
 
-import pyro.distributions as dist
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.poutine.scale_messenger import ScaleMessenger
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from pyro_pixels._pyro import parameters_known
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.guides.base import Guide, sample_positions
+from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm.sharing import sharing
 from pyro_pixels.model.order import drawing_in_random_order
 from pyro_pixels.model.pixel_model import PixelModel
@@ -96,21 +95,6 @@ def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
 
     kl = total(guide_trace, guide_trace.stochastic_nodes) - total(model_trace, model_trace.stochastic_nodes)
     return BoundTerms(total(model_trace, model_trace.observation_nodes), kl)
-
-
-def bound_given(
-    model: PixelModel, q_a: dist.TorchDistribution, images: Tensor, n_objects: Tensor
-) -> tuple[BoundTerms, Tensor]:
-    """The terms of Eq (7) (B,) of images (B, T, H, W) from one sample of a q(a | v) that is known, and the sample."""
-    drawn: list[Tensor] = []
-
-    def guide(_: Tensor, n_objects: Tensor) -> None:
-        drawn.append(sample_positions(q_a, n_objects))
-
-    elbo = AnnealedELBO()
-    elbo.differentiable_loss(model, guide, images, n_objects)
-    assert elbo.terms is not None
-    return elbo.terms, drawn[0]
 
 
 def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:

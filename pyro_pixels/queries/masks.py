@@ -1,0 +1,42 @@
+"""Masks of the frames that were observed: checks, the frames in which any object was, and the gaps between them."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from pyro_pixels._batch import object_mask, unseen_frames
+
+
+def checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
+    """Checks ``observed`` and returns it as (T,) or (B, N or 1, T)."""
+    if not isinstance(observed, Tensor):
+        raise ValueError(f"observed is a {type(observed).__name__}; wanted a tensor of bool, (T,), (B, T) or (B, N, T)")
+    (B, T), N = images.shape[:2], int(n_objects.max())
+    if observed.dtype != torch.bool or observed.shape not in ((T,), (B, T), (B, N, T)):
+        raise ValueError(
+            f"observed is {observed.dtype} {tuple(observed.shape)}; "
+            f"wanted bool, (T,) = ({T},), (B, T) = {(B, T)} or (B, N, T) = {(B, N, T)}"
+        )
+    observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
+    unknown = unseen_frames(images)  # marked by NaN, whatever the mask says
+    if bool((unknown & frames_seen_in(observed)).any()):
+        observed = observed & ~unknown.unsqueeze(1)
+    if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects are never observed
+        observed = observed & object_mask(n_objects, N).unsqueeze(-1)
+    unseen = ~frames_seen_in(observed).any(-1)
+    if unseen.any():
+        where = "" if observed.dim() == 1 else f" of sequence {int(unseen.nonzero()[0])}"
+        raise ValueError(f"no frame{where} is observed; wanted at least one True in every sequence")
+    return observed
+
+
+def frames_seen_in(observed: Tensor) -> Tensor:
+    """Returns a mask (T,) or (B, T) of the frames in which any object is observed."""
+    return observed if observed.dim() == 1 else observed.any(1)
+
+
+def gaps_of(seen: Tensor) -> list[tuple[int, int]]:
+    """Returns (start, stop) of every run of missing frames between two observed ones of a mask (T,)."""
+    frames = seen.nonzero().squeeze(1).tolist()
+    return [(before + 1, after) for before, after in itertools.pairwise(frames) if after > before + 1]

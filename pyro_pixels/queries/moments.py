@@ -1,0 +1,38 @@
+"""Mean and variance of a guide's distribution q(a | v), whatever its family, in the precision of exact inference."""
+
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_pixels.lgssm import kalman
+
+MOMENT_SAMPLES = 256  # for guides whose distribution has no closed-form mean or variance
+
+
+class Moments(NamedTuple):
+    """The first two moments of q(a | v)."""
+
+    mean: Tensor  # (B, N, T, 2)
+    variance: Tensor  # (B, N, T, 2)
+
+
+def mean_of(q_a: dist.TorchDistribution) -> Tensor:
+    """The mean (B, N, T, 2) of q(a | v), from samples if it has no closed form."""
+    try:
+        mean = q_a.mean
+    except NotImplementedError:
+        mean = q_a.sample(torch.Size((MOMENT_SAMPLES,))).mean(0)
+    return mean.to(kalman.exact_dtype(mean.device))
+
+
+def moments_of(q_a: dist.TorchDistribution) -> Moments:
+    """Returns the mean and variance of q(a | v), from samples if they have no closed form."""
+    try:
+        mean, variance = q_a.mean, q_a.variance
+    except NotImplementedError:
+        samples = q_a.sample(torch.Size((MOMENT_SAMPLES,)))
+        mean, variance = samples.mean(0), samples.var(0)
+    dtype = kalman.exact_dtype(mean.device)
+    return Moments(mean.to(dtype), variance.to(dtype))
