@@ -33,7 +33,7 @@ def refused(script, line):
         raise AssertionError(f"{script.__name__} takes {line}")
 
     end = bad.run(line, main, script.Arguments, script.__doc__)
-    named = next((word for word in line if word != "--"), "").split("=")[0] in end.said
+    named = any(word.strip("-") and word in end.said for words in line for word in words.split("="))
     return None if end.code == 2 and end.is_one_line and named else (script.__name__, line, end)
 
 
