@@ -34,11 +34,11 @@ QUERIES: dict[str, Callable[[Run, ImageSequences], Any]] = {
     "generate": lambda run, data: generate(
         run.model, run.guide, data.images[:, :N_SEEN], data.n_objects, n_frames=FRAMES
     ),
+    "evaluate": lambda run, data: evaluate(run.model, run.guide, data),
     "to_inference_data, 2 samples": lambda run, data: to_inference_data(
         run.model, run.guide, data.images, data.n_objects, n_samples=2
     ),
     "count_objects, 1 sample": lambda run, data: count_objects(run.model, run.guide, data.images, 3, n_samples=1),
-    "evaluate": lambda run, data: evaluate(run.model, run.guide, data),
 }
 
 

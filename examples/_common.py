@@ -114,11 +114,14 @@ def parse(arguments: type[Arguments], doc: str | None) -> Arguments:
 
 
 def _in_one_line(framed: str) -> str:
-    """The message of a framed text of tyro's, without the help that follows its first rule or empty line."""
+    """The message of a framed text of tyro's, without its title and the help that follows a rule or an empty line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", framed)
     rows = [re.sub(r"^[│|]\s?|\s*[│|]$", "", row.strip()).strip() for row in text.splitlines()]
     rows = [row for row in rows if not re.match(r"[╭╰+]", row)]
-    ends = [i for i, row in enumerate(rows) if i and not re.search(r"[^─\-]", row)]
+    rules = [not re.search(r"[^─\-]", row) for row in rows]
+    if rules[1:2] == [True]:  # where there are no characters for frames, the title stands above a rule
+        rows, rules = rows[2:], rules[2:]
+    ends = [i for i, is_rule in enumerate(rules) if i and is_rule]
     message = " ".join(rows[: ends[0] if ends else None]).removeprefix("Error parsing ").rstrip(". ")
     similar = re.findall(r"Perhaps you meant.*?(--[\w.-]+)", " ".join(rows))
     return f"{message}{f'; perhaps {similar[0]}' if similar else ''}; --help lists what there is"

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from pyro_pixels._options import Samples, Sequences
+from pyro_pixels._options import Draws, Sequences
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.question_figures import QUESTIONS, Scene, draw_calibration
@@ -29,7 +29,7 @@ assert set(QUESTIONS) == set(get_args(Question))
 class Arguments(QueryArguments):
     question: Question = "hidden"
     """The question to ask."""
-    n_samples: Samples = 20
+    n_samples: Draws = 20
     """How many samples of q(a | v) to average over."""
     n_validation: Sequences = 60
     """How many further sequences a correction of the uncertainties is fitted on, for --question calibration."""

@@ -3,7 +3,7 @@
 --out is the JSON to write, figures go beside it; default: metrics.json in the run's folder.
 """
 
-from _common import QueryArguments, open_run, say_where, start, write_json
+from _common import QueryArguments, new_folder, open_run, say_where, start, write_json
 
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +35,7 @@ class Arguments(QueryArguments):
 
 def main(args: Arguments) -> None:
     out = result_file(args.out or args.home / "metrics.json", ".json", args.data)
+    new_folder(out.parent)
     run, data, device = open_run(args, trained_on_too=args.trained_on_too, untangle=False)
     T = data.images.shape[1]
     n_seen = seen_by_default(T) if args.n_seen is None else check_n_seen(args.n_seen, T, "--n-seen")

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pyro_pixels._options import Samples, Seed
+from pyro_pixels._options import Draws, Seed
 from pyro_pixels.evaluation.metrics import Affine, assign, reorder
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.plots import answers as plots
@@ -43,7 +43,7 @@ class Arguments(QueryArguments):
     """Seed of simulated sequences and of samples."""
     pictures: tuple[Picture, ...] = get_args(Picture)
     """The pictures to make."""
-    n_samples: Samples = 20
+    n_samples: Draws = 20
     """How many samples of q(a | v) to average over."""
 
 

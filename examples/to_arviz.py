@@ -20,7 +20,7 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_pixels._files import atomic_write
-from pyro_pixels._options import Frames, Samples, Sequences
+from pyro_pixels._options import Draws, Frames, Sequences
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.plots.paper import save_figure
@@ -38,7 +38,7 @@ SHARE = 0.9  # of the draws that an interval holds
 class Arguments(QueryArguments):
     n_sequences: Sequences = 30
     """How many sequences to ask about; of a file, the first ones."""
-    n_samples: Samples = 100
+    n_samples: Draws = 100
     """How many draws of the posterior and of the prior."""
     n_seen: Frames | None = None
     """How many frames are seen; those that follow are predicted. By default half of them, at most 15."""

@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -126,16 +126,13 @@ def _is_of_a_run(path: Path) -> bool:
 @contextmanager
 def _in_turn(folder: Path) -> Iterator[None]:
     """Only one process at a time has it for a folder, where the system has such locks."""
-    if fcntl is None:  # pragma: no cover
+    with ExitStack() as stack:
+        if fcntl is not None:
+            with suppress(OSError):  # some network file systems have no locks
+                fd = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _noted_or_none(folder: Path) -> dict[str, list[str]]:

@@ -44,6 +44,7 @@ def atomic_write(path: str | Path, *, before: Callable[[Path], None] | None = No
         part, file = _new_part(path)
     except OSError as error:
         raise CannotWrite(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from None
+    held = None if fcntl is None else os.dup(file.fileno())  # the lock, until the part has its own name
     try:
         try:
             with file:
@@ -63,6 +64,8 @@ def atomic_write(path: str | Path, *, before: Callable[[Path], None] | None = No
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
 
 
 def sweep(folder: str | Path, again: bool = False) -> list[Path]:

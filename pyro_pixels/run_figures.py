@@ -73,10 +73,17 @@ class RunView:
         return None if self.size is None else self.tracks(a)
 
     def generation(self, n_frames: int | None = None, n_samples: int = 0) -> Prediction:
-        """What follows the first ``n_seen`` frames."""
+        """What follows the first ``n_seen`` frames; a ValueError if there are not so many, or nothing follows."""
+        T = self.images.shape[1]
+        n_frames = n_frames or T
+        if self.n_seen > T or self.n_seen >= n_frames:
+            raise ValueError(
+                f"sequences have {T} frames, and {n_frames} are wanted of which {self.n_seen} are seen; give a smaller "
+                "--n-seen, or longer sequences" + ("" if n_frames == T else ", or a larger --n-frames")
+            )
         return generate(
-            self.run.model, self.run.guide, self.images[:, : self.n_seen], self.n_objects,
-            n_frames=n_frames or self.images.shape[1], n_samples=n_samples,
+            self.run.model, self.run.guide, self.images[:, : self.n_seen], self.n_objects, n_frames=n_frames,
+            n_samples=n_samples,
         )  # fmt: skip
 
     def interpolation(self, n_samples: int = 0) -> Prediction:

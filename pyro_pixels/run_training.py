@@ -68,8 +68,23 @@ def refuse_another(config: RunConfig, folder: Path) -> None:
     if there.n_held_out is None:  # as before there was the field
         there = replace(there, n_held_out=config.n_held_out)
     schedule = replace(there.schedule, steps=config.schedule.steps, parts=config.schedule.parts)
-    if replace(there, schedule=schedule) != config:
+    there = replace(there, schedule=schedule)
+    if there != config and config.data_file is not None and there == _fitted_as(there, config):
+        raise ValueError(
+            f"{config.data_file} is not what the run in {folder} was trained on: its sequences are of another size or "
+            "number; restore the file, or choose another folder"
+        )
+    if there != config:
         raise ValueError(f"{folder} holds a run of another configuration; remove it, or choose another folder")
+
+
+def _fitted_as(there: RunConfig, config: RunConfig) -> RunConfig:
+    """A configuration with that of ``there`` in the place of all that is taken from the file of sequences."""
+    steps = there.schedule.single_object_steps
+    return replace(
+        config, data=there.data, max_objects=there.max_objects, n_sequences=there.n_sequences,
+        n_held_out=there.n_held_out, schedule=replace(config.schedule, single_object_steps=steps),
+    )  # fmt: skip
 
 
 def _candidate_seeds(seed: int, n_starts: int) -> Sequence[int]:

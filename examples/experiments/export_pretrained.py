@@ -5,6 +5,7 @@ from examples._common import read_json, read_run, start
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyro_pixels._checks import check_name
 from pyro_pixels.runs import PRETRAINED, export_weights
 
 
@@ -21,6 +22,7 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
+    check_name("--name", args.name)
     if args.run.resolve() == (args.folder / args.name).resolve():
         raise ValueError(f"{args.run} would be overwritten by its own weights; choose another --folder or --name")
     run = read_run(args.run)

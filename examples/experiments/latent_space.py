@@ -6,7 +6,7 @@ image lie far apart. How much less the best cubic map to pixels errs than the be
 is. The health check, which sees neither labels nor this figure, is printed beside it.
 """
 
-from examples._common import QueryArguments, open_run, say_where, start
+from examples._common import QueryArguments, new_folder, open_run, say_where, start
 
 from dataclasses import dataclass
 
@@ -38,6 +38,7 @@ def error_of_polynomial(a: Tensor, positions: Tensor, degree: int) -> float:
 
 def main(args: Arguments) -> None:
     out = result_file(args.out or args.home / "latent_space.png", ".png")
+    new_folder(out.parent)
     run, data, device = open_run(args)
     alone = data[data.n_objects == 1]
     if alone.positions is None or not len(alone):

@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:examples python tests/faults/drive.py KIND [--n N]
 
-KIND is kills (at random times), writes (at every write), damage, packaged, fuzz or lines. Kills go on where they were
+KIND is one of `KINDS`: kills are those at random times, writes those at every write. Kills go on where they were
 stopped: the counts lie beside the folders of the runs. One process at a time; `nice -n 15` leaves the machine to
 others. Results go to docs/results/reliability.json, one entry for each kind.
 """
@@ -23,6 +23,7 @@ import bad
 import numpy as np
 import pytest
 import test_damage
+import test_falsified
 import test_files
 import test_kills
 import torch
@@ -89,6 +90,28 @@ def fuzz(work: Path, n: int, seed: int) -> dict[str, Any]:
     return {"seconds": n, "files": files, "refused": refused, "crashes": 0, "seed": seed}
 
 
+def rivals(work: Path, n: int, seed: int) -> dict[str, Any]:
+    """Two, and eight, processes that train in one folder at once, ``n`` times each."""
+    found = {}
+    for processes in (2, 8):
+        for i in range(n):
+            test_falsified.check_rivals(work / f"{processes}_{i}", processes)
+        found[f"{processes} processes"] = {"times": n, "trained": n, "refused": n * (processes - 1)}
+    return found
+
+
+def full_disk(work: Path, n: int, seed: int) -> dict[str, Any]:
+    """A disk that is full from the first, second, ... call of its kind on; the run is resumed once there is room."""
+    train(work / "whole")
+    whole, found = outcome_of(work / "whole"), {}
+    for call in ("open", "fsync", "replace"):
+        after = 0
+        while test_files.train_on_a_full_disk(work / f"{call}{after}", whole, call, after):
+            after += 1
+        found[call] = after
+    return {"times": sum(found.values()), "by call": found, "lost": 0}
+
+
 def lines(work: Path, n: int, seed: int) -> dict[str, Any]:
     """Every command line that is made from the fields of the scripts' arguments."""
     import test_command_lines
@@ -102,7 +125,7 @@ def lines(work: Path, n: int, seed: int) -> dict[str, Any]:
 
 KINDS: dict[str, tuple[Callable[[Path, int, int], dict[str, Any]], int]] = {
     "kills": (kills, 200), "writes": (writes, 0), "damage": (damage, 3_000), "packaged": (packaged, 1_000),
-    "fuzz": (fuzz, 600), "lines": (lines, 0),
+    "fuzz": (fuzz, 600), "rivals": (rivals, 10), "full_disk": (full_disk, 0), "lines": (lines, 0),
 }  # fmt: skip
 
 

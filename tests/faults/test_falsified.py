@@ -9,8 +9,10 @@ import pytest
 import torch
 from tiny import DATA, FORK, TINY, assert_same_outcome, outcome_of, train, with_schedule
 
-from pyro_pixels._checksums import checked_write
-from pyro_pixels.data import ImageSequences
+from pyro_pixels._checksums import checked_write, read_checked
+from pyro_pixels.data import ImageSequences, save_sequences
+from pyro_pixels.run_sequences import run_sequences
+from pyro_pixels.run_training import train_run
 from pyro_pixels.runs import build, load_run, save_config
 from pyro_pixels.training.checkpoints import load_checkpoint, read_lines, save_checkpoint
 from pyro_pixels.training.fitting import fit
@@ -80,13 +82,49 @@ def rivals(folder, n):
 
 @pytest.mark.parametrize("n", [2, 8])
 def test_one_of_several_processes_trains_in_a_folder(tmp_path, n):
-    ends = rivals(tmp_path / "run", n)
+    check_rivals(tmp_path / "run", n)
+
+
+def check_rivals(folder, n):
+    """One of ``n`` trainings in a folder ends well, and what is there is all its own."""
+    ends = rivals(folder, n)
     assert ends.count("trained") == 1
     refused = [end for end in ends if end != "trained"]
     assert all(("is being trained" in end or "holds a trained run" in end) and "\n" not in end for end in refused)
-    seed = json.loads((tmp_path / "run/config.json").read_text())["seed"]
-    assert load_checkpoint(tmp_path / "run/checkpoint.pt")["seed"] == seed
-    assert [line["step"] for line in read_lines(tmp_path / "run")] == [20, 40]
+    seed = json.loads((folder / "config.json").read_text())["seed"]
+    assert load_checkpoint(folder / "checkpoint.pt")["seed"] == seed
+    assert [line["step"] for line in read_lines(folder)] == [20, 40]
+
+
+def test_processes_that_write_different_files_of_a_folder_note_them_all(tmp_path):
+    """As a training does that is evaluated meanwhile."""
+
+    def write(name):
+        for i in range(15):
+            with checked_write(tmp_path / name) as file:
+                file.write(f"{name} {i}".encode())
+
+    names = [f"file{i}" for i in range(4)]
+    processes = [FORK.Process(target=write, args=(name,)) for name in names]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [read_checked(tmp_path / name) for name in names] == [f"{name} 14".encode() for name in names]
+
+
+def test_a_file_of_sequences_that_has_changed_is_named_and_the_run_is_not_to_be_removed(tmp_path):
+    save_sequences(tmp_path / "data.npz", DATA)
+    config = run_sequences(replace(TINY, data_file=str(tmp_path / "data.npz"))).config
+    train(tmp_path / "run", config=config)
+    save_sequences(tmp_path / "data.npz", DATA[:5])
+    before, other = files_of(tmp_path / "run"), run_sequences(config).config
+    assert other != config
+    with pytest.raises(ValueError, match=r"data\.npz is not what the run in .* was trained on.*restore the file"):
+        train_run(other, tmp_path / "run", DATA[:5], progress=False)
+    assert files_of(tmp_path / "run") == before
 
 
 def test_two_trainings_of_one_process_need_two_folders(tmp_path):
