@@ -4,6 +4,7 @@ Everything becomes grey frames (T, H, W), float32 from 0 to 1. What reads the fo
 tifffile and scikit-image, which ``pip install "pyro_pixels[video]"`` brings; they are imported when they are needed.
 """
 
+import gc
 import glob
 import importlib
 import re
@@ -63,8 +64,12 @@ def read_with_origins(
 ) -> list[tuple[Film, Origin]]:
     """`read_films`, each film with its `Origin`."""
     found: list[tuple[Film, Origin]] = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        found += _read(str(path), axes)
+    gc.freeze()  # pyav's plugin collects garbage at every film, among all that torch has made
+    try:
+        for path in [paths] if isinstance(paths, str | Path) else paths:
+            found += _read(str(path), axes)
+    finally:
+        gc.unfreeze()
     if not found:
         raise ValueError("there are no films; give at least one file, folder or glob")
     return found

@@ -1,0 +1,102 @@
+"""The page "Your own video", its commands run as they stand (slow) or with fewer films and steps."""
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pyro_pixels.evaluation.metrics import assign, reorder
+from pyro_pixels.video import load_source
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/your_own_video.md"
+COMMANDS = [
+    line for block in re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.M | re.S) for line in block.splitlines()
+]
+
+iio = pytest.importorskip("imageio.v3")
+for library in ("skimage", "av", "pymunk"):
+    pytest.importorskip(library)
+
+
+def follow_the_page(folder, **instead):
+    """Runs every command of the page in a folder; ``instead`` replaces words. Returns what they printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    printed = {}
+    for line in COMMANDS:
+        python, path, *words = shlex.split(line)
+        assert python == "python"
+        words = [instead.get(f"_{word}", word) for word in words]
+        done = subprocess.run(
+            [sys.executable, str(ROOT / path), *words], cwd=folder, env=environment, capture_output=True, text=True,
+            timeout=900, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        printed[line] = done.stdout
+    return printed
+
+
+def tracks_of(folder):
+    """(sequence, n objects, T, 2) in the film's pixels, from the CSV."""
+    rows = list(csv.DictReader((folder / "runs/mine/infer/tracks.csv").open()))
+    found = {}
+    for row in rows:
+        found.setdefault(int(row["sequence"]), {}).setdefault(int(row["particle"]), []).append(
+            (float(row["x"]), float(row["y"]))
+        )
+    return [np.array(list(tracks.values())) for _, tracks in sorted(found.items())], rows
+
+
+def check_what_there_is(folder, n_films):
+    tracks, rows = tracks_of(folder)
+    source = load_source(folder / "mine.npz")
+    assert len(tracks) == n_films // 10  # those held out
+    assert source.size == (96, 128)
+    assert len(source.films) == n_films
+    assert float(rows[1]["time"]) == pytest.approx(float(rows[1]["frame"]) / 30, rel=1e-3)
+    gif = iio.imread(folder / "runs/mine/infer/tracks.gif", index=None)
+    assert gif.shape == (40, 320, 427, 3)  # 96 x 128 enlarged, and no square of what the model saw
+    grey = gif[0].mean(-1)
+    assert np.median(grey) > 150  # the wall, which the model saw as black
+    made = {path.name for path in (folder / "runs/mine").rglob("*")}
+    assert {"metrics.json", "tracks.csv", "tracks.gif", "generation.npz", "generation.gif", "what-if.png"} <= made
+    with np.load(folder / "runs/mine/generate/generation.npz") as file:
+        assert file["mean_px"].shape == file["mean"].shape
+    return tracks, source
+
+
+def test_the_commands_of_the_page_run(tmp_path):
+    printed = follow_the_page(tmp_path, _120="12", _300="6")
+    tracks, _ = check_what_there_is(tmp_path, 12)
+    assert all(np.isfinite(x).all() for x in tracks)
+    table = next(text for line, text in printed.items() if "evaluate" in line)
+    assert "persistence" in table
+    assert " - " not in table
+
+
+@pytest.mark.slow
+def test_the_page_tracks_balls_of_another_physics_engine(tmp_path):
+    """Within 1.5 pixels of the film, of which one of the sequences' pixels is 4."""
+    import torch
+
+    follow_the_page(tmp_path)
+    tracks, source = check_what_there_is(tmp_path, 120)
+    truth = np.load(tmp_path / "truth.npz")["positions"]
+    errors = []
+    first = len(source.first_frames) - len(tracks)
+    for i, found in enumerate(tracks):
+        film = source.first_frames[first + i][0]
+        true = truth[film][np.isfinite(truth[film][:, 0, 0])]
+        if len(true) != len(found):
+            continue  # counted wrong
+        n = torch.tensor([len(true)])
+        a, b = torch.from_numpy(found)[None], torch.from_numpy(true)[None]
+        errors.append(float((reorder(a, assign(a, b, n)) - b).norm(dim=-1).mean()))
+    assert len(errors) >= 10
+    assert np.median(errors) < 1.5
