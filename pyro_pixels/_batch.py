@@ -111,7 +111,7 @@ def most_objects(n_objects: Tensor) -> int:
 def most_white(v: Tensor) -> int:
     """Returns the largest number of non-black pixels in a frame, at least 1, from frames (..., P)."""
     known = _KNOWN.get()
-    return max(1, int((v > 0).sum(-1).max()) if known is None else known.most_white)
+    return max(1, int(v.sign().sum(-1).max()) if known is None else known.most_white)
 
 
 def check_batch(images: Tensor, n_objects: Tensor, size: tuple[int, int] | None = None) -> None:

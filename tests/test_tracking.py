@@ -12,10 +12,12 @@ from pyro_pixels.guides.tracking_head import (
     TrackingHead,
     Tracks,
     absent_penalty,
+    centroids,
     follow,
     frame_orders,
     log_density,
     share,
+    with_slopes,
 )
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, collapse_components
@@ -123,16 +125,18 @@ def test_following_forward_is_the_kalman_filter_and_smoothing_the_smoother():
     noise = TRACK_NOISE**2 * torch.eye(2, dtype=torch.float64)
     measured = lgssm._replace(Sigma_A=lgssm.Sigma_A + noise)
     filtered = kalman.kalman_filter(measured, y)
-    smoothed = tracks.smooth(y)  # of a, that is of B h plus what Sigma_A adds
+    blobs = tracks.smooth(y.unsqueeze(-1))
+    smoothed = blobs[:, :, :2, 0]  # of a, that is of B h plus what Sigma_A adds
     a_given_h = kalman.rts_smoother(measured, y).mean @ lgssm.B.mT
     gain = lgssm.Sigma_A @ torch.linalg.inv(measured.Sigma_A)
     torch.testing.assert_close(smoothed, a_given_h + (y - a_given_h) @ gain.mT, rtol=0, atol=1e-10)
+    torch.testing.assert_close(blobs[:, :, 2:, 0], smoothed @ tracks.blob_precision, rtol=0, atol=1e-8)
 
     unseen = torch.arange(9) >= 6  # weightless pixels far off: what follow gives there is its forecast
     white = one_pixel_frames(y)
     white = white._replace(v=white.v.double() * ~unseen[:, None])
-    claim, penalty = torch.zeros(3, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(3, 1)
-    followed = follow(tracks, Pixels.of(white), claim, penalty, torch.arange(9).unsqueeze(0))[:, 0, 0]
+    claim, penalty = torch.zeros(3, 1, 1, 1, dtype=torch.float64), torch.zeros(3, 1)
+    followed = follow(tracks, Pixels.of(white), claim, penalty, torch.arange(9).unsqueeze(0))[..., 0]
     forecast = kalman.rollout(measured, filtered.mean[:, 5], filtered.cov[5], 3).mean @ lgssm.B.mT
     torch.testing.assert_close(followed[:, :6], y[:, :6], rtol=0, atol=1e-9)
     torch.testing.assert_close(followed[:, 6:], forecast, rtol=0, atol=1e-3)  # the least mass, 1e-4, pulls a little
@@ -149,8 +153,8 @@ def test_any_order_forecasts_from_what_it_has_passed():
         white = one_pixel_frames(y)
         v = white.v.double()
         v[:, hidden] = 0
-        claim, penalty = torch.zeros(2, 3, 1, 1, 1, dtype=torch.float64), torch.zeros(2, 1)
-        followed = follow(tracks, Pixels.of(white._replace(v=v)), claim, penalty, orders)[:, 0, :, hidden]
+        claim, penalty = torch.zeros(2, 3, 1, 1, dtype=torch.float64), torch.zeros(2, 1)
+        followed = follow(tracks, Pixels.of(white._replace(v=v)), claim, penalty, orders)[:, hidden].mT
         known = torch.arange(18) // 2 != hidden
         e = (y - tracks.mean).flatten(1)[:, known]
         C = tracks.cov
@@ -175,11 +179,21 @@ def test_shares_add_up():
     torch.manual_seed(0)
     v, place, l = torch.rand(2, 5, 7), torch.randn(2, 5, 7, 2), torch.randn(2, 5, 3, 7)
     l[:, :, 2] = -1e30
-    centroid, mass = (x.squeeze(3) for x in share(Pixels.of(WhitePixels(v, place, v)).weighed, l.unsqueeze(3)))
+    centroid, mass = (x.mT for x in centroids(share(Pixels.of(WhitePixels(v, place, v)).weighed, l)))
     torch.testing.assert_close(mass[:, :, :2].sum(2), v.sum(-1, keepdim=True))
     whole = (v.unsqueeze(-1) * place).sum(-2)
     torch.testing.assert_close((centroid * mass)[:, :, :2].sum(2), whole)
     assert float(mass[:, :, 2].max()) <= 1e-4
+
+
+def test_hypotheses_share_the_pixels_each_for_itself():
+    torch.manual_seed(0)
+    v, place, l, nobody = torch.rand(2, 5, 7), torch.randn(2, 5, 7, 2), torch.randn(2, 5, 3, 4, 7), torch.randn(2, 5, 7)
+    weighed = Pixels.of(WhitePixels(v, place, v)).weighed
+    for background in (None, nobody):
+        shares = share(weighed, l.flatten(2, 3), background, 4).unflatten(-1, (3, 4))
+        for i in range(4):
+            torch.testing.assert_close(shares[..., i], share(weighed, l[:, :, :, i], background))
 
 
 def test_shares_are_those_of_the_densities():
@@ -189,7 +203,10 @@ def test_shares_are_those_of_the_densities():
     cov = root @ root.mT + torch.eye(2)
     penalty = absent_penalty(torch.tensor([True, True, False]).expand(4, 3))
     pixels = F.pad(place, (0, 1), value=1.0).mT
-    l = log_density(pixels, centre.unsqueeze(2), torch.linalg.inv(cov), penalty).squeeze(2)
+    blobs = with_slopes(centre.mT, torch.linalg.inv(cov))
+    l = log_density(pixels, blobs, penalty.unsqueeze(1))
+    many = log_density(pixels, blobs.repeat(1, 1, 3), penalty.unsqueeze(1).repeat(1, 1, 3))  # by one product
+    torch.testing.assert_close(many.unflatten(1, (3, 3)), l.unsqueeze(1).expand(-1, 3, -1, -1))
     normal = torch.distributions.MultivariateNormal(centre.unsqueeze(2), cov)
     expected = normal.log_prob(place.unsqueeze(1))
     torch.testing.assert_close(l[:, :2].softmax(1), expected[:, :2].softmax(1))
@@ -240,8 +257,8 @@ def test_pixels_far_from_every_object_are_nobodys():
     place[:3] = centre + 0.05
     pixels = F.pad(place, (0, 1), value=1.0).mT
     nobody = tracks.log_clutter(pixels, tracks.blob_precision)
-    l = log_density(pixels, centre.unsqueeze(1), tracks.blob_precision, torch.zeros(3))
-    _, mass = share(pixels, l, nobody)
+    l = log_density(pixels, with_slopes(centre.mT, tracks.blob_precision), torch.zeros(1, 3))
+    _, mass = centroids(share(pixels, l, nobody))
     blobs = torch.distributions.MultivariateNormal(centre, precision_matrix=tracks.blob_precision)
     per_object, background = 4 * torch.pi, 0.02 * W * W / 4  # white pixels, and white pixels in a unit of area
     mass = mass.detach().flatten()

@@ -46,11 +46,11 @@ def recur_reference(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
     return torch.stack([torch.stack(row) for row in states])
 
 
-def _diagonals(N: int, T: int, B: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yields d, the rows of its cells, and the rows of its cells with n > 0, for every diagonal."""
+def _diagonals(N: int, T: int, B: int) -> Iterator[tuple[int, slice, slice | None]]:
+    """Yields d, the rows of its cells, and the rows of its cells with n > 0, if there are any, for every diagonal."""
     for d in range(T + N - 1):
         first, last = max(0, d - T + 1), min(N - 1, d) + 1
-        yield d, slice(first * B, last * B), slice(max(1, first) * B, last * B)
+        yield d, slice(first * B, last * B), slice(max(1, first) * B, last * B) if last > 1 else None
 
 
 class _Recurrence(torch.autograd.Function):
@@ -65,10 +65,12 @@ class _Recurrence(torch.autograd.Function):
         add_time, add_object = (accumulator(part.mT, n * B) for part, n in zip(W.split(D, 1), (N, N - 1)))
         states, before = (part.flatten(1, 2).unbind() for part in (H[:, 1:], H[:, :-1]))
         for (d, cells, later), gate in zip(_diagonals(N, T, B), gates.flatten(1, 2).unbind()):
-            add_time(gate[cells], states[d][cells])
-            add_object(gate[later], before[d][later])
-            beta, s_hat = gate[cells].chunk(2, 1)
-            torch.lerp(before[d][cells], s_hat.tanh_(), beta.sigmoid_(), out=states[d + 1][cells])
+            if later is not None:
+                add_object(gate[later], before[d][later])
+            now, beside = gate[cells], before[d][cells]
+            add_time(now, states[d][cells])
+            beta, s_hat = now.split(D, 1)
+            torch.lerp(beside, s_hat.tanh_(), beta.sigmoid_(), out=states[d + 1][cells])
         ctx.save_for_backward(H, gates, W)
         return torch.stack([H[n + 1 : n + 1 + T, n + 1] for n in range(N)])
 
@@ -92,12 +94,12 @@ class _Recurrence(torch.autograd.Function):
         states, before = (part.flatten(1, 2).unbind() for part in (G[:, 1:], G[:, :-1]))
         by_diagonal = zip(*(x.flatten(1, 2).unbind() for x in (slopes, kept, grad_gates)))
         for (d, cells, later), (slope, keep, grad_gate) in reversed(list(zip(_diagonals(N, T, B), by_diagonal))):
-            g = states[d + 1]
-            torch.mul(g[cells].unsqueeze(1), slope[cells], out=grad_gate[cells])
-            before[d][later].addcmul_(g[later], keep[later])
-            grad_gate = grad_gate.flatten(1)
-            add_time(states[d][cells], grad_gate[cells])
-            add_object(before[d][later], grad_gate[later])
+            g, now = states[d + 1], grad_gate[cells]
+            torch.mul(g[cells].unsqueeze(1), slope[cells], out=now)
+            add_time(states[d][cells], now.flatten(1))
+            if later is not None:
+                beside = before[d][later].addcmul_(g[later], keep[later])
+                add_object(beside, grad_gate[later].flatten(1))
         grad_gates = grad_gates.flatten(-2)
         grad_W_time = grad_gates.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
         grad_W_object = grad_gates[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)

@@ -103,30 +103,32 @@ class TrackingHead(AttentionHead):
         penalty = absent_penalty(object_mask(n_objects, N))  # (B, N)
         orders = frame_orders(white, self.n_starts)
         start = orders[:, 0]
-        claim = self.claims(s[:, :, start], white.at(start)).transpose(1, 2).unsqueeze(3)  # (B, S, N, 1, k)
-        claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + penalty[:, None, :, None, None]
-        log_r, background = torch.zeros_like(pixels.v)[:, :, None, None], None  # a single object has all the pixels
+        claim = self.claims(s.index_select(2, start), white.at(start)).transpose(1, 2)  # (B, S, N, k)
+        claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + penalty[:, None, :, None]
+        log_r, background = torch.zeros_like(pixels.v).unsqueeze(2), None  # a single object has all the pixels
         if N > 1 or self.clutter:
             tracks = Tracks.of(self.dynamics, self.blob, pixels.v.shape[1], claim.dtype, self.clutter)
             with torch.no_grad():
                 log_r, background = self._associate(tracks, pixels, claim, penalty, orders)
         same = (start.unsqueeze(1) == start).sum(1)  # a frame in which several tracks start counts once
-        log_r = log_r.index_add(1, start, claim / same[:, None, None, None])
-        y, mass = (x.squeeze(3).transpose(1, 2) for x in share(pixels.weighed, log_r, background))
+        log_r = log_r.index_add(1, start, claim / same[:, None, None])
+        y, mass = centroids(share(pixels.weighed, log_r, background))  # (B, T, 2, N), (B, T, 1, N)
+        y, mass = y.permute(0, 3, 1, 2), mass.permute(0, 3, 1, 2)
         return y, (self.to_log_sigma(s).exp().square() * (1 + 1 / mass)).sqrt()
 
     def _associate(
         self, tracks: "Tracks", pixels: "Pixels", claim: Tensor, penalty: Tensor, orders: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns log r (B, T, N, 1, k) around the chosen paths, up to a constant per pixel, and the background's."""
+        """Returns log r (B, T, N, k) around the chosen paths, up to a constant per pixel, and the background's."""
         background = tracks.log_clutter(pixels.homogeneous, tracks.blob_precision)  # (B, T, k)
-        path = tracks.smooth(follow(tracks, pixels, claim, penalty, orders))  # (B, N, S, T, 2)
+        blobs = tracks.smooth(follow(tracks, pixels, claim, penalty, orders))  # (B, T, 4, N S)
         for keep, n_sweeps in ((2, FIRST_SWEEPS), (1, LAST_SWEEPS)):
+            S = blobs.shape[-1] // penalty.shape[1]
             for _ in range(n_sweeps):
-                y, mass = share(pixels.weighed, tracks.log_density(pixels, path, penalty), background)  # (B, T, N, ...)
-                path = tracks.smooth(_shrink(path, y.movedim(1, 3), mass.movedim(1, 3)))
-            path = tracks.likeliest(pixels, path, penalty, background, keep)
-        return tracks.log_density(pixels, path, penalty), background
+                shares = share(pixels.weighed, tracks.log_density(pixels, blobs, penalty), background, S)
+                blobs = tracks.smooth(_shrink(blobs[:, :, :2], shares))
+            blobs = tracks.likeliest(pixels, blobs, penalty, background, keep)
+        return tracks.log_density(pixels, blobs, penalty), background
 
 
 class Pixels(NamedTuple):
@@ -148,7 +150,8 @@ class Tracks(NamedTuple):
 
     mean: Tensor  # (T, 2)
     cov: Tensor  # (2T, 2T), float64, covariance of the measurements
-    W: Tensor  # (2T, 2T), E[a | y] = mean + (y - mean) W
+    offset: Tensor  # (4T, 1); `smooth` is gain @ y + offset
+    gain: Tensor  # (4T, 2T)
     blob: Tensor  # (2, 2), rho^2 I
     blob_precision: Tensor  # (2, 2), (rho^2 I + Sigma_A)^-1
     clutter: float  # white background pixels per unit of area, relative to the pixels of one object
@@ -161,18 +164,28 @@ class Tracks(NamedTuple):
         with torch.no_grad():
             lgssm = collapse_components(lgssm, dynamics.pi)
             mean, C = start_moments(answer, lgssm.mu, lgssm.Sigma)
-            S = C + TRACK_NOISE**2 * torch.eye(2 * T, dtype=C.dtype, device=C.device)
-            W = cholesky_solve(C, torch.linalg.cholesky_ex(S).L)
+            S = C.clone()
+            S.diagonal().add_(TRACK_NOISE**2)
+            W = cholesky_solve(C, torch.linalg.cholesky_ex(S).L).mT  # E[a | y] = mean + W (y - mean)
             precision = inverse_2x2(blob + lgssm.Sigma_A)
-            return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, W.to(dtype), blob, precision.to(dtype), clutter)
+            gain, offset = (with_slopes(x.view(T, 2, -1), precision).flatten(0, 1) for x in (W, mean.unsqueeze(-1)))
+            offset = offset - gain @ mean.unsqueeze(-1)
+            tensors = (x.to(dtype) for x in (offset, gain, blob, precision))
+            return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, *tensors, clutter)
 
     def smooth(self, y: Tensor) -> Tensor:
-        """Returns the smoothed path E[a | y] (..., T, 2)."""
-        return self.mean + ((y - self.mean).flatten(-2) @ self.W).unflatten(-1, self.mean.shape)
+        """Returns the blobs (B, T, 4, n) of the smoothed paths E[a | y], from n paths (B, T, 2, n).
 
-    def log_density(self, pixels: Pixels, path: Tensor, penalty: Tensor) -> Tensor:
-        """Returns log r (B, T, N, S, k), the `log_density` of the white pixels around paths (B, N, S, T, 2)."""
-        return log_density(pixels.homogeneous, path.movedim(3, 1), self.blob_precision, penalty.unsqueeze(1))
+        The rows of a blob are its centre, a column and a row, and the product of `blob_precision` with it.
+        """
+        B, T, _, n = y.shape
+        return torch.baddbmm(self.offset, self.gain.expand(B, -1, -1), y.reshape(B, 2 * T, n)).view(B, T, 4, n)
+
+    def log_density(self, pixels: Pixels, blobs: Tensor, penalty: Tensor) -> Tensor:
+        """Returns log r (B, T, n, k), the `log_density` of the white pixels, for n = N S blobs (B, T, 4, n)."""
+        (B, N), n = penalty.shape, blobs.shape[-1]
+        penalty = penalty.unsqueeze(-1).expand(B, N, n // N).reshape(B, 1, 1, n)
+        return log_density(pixels.homogeneous, blobs, penalty)
 
     def log_clutter(self, homogeneous: Tensor, precision: Tensor) -> Tensor | None:
         """Returns log r (..., k) of the background, on the scale of `log_density`; None without clutter."""
@@ -183,100 +196,110 @@ class Tracks(NamedTuple):
         left_out = 0.5 * ((precision @ place) * place).sum(-2)
         return math.log(self.clutter) + left_out - normaliser.unsqueeze(-1)
 
-    def likeliest(self, pixels: Pixels, path: Tensor, penalty: Tensor, background: Tensor | None, keep: int) -> Tensor:
-        """Returns the ``keep`` of the S paths (B, N, S, T, 2) with the highest likelihood of the white pixels."""
-        log_r = _append_background(self.log_density(pixels, path, penalty), background)
+    def likeliest(self, pixels: Pixels, blobs: Tensor, penalty: Tensor, background: Tensor | None, keep: int) -> Tensor:
+        """Returns the ``keep`` of the S tracks (B, T, 4, N S) with the highest likelihood of the white pixels."""
+        log_r = _by_object(self.log_density(pixels, blobs, penalty), penalty.shape[1], background)
         log_mixture = reduce(torch.logaddexp, log_r.unbind(2))  # (B, T, S, k)
         likelihood = (log_mixture @ pixels.v.unsqueeze(-1)).sum((1, 3))
         best = likelihood.topk(keep, 1).indices
-        return path.take_along_dim(best[:, None, :, None, None], 2)
+        blobs = blobs.unflatten(-1, (penalty.shape[1], -1))
+        return blobs.take_along_dim(best[:, None, None, None], -1).flatten(-2)
 
 
 def follow(tracks: Tracks, pixels: Pixels, claim: Tensor, penalty: Tensor, orders: Tensor) -> Tensor:
-    """Follows the objects along S orders of the frames and returns the measurements (B, N, S, T, 2).
+    """Follows the objects along S orders of the frames and returns the measurements (B, T, 2, N S).
 
     With L the Cholesky factor of the covariance of all measurements in their order, the forecast of the i-th is
-    mean_i + sum_{j<i} L_ij e_j, where e_j = L_jj^-1 (y_j - its forecast) are the innovations: a Kalman filter for any
+    mean_i + sum_{j<i} L_ij L_jj^-1 e_j, where e_j, the innovations, are y_j minus its forecast: a Kalman filter for any
     order of the frames. An object with few pixels in a frame is taken to be near its forecast.
 
     Args:
         tracks: the prior over paths.
         pixels: the white pixels.
-        claim: (B, S, N, 1, k), the network's claims on the pixels in the first frame of each order.
+        claim: (B, S, N, k), the network's claims on the pixels in the first frame of each order.
         penalty: (B, N), `absent_penalty`.
         orders: (S, T), each a permutation of the frames.
     """
-    (B, S, N, _, _), T, dtype = claim.shape, orders.shape[1], claim.dtype
+    (B, S, N, k), T, dtype = claim.shape, orders.shape[1], claim.dtype
     coordinates = (2 * orders.unsqueeze(-1) + torch.arange(2, device=orders.device)).flatten(1)  # (S, 2T)
     L = torch.linalg.cholesky_ex(tracks.cov[coordinates.unsqueeze(-1), coordinates.unsqueeze(-2)]).L
     frame = torch.arange(T, device=L.device)
     L_ii = L.unflatten(-1, (T, 2)).unflatten(-3, (T, 2))[:, frame, :, frame]  # (T, S, 2, 2)
-    precision = inverse_2x2(L_ii @ L_ii.mT + tracks.blob).to(dtype)
-    whiten, L_T = inverse_2x2(L_ii).mT.to(dtype), L.mT.to(dtype)
-    mean = tracks.mean[orders].transpose(0, 1).unsqueeze(2)  # (T, S, 1, 2)
+    precision = inverse_2x2(L_ii @ L_ii.mT + tracks.blob)
+    whitened = L.unflatten(-1, (T, 2)).movedim(2, 0) @ inverse_2x2(L_ii)  # (T, S, 2T, 2), L_ij L_jj^-1 for all i
+    gain = whitened.unflatten(2, (T, 2)).permute(2, 1, 0, 4, 3).flatten(2, 3)  # (T, S, 2T, 2)
+    mean = tracks.mean.to(L.dtype)[orders].transpose(0, 1).unsqueeze(2)  # (T, S, 1, 2)
+    forecasts, means = (torch.cat([x, x @ precision], -1).to(dtype).unbind() for x in (gain, mean))
     weighed, homogeneous = (
-        x.transpose(0, 1).contiguous().index_select(0, orders.mT.flatten()).unflatten(0, (T, S))
+        x.transpose(0, 1).contiguous().index_select(0, orders.mT.flatten()).view(T, S * B, 3, k)
         for x in (pixels.weighed, pixels.homogeneous)
-    )  # (T, S, B, 3, k)
-
-    log_r, background = claim.transpose(0, 1), None  # from here on S is the first dimension
+    )
+    penalty = penalty.repeat(S, 1).unsqueeze(1)  # (S B, 1, N); from here on S is the first dimension
+    log_r, background = claim.transpose(0, 1).reshape(S * B, N, k), None
     for narrow in (i / (DETECTION_ROUNDS - 1) for i in range(DETECTION_ROUNDS)):
-        y, _ = share(weighed[0], log_r, background)  # (S, B, N, 1, 2)
+        y, _ = centroids(share(weighed[0], log_r, background))  # (S B, 2, N)
         blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
-        log_r = log_density(homogeneous[0], y, blob_precision, penalty)
+        log_r = log_density(homogeneous[0], with_slopes(y, blob_precision), penalty)
         background = tracks.log_clutter(homogeneous[0], blob_precision)
-    e = claim.new_zeros(S, B * N, 2 * T)
-    ys = []
+    precision = precision.to(dtype).unsqueeze(2).expand(T, S, B, 2, 2).reshape(T, S * B, 2, 2)
+    e, ys = claim.new_zeros(S, B * N, 2 * T), []
+    innovations = e.view(S * B, N, T, 2).permute(2, 0, 3, 1).unbind()
     for i in range(T):
-        now = slice(2 * i, 2 * i + 2)
-        forecast = (mean[i] + e[..., : 2 * i] @ L_T[:, : 2 * i, now]).view(S, B, N, 1, 2)
+        blobs = torch.baddbmm(means[i], e, forecasts[i]).view(S * B, N, 4).mT
         if i > 0:
-            log_r = log_density(homogeneous[i], forecast, precision[i, :, None, None, None], penalty)
-            background = tracks.log_clutter(homogeneous[i], precision[i, :, None])
-        y = _shrink(forecast, *share(weighed[i], log_r, background))
-        e[..., now] = (y - forecast).view(S, B * N, 2) @ whiten[i]
-        ys.append(y)
-    in_time = orders.argsort(1)[:, None, None, :, None]
-    return torch.cat(ys, 3).take_along_dim(in_time, 3).permute(1, 2, 0, 3, 4)
+            log_r = log_density(homogeneous[i], blobs, penalty)
+            background = tracks.log_clutter(homogeneous[i], precision[i])
+        forecast = blobs[:, :2]
+        ys.append(_shrink(forecast, share(weighed[i], log_r, background)))
+        torch.sub(ys[-1], forecast, out=innovations[i])
+    y = torch.stack(ys).view(T, S, B, 2, N).take_along_dim(orders.argsort(1).mT[:, :, None, None, None], 0)
+    return y.permute(2, 0, 3, 4, 1).flatten(-2)
 
 
-def share(weighed: Tensor, log_r: Tensor, background: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def share(weighed: Tensor, log_r: Tensor, background: Tensor | None = None, n_hypotheses: int = 1) -> Tensor:
     """Assigns white pixels to objects with responsibilities proportional to exp(log_r).
 
     Args:
         weighed: (..., 3, k), `Pixels.weighed`.
-        log_r: (..., N, S, k), log-responsibilities for each of S independent hypotheses about all objects.
+        log_r: (..., N S, k), log-responsibilities for each of S independent hypotheses about all objects.
         background: (..., k), the log-responsibilities of the background, if it has white pixels of its own.
+        n_hypotheses: S.
 
     Returns:
-        The centroids (..., N, S, 2) and the masses (..., N, S, 1) of the pixels assigned to each object; masses are in
-        pixels and at least 1e-4.
+        The sums (..., 3, N S) over the pixels assigned to each object of their columns, rows and masses, in pixels.
     """
-    N, S = log_r.shape[-3:-1]
-    r = _append_background(log_r, background).softmax(-3)[..., :N, :, :]
-    moment = (weighed @ r.flatten(-3, -2).mT).mT.unflatten(-2, (N, S))  # of x, y, 1
-    mass = moment[..., 2:].clamp(min=1e-4)
-    return moment[..., :2] / mass, mass
+    N = log_r.shape[-2] // n_hypotheses
+    r = _by_object(log_r, N, background).softmax(-3)
+    return weighed @ (r if background is None else r[..., :N, :, :]).flatten(-3, -2).mT
 
 
-def log_density(homogeneous: Tensor, centre: Tensor, precision: Tensor, penalty: Tensor) -> Tensor:
-    """Returns log N(x; centre, precision^-1) (..., N, S, k) up to terms that depend on the pixel x alone.
+def centroids(shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the centroids (..., 2, n) and the masses (..., 1, n), at least 1e-4, of `share`'s sums (..., 3, n)."""
+    mass = shares[..., 2:, :].clamp(min=1e-4)
+    return shares[..., :2, :] / mass, mass
+
+
+def log_density(homogeneous: Tensor, blobs: Tensor, penalty: Tensor) -> Tensor:
+    """Returns log N(x; centre, precision^-1) (..., n, k) up to terms that depend on the pixel x alone.
 
     Those terms cancel in the responsibilities.
 
     Args:
         homogeneous: (..., 3, k), the pixels' x, y and 1.
-        centre: (..., N, S, 2), for S tracks of every object.
-        precision: (2, 2), or any shape that broadcasts against (..., N, S, 2, 2).
-        penalty: (..., N), `absent_penalty`: no pixel is assigned to absent objects.
+        blobs: (..., 4, n), what `with_slopes` makes of the centres and the precision.
+        penalty: (..., 1, n), `absent_penalty`: no pixel is assigned to absent objects.
     """
-    slope = centre[..., :1] * precision[..., 0, :] + centre[..., 1:] * precision[..., 1, :]
-    constant = -0.5 * (slope * centre).sum(-1, keepdim=True) + penalty[..., None, None]
-    if centre.shape[-2] == 1:  # many products of three terms take longer than the sums themselves
-        x, y = homogeneous[..., None, None, 0, :], homogeneous[..., None, None, 1, :]
-        return torch.addcmul(torch.addcmul(constant, slope[..., :1], x), slope[..., 1:], y)
-    plane = torch.cat([slope, constant], -1)
-    return (plane.flatten(-3, -2) @ homogeneous).unflatten(-2, centre.shape[-3:-1])
+    centre, slope = blobs.split(2, -2)
+    constant = torch.addcmul(penalty, centre, slope, value=-0.5).sum(-2, keepdim=True)
+    if blobs.shape[-1] < 8:  # many products of three terms take longer than the sums themselves
+        x, y, slopes = homogeneous[..., :1, :], homogeneous[..., 1:2, :], slope.mT
+        return torch.addcmul(torch.addcmul(constant.mT, slopes[..., :1], x), slopes[..., 1:], y)
+    return torch.cat([slope, constant], -2).mT @ homogeneous
+
+
+def with_slopes(centre: Tensor, precision: Tensor) -> Tensor:
+    """Returns blobs (..., 4, n): centres (..., 2, n), and below them the precision (..., 2, 2) times the centres."""
+    return torch.cat([centre, precision @ centre], -2)
 
 
 def frame_orders(white: WhitePixels, n_starts: int) -> Tensor:
@@ -298,14 +321,15 @@ def absent_penalty(present: Tensor) -> Tensor:
     return -1e30 * (~present).float()
 
 
-def _append_background(log_r: Tensor, background: Tensor | None) -> Tensor:
-    """Appends the background, if there is one, to log r (..., N, S, k) as a last object."""
+def _by_object(log_r: Tensor, n_objects: int, background: Tensor | None) -> Tensor:
+    """Returns log r (..., N S, k) as (..., N, S, k); the background, if there is one, is appended as a last object."""
+    log_r = log_r.unflatten(-2, (n_objects, -1))
     if background is None:
         return log_r
     background = background[..., None, None, :].expand(*log_r.shape[:-3], 1, *log_r.shape[-2:])
     return torch.cat([log_r, background], -3)
 
 
-def _shrink(forecast: Tensor, y: Tensor, mass: Tensor) -> Tensor:
-    """Shrinks measurements towards their forecasts: a mean with weights ``mass`` and 1."""
-    return torch.lerp(forecast, y, mass / (1 + mass))
+def _shrink(forecast: Tensor, shares: Tensor) -> Tensor:
+    """Shrinks the centroids of `share`'s sums towards their forecasts: a mean with weights mass and 1."""
+    return (forecast + shares[..., :2, :]) / (1 + shares[..., 2:, :].clamp(min=1e-4))

@@ -129,7 +129,7 @@ class Steps:
         """Adds the gradient of a part's share of the mean loss of the batch's sequences, times ``weight``."""
         self._seed(batch, part)
         chosen, n = index.to(batch.images.device, non_blocking=True), len(batch.index)
-        given = [x[chosen] for x in (batch.images, batch.n_objects, batch.tracks) if x is not None]
+        given = [x.index_select(0, chosen) for x in (batch.images, batch.n_objects, batch.tracks) if x is not None]
         (loss(*given) * (weight / n)).backward()
         terms = self.elbo.terms
         assert terms is not None
