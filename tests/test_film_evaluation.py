@@ -74,6 +74,9 @@ def test_what_if_takes_an_inference_that_is_there(run, film):
     torch.manual_seed(1)
     found = what_if(model, guide, film.images, film.n_objects, Change(), frame=3, n_frames=6, inferred=inferred)
     assert torch.equal(found.samples[..., :3, :], inferred.samples[..., :3, :])
+    parts = [inferred.of_part(slice(i, i + 6), 12, 3) for i in (0, 6)]
+    assert torch.equal(torch.cat([part.samples for part in parts], 1), inferred.samples)
+    assert torch.equal(torch.cat([part.mean for part in parts]), inferred.mean)
     with pytest.raises(ValueError, match="give infer of these images"):
         what_if(model, guide, film.images[:2], film.n_objects[:2], Change(), frame=3, n_frames=6, inferred=inferred)
 

@@ -202,6 +202,10 @@ def test_tracks_in_the_films_own_pixels(tmp_path):
         assert float(r["var_x"]) == pytest.approx((0.01 / source.scale) ** 2, rel=1e-4)
     draw_tracks_gif(tmp_path / "a.gif", prepared.films[0][:6], source.to_source(a[0]))
     assert iio.imread(tmp_path / "a.gif", index=None).shape[0] == 6
+    assert np.array_equal(source.frames(1, 6), prepared.films[0][6:12])  # the film itself, read again
+    assert source.frames(2, 6) is None
+    (tmp_path / "a.npy").unlink()
+    assert source.frames(0, 6) is None
     figure = plot_contact_sheet(prepared.films[0], v, prepared.counts, [1, 1], threshold=0.4, notes=prepared.notes)
     assert len(figure.axes) == 14
 
@@ -237,3 +241,12 @@ def test_what_may_go_wrong_is_said_before_the_first_step(tmp_path, change, messa
 def test_without_a_single_object_it_is_said(tmp_path):
     np.save(tmp_path / "a.npy", film(2))
     assert "no sequence has N = 1" in check_film(load_video(tmp_path / "a.npy"))[0]
+
+
+def test_of_several_films_each_is_read_again_by_itself(tmp_path):
+    write_folder(tmp_path / "pictures", ".png")
+    np.save(tmp_path / "many.npy", np.stack([film(seed=s) for s in (1, 2)]))
+    prepared = prepare_video([tmp_path / "pictures", tmp_path / "many.npy"], n_objects=1)
+    assert [origin.index for origin in prepared.source.films] == [0, 0, 1]
+    for i in range(3):
+        assert np.array_equal(prepared.source.frames(i, T), prepared.films[i])

@@ -291,8 +291,13 @@ def gif(
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a figure in the format of the path's suffix, PNG without one, replacing an older file atomically."""
+    layout, box = figure.get_layout_engine(), "tight"
+    if layout is not None and not figure.texts:  # its margins are right then, and one drawing is enough
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+        box = None
     with atomic_write(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=130, bbox_inches="tight")
+        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=130, bbox_inches=box)
 
 
 def _show(ax: Axes, sequences: Sequence[Floats], labels: Sequence[str] = ()) -> None:
