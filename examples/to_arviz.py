@@ -72,8 +72,9 @@ def main(args: Arguments) -> None:
         "first_steps": lambda: draw_first_steps(inference, view.to_pixels, truth),
         "futures": lambda: draw_futures(inference, view.to_pixels, truth),
         "white_pixels": lambda: draw_white_pixels(inference),
-        "pareto_k": lambda: draw_weights(inference),
     }
+    if args.n_samples > 1:  # a single weight has no tail
+        figures["pareto_k"] = lambda: draw_weights(inference)
     if truth is not None:
         figures["calibration"] = lambda: draw_calibration(inference, view.to_pixels, truth)
     for name, draw in progress(figures.items(), "pictures", len(figures)):

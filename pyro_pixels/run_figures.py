@@ -153,8 +153,9 @@ def draw_generation(view: RunView, prediction: Prediction, out: Path) -> list[Pa
     plots.save_figure(plots.plot_generated_images(drawn[rows, tau:T], truth[rows, tau:T], rows=2), images)
     generated = view.tracks(prediction.mean[:, :, :T])
     generated[:, :, : tau - 1] = torch.nan
+    true, inferred = view.truth_and_inferred(rows)
     figure = plots.plot_trajectories(
-        *view.truth_and_inferred(rows), generated[rows],
+        None if true is None else true[:, :, :T], inferred[:, :, :T], generated[rows],
         n_objects=view.data.n_objects[rows], size=view.size, columns=3,
     )  # fmt: skip
     plots.save_figure(figure, trajectories)

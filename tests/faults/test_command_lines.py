@@ -309,3 +309,20 @@ def test_a_run_without_checksums_is_one_line_of_warning(place, tmp_path):
     done = process_of("infer", "--run", "old", "--n-sequences", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == "warning: old has no checksum, as in earlier versions: damage would go unnoticed\n"
+
+
+VALID = [
+    ("to_arviz", [*RUN, "--n-seen", "3", "--n-samples", "1", "--n-sequences", "1"]),
+    ("generate", [*RUN, "--n-seen", "3", "--n-frames", "5", "--n-sequences", "4"]),
+    ("interpolate", [*RUN, "--data", "short.npz", "--n-seen", "1"]),
+]
+
+
+@pytest.mark.parametrize("name, line", VALID, ids=[name for name, _ in VALID])
+def test_small_numbers_that_are_valid(name, line, place, tmp_path, monkeypatch):
+    """One draw of one sequence; fewer frames than the data have; short clips."""
+    monkeypatch.chdir(place)
+    script = SCRIPTS[name]
+    end = bad.run([*line, "--out", str(tmp_path / "new")], script.main, script.Arguments, script.__doc__)
+    assert end.code == 0, end
+    assert list((tmp_path / "new").iterdir())

@@ -74,7 +74,7 @@ def rivals(folder, n):
     processes = [FORK.Process(target=work, args=(seed,)) for seed in range(n)]
     for process in processes:
         process.start()
-    ends = [said.get(timeout=120) for _ in processes]
+    ends = [said.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     return ends
