@@ -6,6 +6,7 @@ soon as it is there.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -281,8 +282,13 @@ def process_of(name, *line, cwd, path=()):
     path = os.pathsep.join([*map(str, path), str(bad.ROOT)])
     return subprocess.run(
         [sys.executable, *script, *line], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=600, check=False,
+        capture_output=True, text=True, timeout=600, check=False, preexec_fn=_as_from_a_terminal,
     )  # fmt: skip
+
+
+def _as_from_a_terminal():
+    """Ctrl-C is heeded, also where the tests run in the background and are deaf to it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize("name, line", [
