@@ -173,7 +173,7 @@ class PretendDevice(TorchFunctionMode):
                 target = argument
             elif isinstance(argument, torch.Tensor):
                 target, kwargs["dtype"] = argument.device, argument.dtype
-            else:
+            elif isinstance(argument, torch.dtype):  # whether to wait for a copy does not matter here
                 kept.append(argument)
         if target is not None and self._is_this(target) and not isinstance(x, OnDevice):
             self.copies.append("to the device")

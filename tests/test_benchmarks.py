@@ -254,7 +254,7 @@ def test_the_page_of_the_documentation_has_a_place_for_every_part():
 def test_wrong_input_is_one_line(tmp_path):
     done = in_new_process("-m", "benchmarks.bench", "--rounds", "0", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: --rounds is 0; wanted at least 1\n"
+    assert done.stderr == "error: --rounds is 0; wanted a whole number of at least 1, at most 1,000,000\n"
 
 
 def test_a_broken_file_of_results_is_told(tmp_path):

@@ -100,7 +100,8 @@ def _parts_of(given: dict[str, Any], with_images: bool) -> list[dict[str, Any]]:
         )
     n_objects = counts(n_objects, B, images)
     mask = observed if isinstance(observed, Tensor) and observed.dim() > 1 else None
-    if n_objects.shape != (B,) or (mask is not None and len(mask) != B):
+    counted = n_objects.shape == (B,) and not (n_objects.is_complex() or n_objects.is_floating_point())
+    if not counted or (mask is not None and len(mask) != B):
         return []
     parts = []
     for part in rows_of_parts(B, pixels * max(1, samples)):

@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from pyro_pixels._checks import ANY, Bounds, fields_of, unwrap
+from pyro_pixels.runs import GUIDES
 
 ROOT = Path(__file__).parents[2]
 ANY_ARGUMENTS = Annotated[tuple[str, ...], tyro.conf.Positional]  # of prepare.py: whatever is no option is a film
@@ -69,9 +70,13 @@ def scripts() -> dict[str, Path]:
 
 
 def load(path: Path) -> ModuleType:
-    """A script as a module."""
-    folder = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
-    return importlib.import_module(path.stem if folder == "examples" else f"{folder}.{path.stem}")
+    """A script as a module; a guide that it adds is not known to other tests."""
+    folder, known = path.parent.relative_to(ROOT).as_posix().replace("/", "."), dict(GUIDES)
+    try:
+        return importlib.import_module(path.stem if folder == "examples" else f"{folder}.{path.stem}")
+    finally:
+        GUIDES.clear()
+        GUIDES.update(known)
 
 
 @dataclasses.dataclass(frozen=True)
