@@ -170,8 +170,8 @@ class Tracks(NamedTuple):
             precision = inverse_2x2(blob + lgssm.Sigma_A)
             gain, offset = (with_slopes(x.view(T, 2, -1), precision).flatten(0, 1) for x in (W, mean.unsqueeze(-1)))
             offset = offset - gain @ mean.unsqueeze(-1)
-            tensors = (x.to(dtype) for x in (offset, gain, blob, precision))
-            return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, *tensors, clutter)
+            offset, gain, blob, precision = (x.to(dtype) for x in (offset, gain, blob, precision))
+            return cls(mean.unflatten(-1, (T, 2)).to(dtype), S, offset, gain, blob, precision, clutter)
 
     def smooth(self, y: Tensor) -> Tensor:
         """Returns the blobs (B, T, 4, n) of the smoothed paths E[a | y], from n paths (B, T, 2, n).
