@@ -1,6 +1,7 @@
 """Figures of a trained run: what it infers, generates and fills in, beside the truth. Each returns its paths."""
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,9 @@ class RunView:
             self.order = metrics.assign(self.to_pixels(self.inference.mean.cpu()), data.positions, data.n_objects)
             return
         present = self.inference.mean[object_mask(self.n_objects, self.inference.mean.shape[1])]
-        try:
+        with suppress(ValueError):  # an untrained run draws no objects anywhere: its latent units stay
             self.to_pixels = map_to_pixels(run.model, run.guide, present).affine
             self.size = data.size
-        except ValueError:
-            pass  # an untrained run
 
     def tracks(self, a: Tensor) -> Tensor:
         """Latent positions as they are plotted: in pixels and in the true objects' order if there is a truth."""

@@ -118,10 +118,6 @@ def _floats(images: Tensor) -> tuple[Tensor, Tensor]:
     return images.double().nan_to_num(), ~unseen_frames(images)
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean() if len(x) else x.new_zeros(())
-
-
 def _cost(v: Tensor, p: Tensor, seen: Tensor, is_density: bool) -> Tensor:
     """-log p (n,) of images (n, T, H, W) around predictions of the same shape, mean over the frames that were seen."""
     if is_density:

@@ -40,7 +40,7 @@ class Schedule:
     (`drawing_in_random_order`); None: always the first one first, as in the paper."""
     own_tracks_from: Step | None = None
     """The step from which the guide also learns from its own draws with their names put right (`OwnTracks`); None:
-    never."""
+    never. A `fit` that is given an ``objective`` keeps to that."""
     own_tracks_weight: Annotated[float, Bounds(0, 1e6)] = 3.0
     """The weight of these lessons beside the bound."""
     single_object_steps: Step = 0
