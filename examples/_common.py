@@ -51,13 +51,14 @@ from pyro_pixels._options import Seed, Sequences, check_options
 from pyro_pixels.config import RunConfig
 from pyro_pixels.custom_guides import load_guides
 from pyro_pixels.data import ImageSequences
+from pyro_pixels.guides.refining import RefinedGuide
 from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled
 from pyro_pixels.run_sequences import TEST_SEED, AskedSequences, sequences_to_ask
 from pyro_pixels.runs import GUIDES, Run, load_config, load_pretrained, load_run
 
 __all__ = [
-    "Opened", "QueryArguments", "device_of", "new_folder", "one_job", "open_run", "open_sequences", "parse",
-    "progress", "read_json", "read_run", "save_arrays", "say_where", "start", "untangled", "with_custom", "write_json",
+    "Opened", "QueryArguments", "better_named", "device_of", "new_folder", "one_job", "open_run", "open_sequences",
+    "parse", "progress", "read_json", "read_run", "save_arrays", "say_where", "start", "with_custom", "write_json",
 ]  # fmt: skip
 
 
@@ -189,6 +190,9 @@ class QueryArguments:
     untangle: bool = False
     """Rename objects frame by frame as p(a) has it, which puts right what a guide without dynamics, such as the
     recurrent one, exchanged."""
+    refine: bool = False
+    """Improve positions and names by ascent on log p(v, a), from what a guide without dynamics proposes; takes a few
+    tenths of a second a sequence, and more for large images."""
 
     @property
     def home(self) -> Path:
@@ -204,23 +208,23 @@ class Opened(NamedTuple):
     device: torch.device
 
 
-def open_run(args: QueryArguments, *, trained_on_too: bool = True, untangle: bool | None = None) -> Opened:
+def open_run(args: QueryArguments, *, trained_on_too: bool = True, as_trained: bool = False) -> Opened:
     """`open_sequences`, without where they come from."""
-    return open_sequences(args, trained_on_too=trained_on_too, untangle=untangle)[0]
+    return open_sequences(args, trained_on_too=trained_on_too, as_trained=as_trained)[0]
 
 
 def open_sequences(
-    args: QueryArguments, *, trained_on_too: bool = True, untangle: bool | None = None
+    args: QueryArguments, *, trained_on_too: bool = True, as_trained: bool = False
 ) -> tuple[Opened, AskedSequences]:
     """The run and the sequences that a script is to ask about, and the device; says which sequences they are.
 
     Args:
         trained_on_too: where --data is the file that the run learned from, take also what it was trained on.
-        untangle: whether its guide is to be an `UntangledGuide`; by default as --untangle says.
+        as_trained: leave its guide as it was trained, whatever --untangle and --refine say.
 
     Raises:
-        ValueError: if weights that come with the package are named, and a run is asked; if --untangle is given for a
-            guide whose frames cannot be exchanged.
+        ValueError: if weights that come with the package are named, and a run is asked; if --untangle or --refine is
+            given for a guide whose frames cannot be exchanged.
     """
     if args.weights != QueryArguments.weights and not args.pretrained:
         raise ValueError(
@@ -232,8 +236,8 @@ def open_sequences(
     device = device_of(args.device)
     torch.manual_seed(args.seed)
     run = load_pretrained(args.weights, device) if args.pretrained else read_run(args.run, device, args.custom)
-    if args.untangle if untangle is None else untangle:
-        run = untangled(run)
+    if not as_trained:
+        run = better_named(run, untangle=args.untangle, refine=args.refine)
     asked = sequences_to_ask(
         run.config, args.data, args.n_sequences, args.seed, simulated=args.simulated, trained_on_too=trained_on_too
     )
@@ -243,16 +247,23 @@ def open_sequences(
     return Opened(run, asked.data, device), asked
 
 
-def untangled(run: Run) -> Run:
-    """The run with a guide that renames its objects as p(a) has it, or a ValueError if they cannot be exchanged."""
+def better_named(run: Run, *, untangle: bool, refine: bool) -> Run:
+    """The run with a guide whose objects are renamed by p(a), or refined by p(v, a), or as it is.
+
+    Raises:
+        ValueError: if the guide's frames cannot be exchanged.
+    """
+    if not (untangle or refine):
+        return run
     config, device = run.config.data, next(run.model.parameters()).device
     blank = torch.zeros(1, 2, config.height, config.width, device=device)
     if not can_be_untangled(run.guide.q(blank, torch.ones(1, dtype=torch.int64, device=device))):
         raise ValueError(
-            "--untangle is for guides that are independent from frame to frame; that of the run, "
-            f"{run.config.guide}, has the dynamics inside: leave the option out"
+            f"--{'refine' if refine else 'untangle'} is for guides that are independent from frame to frame; "
+            f"that of the run, {run.config.guide}, has the dynamics inside: leave the option out"
         )
-    return run._replace(guide=UntangledGuide(run.guide, run.model.dynamics))
+    guide = RefinedGuide(run.guide, run.model) if refine else UntangledGuide(run.guide, run.model.dynamics)
+    return run._replace(guide=guide)
 
 
 def read_run(folder: Path, device: torch.device | str = "cpu", custom: Path | None = None) -> Run:

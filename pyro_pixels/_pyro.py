@@ -77,6 +77,19 @@ def check_precision(what: str, x: Tensor) -> None:
         raise ValueError("torch.autocast is on, and half precision does not hold exact inference; leave it off")
 
 
+def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:
+    """p(v) and v (B, T, H, W) for a density in which frames that are NaN count for nothing; other types have none.
+
+    Args:
+        p_v: what a likelihood gives, with event shape (T, H, W).
+        images: of any type.
+    """
+    if not (images.is_floating_point() and isinstance(p_v, torch.distributions.Independent)):
+        return p_v, images
+    seen = ~images.isnan()
+    return p_v.base_dist.mask(seen).to_event(3), images.nan_to_num()  # before the density: its gradient would be NaN
+
+
 class _WeakKey:
     """Stands for a parameter in a dict without keeping it alive; goes when it goes."""
 

@@ -280,9 +280,20 @@ def test_objects_are_renamed_where_asked_and_can_be(tmp_path):
     assert not np.array_equal(plain["mean"], renamed["mean"], equal_nan=True)  # sequence 8 has three objects
     for name in ("mean", "std"):  # the same in each frame, under other names
         np.testing.assert_allclose(np.sort(plain[name], 1), np.sort(renamed[name], 1), atol=1e-5)
-    done = script("infer", *options, "--untangle", cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "has the dynamics inside" in done.stderr
+    for option in ("--untangle", "--refine"):
+        done = script("infer", *options, option, cwd=tmp_path)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"{option} is for guides that are independent" in done.stderr
+
+
+def test_what_is_refined_is_better(tmp_path):
+    options = ("--pretrained", "--weights", "recurrent", "--n-sequences", 12, "--refine", "--out", "metrics.json")
+    done = script("evaluate", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "refined: position error" in done.stdout
+    found = json.loads((tmp_path / "metrics.json").read_text())["by_n_objects"]["3"]
+    assert found["refined_position_error_px"] < 0.8 * found["position_error_px"]
+    assert found["refined_bound_per_frame_nats"] > found["bound_per_frame_nats"] + 1
 
 
 def test_beliefs_are_written_for_arviz(tmp_path):

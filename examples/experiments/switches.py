@@ -82,7 +82,7 @@ def measure(run: Run, data: ImageSequences, device: torch.device) -> dict[str, A
 
 def main(args: Arguments) -> None:
     out = result_file(args.json or args.home / "switches.json", ".json")
-    run, data, device = open_run(args, untangle=False)
+    run, data, device = open_run(args, as_trained=True)
     if data.positions is None or not bool((data.n_objects > 1).any()):
         raise ValueError("there is no sequence with several objects and known positions; give such --data, or none")
     found = measure(run, data, device)

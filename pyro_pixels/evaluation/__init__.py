@@ -6,7 +6,7 @@ from pyro_pixels.evaluation.ed_lstm import EDLSTM, EDLSTMConfig, evaluate_edlstm
 from pyro_pixels.evaluation.health import Health, check_health, format_health
 from pyro_pixels.evaluation.mean_field import MeanFieldGuide, fit_mean_field
 from pyro_pixels.evaluation.table import evaluate, format_table
-from pyro_pixels.evaluation.untangled import evaluate_untangled
+from pyro_pixels.evaluation.untangled import evaluate_refined, evaluate_untangled
 
 __all__ = [
     "EDLSTM",
@@ -19,6 +19,7 @@ __all__ = [
     "coverage",
     "evaluate",
     "evaluate_edlstm",
+    "evaluate_refined",
     "evaluate_tracker",
     "evaluate_untangled",
     "fit_correction",

@@ -1,4 +1,4 @@
-"""How good a trained model is when the names of its objects are put right by p(a) (`guides.untangling`)."""
+"""How good a trained model is with names put right by p(a) (`guides.untangling`), or refined (`guides.refining`)."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.table import N_SEEN, evaluate, means_by_n
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.refining import N_STEPS, RefinedGuide
 from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled, untangle
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.predict import infer
@@ -43,18 +44,50 @@ def evaluate_untangled(
         found = evaluate(model, other, data, n_seen=n_seen, batch_size=batch_size)
     else:
         found = means_by_n(_positions_alone(model, guide, data, batch_size), data.n_objects)
-    rows = {n: _renamed(row) for n, row in found["by_n_objects"].items()}
-    return {"by_n_objects": rows, "all": _renamed(found["all"])}
+    return _measures(found, "untangled")
+
+
+def evaluate_refined(
+    model: PixelModel,
+    guide: Guide,
+    data: ImageSequences,
+    *,
+    n_seen: int = N_SEEN,
+    n_steps: int = N_STEPS,
+    batch_size: int = 100,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The measures of `evaluate_untangled`, as ``refined_...``, with a `RefinedGuide` in the place of ``guide``.
+
+    Takes a few tenths of a second a sequence.
+
+    Args:
+        data: fresh sequences; those without ``positions`` have no errors in pixels.
+        n_seen: frames seen before generation, and at either end for interpolation.
+        n_steps: of `guides.refine`.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: as `evaluate`, or if the guide's frames cannot be exchanged.
+    """
+    refined = RefinedGuide(guide, model, n_steps=n_steps)
+    found = evaluate(model, refined, data, n_seen=n_seen, batch_size=batch_size, progress=progress)
+    return _measures(found, "refined")
 
 
 def merged(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The result of `evaluate` with the measures of `evaluate_untangled` in its groups."""
+    """The result of `evaluate` with the measures of `evaluate_untangled` or `evaluate_refined` in its groups."""
     rows = {n: {**row, **other["by_n_objects"][n]} for n, row in result["by_n_objects"].items()}
     return {**result, "by_n_objects": rows, "all": {**result["all"], **other["all"]}}
 
 
-def _renamed(row: dict[str, Any]) -> dict[str, Any]:
-    return {f"untangled_{name}": row[name] for name in MEASURES if name in row}
+def _measures(found: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The groups of a result with those measures alone that names change, called PREFIX_MEASURE."""
+
+    def named(row: dict[str, Any]) -> dict[str, Any]:
+        return {f"{prefix}_{name}": row[name] for name in MEASURES if name in row}
+
+    return {"by_n_objects": {n: named(row) for n, row in found["by_n_objects"].items()}, "all": named(found["all"])}
 
 
 def _positions_alone(model: PixelModel, guide: Guide, data: ImageSequences, batch_size: int) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from pyro_pixels.guides.joint import JointGuide
 from pyro_pixels.guides.network_starts import start_alike, start_as_ramps, start_with_memory
 from pyro_pixels.guides.other_networks import BidirectionalRNN, ConvolutionalFrontEnd
 from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.guides.refining import Refined, RefinedGuide, refine
 from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide
 from pyro_pixels.guides.tracking_head import TrackingHead
 from pyro_pixels.guides.untangling import Untangled, UntangledGuide, resample_labels, untangle
@@ -21,11 +22,14 @@ __all__ = [
     "JointGuide",
     "LinearHead",
     "RecurrentGuide",
+    "Refined",
+    "RefinedGuide",
     "StateNetwork",
     "StructuredGuide",
     "TrackingHead",
     "Untangled",
     "UntangledGuide",
+    "refine",
     "resample_labels",
     "start_alike",
     "start_as_ramps",

@@ -84,6 +84,13 @@ class Guide(nn.Module, ABC):
             )
         return q_a
 
+    def q_observed(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> dist.TorchDistribution:
+        """Returns `q` for a query in which some frames are not ``observed``, bool, (T,) or (B, N or 1, T).
+
+        Unobserved ``images`` are generated ones, for networks to run through; what is said of them is not used.
+        """
+        return self.q(images, n_objects)
+
     def look_at(self, images: Tensor, n_objects: Tensor) -> FilmStatistics:
         """Estimates noise, background and clutter of a film (n, T, H, W) for `see` to remove; `fit` calls it."""
         return self.pixel_evidence.estimate(images, n_objects)

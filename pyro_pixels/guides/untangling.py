@@ -36,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels._batch import most_objects, object_mask
+from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
@@ -180,7 +181,7 @@ def untangle(
     Raises:
         ValueError: if the shapes do not fit each other.
     """
-    B, N, T = _check(a, n_objects)
+    B, N, T = check_tracks(a, n_objects)
     given, labels = a.nan_to_num(), torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
     gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     if N > 1 and T > 1:
@@ -221,7 +222,7 @@ def resample_labels(
         model: its dynamics and, where there are images, its renderer.
         a: (B, N, T, 2), such as one draw of q(a | v) for each sequence; absent objects are last.
         n_objects: (B,).
-        images: (B, T, H, W); None: the target is p(a).
+        images: (B, T, H, W), NaN in frames that were not seen; None: the target is p(a).
         n_moves: proposals for each sequence.
         windows: False exchanges tails alone.
         seed: of the moves; the caller's random state is left as it was.
@@ -232,7 +233,7 @@ def resample_labels(
     Raises:
         ValueError: if the shapes do not fit each other.
     """
-    B, N, T = _check(a, n_objects)
+    B, N, T = check_tracks(a, n_objects)
     labels = torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
     gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     several = n_objects > 1
@@ -245,7 +246,8 @@ def resample_labels(
         if images is None:
             return gain.new_zeros(B)
         logits = model.renderer(renamed(a, labels), present)
-        return model.likelihood(logits).log_prob(images.to(logits.dtype)).to(gain.dtype)
+        p_v, seen = without_unseen(model.likelihood(logits), images)
+        return p_v.log_prob(seen.to(logits.dtype)).to(gain.dtype)
 
     rows = torch.arange(B, device=a.device)
     log_r = moves.gains(renamed(a, labels)).flatten(1)
@@ -281,19 +283,14 @@ class UntangledGuide(Guide):
 
     def __init__(self, guide: Guide, dynamics: Dynamics, **options: float | bool) -> None:
         super().__init__()
-        self.guide, self.options = guide, options
+        self.guide, self.options, self.pixel_evidence = guide, options, guide.pixel_evidence
         self._dynamics = [dynamics]  # in a list, so that its parameters are not taken for the guide's
         self.before: dist.TorchDistribution | None = None
         """What ``guide`` gave the last time, under its own names."""
 
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
         q_a = self.before = self.guide.encode(images, n_objects)
-        if not can_be_untangled(q_a):
-            raise ValueError(
-                f"{type(self.guide).__name__} gives {type(q_a).__name__}, whose frames cannot be exchanged; "
-                "wanted independent normals; use `untangle` on its means or `resample_labels` on its draws"
-            )
-        mu, sigma = q_a.base_dist.loc, q_a.base_dist.scale  # type: ignore[attr-defined]
+        mu, sigma = means_and_scales(q_a, self.guide, "`untangle` on its means or `resample_labels` on its draws")
         labels = untangle(self._dynamics[0], mu.detach(), n_objects, **self.options).labels  # type: ignore[arg-type]
         return dist.Normal(renamed(mu, labels), renamed(sigma, labels), validate_args=False).to_event(2)
 
@@ -303,8 +300,18 @@ def can_be_untangled(q_a: dist.TorchDistribution) -> bool:
     return isinstance(q_a, dist.Independent) and isinstance(q_a.base_dist, dist.Normal)
 
 
-def _check(a: Tensor, n_objects: Tensor) -> tuple[int, int, int]:
-    """B, N, T."""
+def means_and_scales(q_a: dist.TorchDistribution, guide: Guide, instead: str) -> tuple[Tensor, Tensor]:
+    """Those of q(a | v) of a guide whose frames can be exchanged; a ValueError that says what to use ``instead``."""
+    if not can_be_untangled(q_a):
+        raise ValueError(
+            f"{type(guide).__name__} gives {type(q_a).__name__}, whose frames cannot be exchanged; "
+            f"wanted independent normals; use {instead}"
+        )
+    return q_a.base_dist.loc, q_a.base_dist.scale  # type: ignore[attr-defined]
+
+
+def check_tracks(a: Tensor, n_objects: Tensor) -> tuple[int, int, int]:
+    """B, N, T of tracks that belong to ``n_objects``, or a ValueError."""
     if a.dim() != 4 or a.shape[-1] != 2 or n_objects.shape != a.shape[:1]:
         raise ValueError(
             f"tracks have shape {tuple(a.shape)} and n_objects {tuple(n_objects.shape)}; wanted (B, N, T, 2) and (B,)"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_pixels._batch import check_batch, check_objects, counts, most_objects, object_mask
-from pyro_pixels._pyro import ExactDensity, announce_parameters
+from pyro_pixels._pyro import ExactDensity, announce_parameters, without_unseen
 from pyro_pixels.lgssm.distributions import StatePath
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.likelihoods import BernoulliPixels, PixelLikelihood
@@ -84,10 +84,8 @@ class PixelModel(nn.Module):
         logits = self.renderer(*in_order(a, present))
         p_v, obs = self.likelihood(logits), None
         if images is not None:
-            obs = images.to(logits.dtype)
-            if images.is_floating_point() and isinstance(p_v, dist.Independent):
-                seen, obs = ~obs.isnan(), obs.nan_to_num()  # before the density, whose gradient would be NaN
-                p_v = p_v.base_dist.mask(seen).to_event(3)  # type: ignore[attr-defined]
+            p_v, obs = without_unseen(p_v, images)
+            obs = obs.to(logits.dtype)
         v = pyro.sample("v", ExactDensity(p_v), obs=obs)
         return _of_shape("v", v, tuple(logits.shape[-4:]))
 

@@ -262,7 +262,7 @@ def _predict(
     else:
         T, seen_at = images.shape[1], observed.reshape(-1, images.shape[1]).any(0).nonzero()
         first, last = int(seen_at.min()), int(seen_at.max()) + 1  # the dynamics predict the frames outside
-        q_a = guide.q(images[:, first:last], n_objects)
+        q_a = guide.q_observed(images[:, first:last], n_objects, observed[..., first:last])
         seen, variance = (F.pad(x, (0, 0, first, T - last)) for x in moments_of(q_a))
         dynamics = model.dynamics
         k = dynamics.component_posterior(seen, observed).logits.argmax(-1)
