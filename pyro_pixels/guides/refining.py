@@ -130,7 +130,7 @@ def refine(model: ImageModel, a: Tensor, n_objects: Tensor, images: Tensor, *, n
         model: a trained `PixelModel`.
         a: (B, N, T, 2), in latent units, such as `infer(...).mean`; absent objects are last.
         n_objects: (B,).
-        images: (B, T, H, W) in [0, 1] or uint8; in frames that are NaN, which were not seen, tracks follow the dynamics.
+        images: (B, T, H, W) in [0, 1] or uint8; where frames are NaN, not seen, tracks follow the dynamics.
         n_steps: of the ascent, and 60 % of them again after names are exchanged. Time is proportional to it.
 
     Raises:
