@@ -56,7 +56,7 @@ def main(args: Arguments) -> None:
     if answer.text:
         print(answer.text)
     paths = [out / f"{args.question}.png"]
-    save_figure(answer.figure, paths[0])
+    save_figure(answer.figure, paths[0], answer.title)
     if answer.numbers:
         paths.append(out / f"{args.question}.json")
         about = {"seed": args.seed, "n_sequences": len(data), "environment": environment(device)}

@@ -124,7 +124,8 @@ def draw(run: Run, data: ImageSequences, seed: int, out: Path, device: torch.dev
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         h, a = lgssm.sample(build(run.config).model.dynamics.lgssm(), data.images.shape[1], (3,))
-    save_figure(plot_start(h[:, 0, :, :2].detach(), a[:, 0].detach()), out / "start.png")
+    figure = plot_start(h[:, 0, :, :2].detach(), a[:, 0].detach())
+    save_figure(figure, out / "start.png", "Three draws before training: states h and positions a")
     view = RunView(run, data, device)
     generated, interpolated = view.generation(), view.interpolation()
     return [

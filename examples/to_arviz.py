@@ -78,7 +78,7 @@ def main(args: Arguments) -> None:
     if truth is not None:
         figures["calibration"] = lambda: draw_calibration(inference, view.to_pixels, truth)
     for name, draw in progress(figures.items(), "pictures", len(figures)):
-        save_figure(draw(), out / f"{name}.png")
+        save_figure(draw(), out / f"{name}.png", TITLES[name])
     say_where([out / "posterior.nc", *(out / f"{name}.png" for name in figures)])
 
 
@@ -113,6 +113,17 @@ def first_step(inference: Any, h: xr.DataArray, to_pixels: ToPixels) -> xr.DataA
     u = inference.constant_data.u.sel(state=["x", "y"]).rename(state="axis")
     step = in_pixels((inference.constant_data.delta * v + u).transpose(..., "axis"), to_pixels)
     return step - to_pixels(torch.zeros(2, dtype=torch.float64)).numpy()
+
+
+TITLES = {
+    "launches": "Steps from frame 1 to 2: of the balls seen (dots), and the learned prior of each component (lines)",
+    "first_steps": "Steps from frame 1 to 2, ball by ball, and the true ones (bars)",
+    "futures": "Positions seen and ahead, 95 % regions and the truth (dots)",
+    "white_pixels": "White pixels of a frame: observed, and drawn from the model",
+    "pareto_k": "How far importance weights can be trusted",
+    "calibration": "Where the truth lies among the draws",
+}
+"""What stands above each picture."""
 
 
 def draw_launches(inference: Any, to_pixels: ToPixels) -> Figure:
@@ -172,6 +183,7 @@ def draw_futures(inference: Any, to_pixels: ToPixels, truth: ImageSequences | No
             panel.set_title(f"sequence {b}: {name}", fontsize=8)
             panel.tick_params(labelsize=7)
     figure.supxlabel("frame", fontsize=8)
+    figure.supylabel("pixels", fontsize=8)
     return figure
 
 

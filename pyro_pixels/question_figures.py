@@ -28,6 +28,7 @@ from pyro_pixels.result_tables import markdown
 from pyro_pixels.run_figures import RunView
 from pyro_pixels.runs import Run
 
+CALIBRATION = "How often the truth lies within regions of a stated probability"
 FRAMES_BACK = 10  # before the first, of which `draw_retrodict` tells
 
 
@@ -35,6 +36,8 @@ class Answer(NamedTuple):
     """What a question came to."""
 
     figure: Figure
+    title: str
+    """What the figure shows."""
     text: str = ""
     """What to print beside the figure."""
     numbers: dict[str, Any] = {}  # noqa: RUF012  # never changed
@@ -79,7 +82,7 @@ class Scene(RunView):
         rows, truth = self.rows, None if self.order is None else truth
         return plots.plot_regions(
             mean, cov, known=known, truth=None if truth is None else truth[rows],
-            n_objects=self.data.n_objects[rows], size=self.size,
+            n_objects=self.data.n_objects[rows], size=self.size, titles=self.titles(rows),
         )  # fmt: skip
 
     def moves(self, h: States, rows: Tensor | None = None) -> Gaussians:
@@ -106,12 +109,12 @@ def draw_filter(scene: Scene) -> Answer:
     means = {name: x.mean[:, 0, :, 1] for name, x in moves.items()}
     stds = {name: x.cov[:, 0, :, 1, 1].sqrt() for name, x in moves.items()}
     truth = scene.true_moves()
-    titles = [f"N = {n}, object 1" for n in scene.data.n_objects[scene.rows].tolist()]
+    titles = [f"{title}, object 1" for title in scene.titles(scene.rows)]
     figure = plots.plot_over_time(
         means, stds, truth=None if truth is None else truth[scene.rows, 0, :, 1], titles=titles,
         label="downward move a frame",
     )  # fmt: skip
-    return Answer(figure)
+    return Answer(figure, "Velocity from the frames so far, and from all frames")
 
 
 def draw_hidden(scene: Scene) -> Answer:
@@ -122,7 +125,8 @@ def draw_hidden(scene: Scene) -> Answer:
     observed[:, 0, T // 3 : 2 * T // 3] = False
     found = interpolate(scene.model, scene.guide, images, n_objects, observed)
     figure = scene.picture(Gaussians(found.mean, found.cov), observed)
-    return Answer(figure, f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}")
+    hidden = f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}"
+    return Answer(figure, f"Positions where {hidden}", hidden)
 
 
 def draw_retrodict(scene: Scene) -> Answer:
@@ -137,7 +141,8 @@ def draw_retrodict(scene: Scene) -> Answer:
         for _ in range(n):  # a parabola has no third differences
             truth = torch.cat([3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3], truth], 2)
     figure = scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
-    return Answer(figure, f"frames {1 - n} to 0, before the first; drawn is the path, the truth a parabola")
+    text = f"frames {1 - n} to 0, before the first; drawn is the path, the truth a parabola"
+    return Answer(figure, f"Paths from {n} frames before the first one on", text)
 
 
 def draw_what_if(scene: Scene) -> Answer:
@@ -169,7 +174,7 @@ def draw_what_if(scene: Scene) -> Answer:
         n_objects=scene.data.n_objects[row].repeat(n), size=scene.size, columns=2,
         titles=[f"{name} from frame {frame + 1} on" for name in changes],
     )  # fmt: skip
-    return Answer(figure)
+    return Answer(figure, f"What if? In black {scene.titles(row)[0]}, as it was")
 
 
 def draw_evidence(scene: Scene) -> Answer:
@@ -183,7 +188,8 @@ def draw_evidence(scene: Scene) -> Answer:
         f"{float(found.log_evidence.mean()) / T:.2f} nats per frame; "
         f"effective samples {float(found.effective_samples.mean()):.1f}"
     )
-    return Answer(plots.plot_evidence(one, found.log_evidence, found.effective_samples, scene.data.n_objects, T), text)
+    figure = plots.plot_evidence(one, found.log_evidence, found.effective_samples, scene.data.n_objects, T)
+    return Answer(figure, f"log p(v) from {scene.n_samples} weighed samples, and its bound", text)
 
 
 def draw_count(scene: Scene) -> Answer:
@@ -197,7 +203,8 @@ def draw_count(scene: Scene) -> Answer:
     by_n = {n: right[scene.data.n_objects == n] for n in sorted(set(scene.data.n_objects.tolist()))}
     numbers = {"right": {str(n): {"right": int(x.sum()), "of": len(x)} for n, x in by_n.items()}}
     figure = plots.plot_counts(scene.data.n_objects, found.n_objects.cpu(), found.log_evidence.cpu())
-    return Answer(figure, f"right in {int(right.sum())} of {len(right)} sequences", numbers)
+    text = f"right in {int(right.sum())} of {len(right)} sequences"
+    return Answer(figure, f"The number of objects, {text}", text, numbers)
 
 
 def draw_stream(scene: Scene) -> Answer:
@@ -219,7 +226,8 @@ def draw_stream(scene: Scene) -> Answer:
     mean, cov = torch.stack([x.mean for x in ahead], 2), torch.stack([x.cov for x in ahead], 2)
     mean[:, :, :2] = torch.nan
     figure = scene.picture(Gaussians(mean, cov), torch.zeros(mean.shape[:-1], dtype=torch.bool))
-    return Answer(figure, f"{text}each position is forecast from the frames before it; drawn from frame 3 on")
+    text += "each position is forecast from the frames before it; drawn from frame 3 on"
+    return Answer(figure, "Each position, forecast from the frames before it", text)
 
 
 def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> Answer:
@@ -233,7 +241,7 @@ def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> 
     if validation is None:
         shares = {kind: 100 * float(coverage(x, (0.5,)).shares) for kind, x in found.items()}
         text = "\n".join(f"{kind}: the 50 % regions hold {share:.0f} %" for kind, share in shares.items())
-        return Answer(plots.plot_reliability(_curves(found)), text)
+        return Answer(plots.plot_reliability(_curves(found)), CALIBRATION, text)
     factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples, progress=scene.shows_progress)
     text = f"factors: {factors.position_noise:.2f} on Sigma_A, {factors.measurement_noise:.2f} on R\n"
     mended = mahalanobis_distances(*corrected(scene.model, scene.guide, factors), scene.data, n_samples=n_samples)
@@ -250,7 +258,7 @@ def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> 
     levels = " / ".join(f"{100 * level:.0f}" for level in LEVELS)
     text += markdown(["prediction", "N", f"coverage of {levels} %", "identities held"], rows)
     numbers = {"factors": factors._asdict(), "levels": LEVELS, "coverage": numbers}
-    return Answer(plots.plot_reliability(_curves(found)), text, numbers)
+    return Answer(plots.plot_reliability(_curves(found)), CALIBRATION, text, numbers)
 
 
 def _curves(found: dict[str, Distances]) -> dict[str, tuple[Tensor, Tensor]]:

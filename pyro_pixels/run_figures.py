@@ -112,6 +112,10 @@ class RunView:
         values = sorted(set(self.data.n_objects.tolist()), reverse=True)
         return torch.cat([(self.data.n_objects == n).nonzero().squeeze(1)[:per_n] for n in values])
 
+    def titles(self, rows: Tensor) -> list[str]:
+        """What stands above each of the sequences ``rows``: which one it is, counted from 0, and its N."""
+        return [f"sequence {b}, N = {n}" for b, n in zip(rows.tolist(), self.data.n_objects[rows].tolist())]
+
     def truth_and_inferred(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
         """True positions of the sequences, None where they are not known, and inferred ones."""
         truth = None if self.order is None or self.data.positions is None else self.data.positions[rows]
@@ -121,7 +125,8 @@ class RunView:
 def draw_sequences(data: ImageSequences, path: Path) -> Path:
     """Six sequences, each overlaid in time, like Fig 1."""
     titles = [f"N = {n}" for n in data.n_objects[:6].tolist()]
-    plots.save_figure(plots.plot_sequences(data.images[:6], columns=3, titles=titles), path)
+    figure = plots.plot_sequences(data.images[:6], columns=3, titles=titles)
+    plots.save_figure(figure, path, "Sequences, later frames lighter")
     return path
 
 
@@ -136,10 +141,16 @@ def draw_inference(view: RunView, out: Path) -> list[Path]:
         if view.size is None:
             figure = plots.plot_inference_means({"inferred, latent units": mean})
         else:
-            figure = plots.plot_trajectories(None, mean, n_objects=n_objects, size=view.size, columns=3)
+            figure = plots.plot_trajectories(
+                None, mean, n_objects=n_objects, size=view.size, columns=3, titles=view.titles(rows)
+            )
+    elif view.size is None:
+        figure = plots.plot_positions(truth, mean, n_objects=n_objects)
     else:
-        figure = plots.plot_positions(truth, mean, n_objects=n_objects, size=view.size)
-    plots.save_figure(figure, path)
+        figure = plots.plot_trajectories(
+            truth, mean, n_objects=n_objects, size=view.size, columns=3, titles=view.titles(rows)
+        )
+    plots.save_figure(figure, path, "Inferred positions")
     return [path]
 
 
@@ -149,15 +160,16 @@ def draw_generation(view: RunView, prediction: Prediction, out: Path) -> list[Pa
     truth, drawn = view.data.images, prediction.images.cpu()
     T = min(truth.shape[1], drawn.shape[1])
     images, trajectories = out / "generated_images.png", out / "generated_trajectories.png"
-    plots.save_figure(plots.plot_generated_images(drawn[rows, tau:T], truth[rows, tau:T], rows=2), images)
+    figure = plots.plot_generated_images(drawn[rows, tau:T], truth[rows, tau:T], rows=2)
+    plots.save_figure(figure, images, f"Frames {tau + 1} to {T}, generated and true, later ones lighter")
     generated = view.tracks(prediction.mean[:, :, :T])
     generated[:, :, : tau - 1] = torch.nan
     true, inferred = view.truth_and_inferred(rows)
     figure = plots.plot_trajectories(
         None if true is None else true[:, :, :T], inferred[:, :, :T], generated[rows],
-        n_objects=view.data.n_objects[rows], size=view.size, columns=3,
+        n_objects=view.data.n_objects[rows], size=view.size, columns=3, titles=view.titles(rows),
     )  # fmt: skip
-    plots.save_figure(figure, trajectories)
+    plots.save_figure(figure, trajectories, f"Generated from the first {tau} frames on")
     return [images, trajectories, draw_forecast(view, prediction, out / "generation.gif")]
 
 
@@ -185,9 +197,9 @@ def draw_interpolation(view: RunView, generated: Prediction, interpolated: Predi
     red[:, :, : view.n_seen - 1] = torch.nan
     figure = plots.plot_trajectories(
         *view.truth_and_inferred(rows), red[rows], cyan[rows],
-        n_objects=view.data.n_objects[rows], size=view.size, images=images, columns=3,
+        n_objects=view.data.n_objects[rows], size=view.size, images=images, columns=3, titles=view.titles(rows),
     )  # fmt: skip
-    plots.save_figure(figure, path)
+    plots.save_figure(figure, path, f"Generated from the first {view.n_seen} frames, interpolated from both ends")
     return [path]
 
 
@@ -214,7 +226,8 @@ def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Pred
         floor = metrics.floor_predictions(data.dynamics, truth, seen)
         floors[name] = metrics.errors(floor, truth, n_objects).nanmean((0, 1))
         floors[name][seen] = torch.nan
-    plots.save_figure(plots.plot_error_over_time(errors, floors=floors, seen=ends), path)
+    figure = plots.plot_error_over_time(errors, floors=floors, seen=ends)
+    plots.save_figure(figure, path, f"Mean error over {len(truth)} sequences")
     return [path]
 
 
@@ -258,12 +271,12 @@ def draw_stages(snapshots: Path, path: Path) -> list[Path]:
         return []
     steps = sorted(means)
     stages = {f"step {s:,}": means[s] for s in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))}
-    plots.save_figure(plots.plot_inference_means(stages), path)
+    plots.save_figure(plots.plot_inference_means(stages), path, "Inferred means while training")
     return [path]
 
 
 def draw_training(folder: Path) -> list[Path]:
     """Writes training.png and inference_means.png from the metrics and the snapshots in a run's folder."""
     path = folder / "training.png"
-    plots.save_figure(plots.plot_training(read_lines(folder)), path)
+    plots.save_figure(plots.plot_training(read_lines(folder)), path, "The bound while training")
     return [path, *draw_stages(folder / "snapshots.npz", folder / "inference_means.png")]

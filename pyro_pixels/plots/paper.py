@@ -8,6 +8,7 @@ Departures from the paper: the truth that Fig 3 repeats in red behind the inferr
 for generated positions everywhere; Fig 9 shows the true images once, between the generated and interpolated ones.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pyro_pixels._files import atomic_write
 from pyro_pixels.plots.style import (
+    FONT,
     INFERRED,
     OBJECTS,
     QUIET,
     SEEN,
+    START,
     TEXT,
     TRUTH,
     Data,
@@ -88,7 +91,7 @@ def plot_positions(
         draw_tracks(right, tracks["inferred"][b], INFERRED, start=True)
         plane(left, size)
         plane(right, size, latent=size is None)
-    return add_legend(figure, tracks)
+    return add_legend(figure, tracks, [START])
 
 
 def plot_start(h: Data, a: Data) -> Figure:
@@ -139,12 +142,12 @@ def plot_generated_images(generated: Data | Named, truth: Data, *, rows: int = 1
 def plot_trajectories(
     truth: Data | None, inferred: Data | None = None, generated: Data | None = None, interpolated: Data | None = None,
     *, n_objects: Data | None = None, size: tuple[int, int] | None = None, bands: Named | None = None,
-    images: Named | None = None, columns: int = 4,
+    images: Named | None = None, columns: int = 4, titles: Sequence[str] = (),
 ) -> Figure:  # fmt: skip
     """Draws the trajectories (B, N, T, 2) of each sequence in pixels (Fig 8), and images below (Figs 9, 12 and 13).
 
     Args:
-        truth: drawn in black; frames with NaN are left out, here and below.
+        truth: drawn in black, thin and above the others; frames with NaN are left out, here and below.
         inferred: drawn in blue.
         generated: drawn in red.
         interpolated: drawn in cyan.
@@ -153,6 +156,7 @@ def plot_trajectories(
         bands: some of the four names -> standard deviations (B, N, T, 2), shown as ellipses of twice their size.
         images: name -> (B, T, H, W), shown side by side, overlaid in time.
         columns: the number of sequences in a row.
+        titles: one per sequence.
     """
     given = {"truth": truth, "inferred": inferred, "generated": generated, "interpolated": interpolated}
     tracks = read_tracks({name: x for name, x in given.items() if x is not None}, n_objects)
@@ -165,11 +169,14 @@ def plot_trajectories(
     for b, (ax, *below) in enumerate(cells):
         for name, x in tracks.items():
             first, sd = name == next(iter(tracks)), sds[name][b] if name in sds else None
-            draw_tracks(ax, x[b], colour_of(name), start=first, sd=sd, linewidth=0.8 if name == "truth" else 1.4)
+            style = {"linewidth": 0.7, "zorder": 2.5} if name == "truth" else {"linewidth": 1.8}
+            draw_tracks(ax, x[b], colour_of(name), start=first, sd=sd, **style)
         plane(ax, size)
+        if len(titles):
+            ax.set_title(titles[b], **TEXT)
         for picture_ax in below:
             _show(picture_ax, [x[b] for x in shown.values()], [*shown])
-    return add_legend(figure, tracks)
+    return add_legend(figure, tracks, [START])
 
 
 def plot_error_over_time(errors: Named, *, floors: Named | None = None, seen: Data | slice | None = None) -> Figure:
@@ -289,10 +296,19 @@ def gif(
         pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], duration=durations, loop=0)
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure in the format of the path's suffix, PNG without one, replacing an older file atomically."""
+def save_figure(figure: Figure, path: str | Path, title: str = "") -> None:
+    """Writes a figure in the format of the path's suffix, PNG without one, replacing an older file atomically.
+
+    Args:
+        figure: as the functions here return it.
+        path: of the file.
+        title: written above it, in several lines where it is longer than the figure is wide.
+    """
+    if title:
+        letters = max(20, int(figure.get_figwidth() * 72 / (0.55 * (FONT + 1))))
+        figure.suptitle("\n".join(textwrap.wrap(title, letters)), fontsize=FONT + 1, color=TRUTH)
     layout, box = figure.get_layout_engine(), "tight"
-    if layout is not None and not figure.texts:  # its margins are right then, and one drawing is enough
+    if layout is not None and len(figure.texts) == bool(title):  # its margins are right then, and one drawing is enough
         layout.execute(figure)
         figure.set_layout_engine("none")
         box = None

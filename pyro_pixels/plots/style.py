@@ -25,6 +25,7 @@ SEEN, QUIET = "#f2a93b", "#a6a6a6"  # observed frames; background elements
 FONT = 8.0  # points
 _ROLES = {"truth": TRUTH, "infer": INFERRED, "generat": GENERATED, "interpolat": INTERPOLATED}
 TEXT: dict[str, Any] = {"fontsize": FONT, "color": TRUTH}
+LABEL: dict[str, Any] = {"fontsize": FONT - 1.5, "color": "#777777", "labelpad": 1}  # of the axes of positions
 CIRCLE = np.stack([f(np.linspace(0, 2 * np.pi, 40)) for f in (np.cos, np.sin)], -1)
 
 
@@ -116,6 +117,10 @@ def plane(ax: Axes, size: tuple[int, int] | None = None, *, latent: bool = False
         ax.locator_params(nbins=4)
         ax.yaxis.set_inverted(not latent)
     style_axes(ax)
+    unit, place = ("latent units" if latent else "pixels"), ax.get_subplotspec()
+    ax.set_xlabel(f"x, {unit}", **LABEL)
+    if place is None or place.is_first_col():
+        ax.set_ylabel(f"y, {unit}", **LABEL)
 
 
 def style_axes(ax: Axes, x: str = "", y: str = "") -> None:
@@ -130,6 +135,9 @@ def style_axes(ax: Axes, x: str = "", y: str = "") -> None:
 def colour_of(name: str, i: int = 0) -> str:
     """Returns the colour of the role that ``name`` begins with, such as "generated", else that of object ``i``."""
     return next((c for stem, c in _ROLES.items() if name.lower().startswith(stem)), OBJECTS[i % len(OBJECTS)])
+
+
+START = Line2D([], [], ls="", marker="o", ms=4.5, mfc="white", mec=TRUTH, mew=0.9, label="start")
 
 
 def add_legend(figure: Figure, names: Iterable[str], extra: Iterable[Any] = ()) -> Figure:
