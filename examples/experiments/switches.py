@@ -1,23 +1,29 @@
-"""Where a guide loses names: switch rates by what happens in a sequence, as inferred and with names put right by p(a).
+"""Where a guide loses names: switch rates by what happens in a sequence, as inferred, untangled, and refined.
 
 A network that sorts objects by height switches them where the order of heights changes, wherever they are; one that
-loses them in a meeting switches them where they meet. True positions are needed.
+loses them in a meeting switches them where they meet. True positions are needed. A picture shows some sequences that
+`untangle` leaves switched.
 """
 
 from examples._common import QueryArguments, open_run, say_where, start, write_json
 
+import itertools
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_pixels._options import Sequences, result_file
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
-from pyro_pixels.guides.untangling import untangle
+from pyro_pixels.guides.refining import refine
+from pyro_pixels.guides.untangling import can_be_untangled, untangle
+from pyro_pixels.plots.paper import save_figure
+from pyro_pixels.plots.style import START, TEXT, TRUTH, add_legend, colour_of, draw_tracks, grid, plane
 from pyro_pixels.queries.predict import infer
 from pyro_pixels.result_tables import markdown
 from pyro_pixels.runs import Run
@@ -31,7 +37,7 @@ class Arguments(QueryArguments):
     n_sequences: Sequences = 900
     """How many sequences to ask about."""
     json: Path | None = field(default=None)
-    """Where the numbers go. By default switches.json in the run's folder."""
+    """Where the numbers go, the picture beside it. By default switches.json in the run's folder."""
 
 
 def order_changes(positions: Tensor, n: int) -> Tensor:
@@ -46,11 +52,22 @@ def closest(positions: Tensor, n: int) -> Tensor:
     return torch.stack(pairs).amin(0)
 
 
+def matched(in_pixels: Tensor, data: ImageSequences) -> Tensor:
+    """Tracks (B, N, T, 2) in the order of the true ones."""
+    assert data.positions is not None
+    return metrics.reorder(in_pixels, metrics.assign(in_pixels, data.positions, data.n_objects))
+
+
+def switches(in_pixels: Tensor, data: ImageSequences) -> Tensor:
+    """(B,) bool: whether two objects of tracks (B, N, T, 2) are exchanged between the first and the last frames."""
+    assert data.positions is not None
+    return metrics.switches(matched(in_pixels, data), data.positions, data.n_objects)
+
+
 def switched_by(in_pixels: Tensor, data: ImageSequences) -> dict[str, Any]:
     """Switch rates of tracks (B, N, T, 2) by N, by change of order, and by closest approach."""
     assert data.positions is not None
-    matched = metrics.reorder(in_pixels, metrics.assign(in_pixels, data.positions, data.n_objects))
-    switched = metrics.switches(matched, data.positions, data.n_objects)
+    switched = switches(in_pixels, data)
     found: dict[str, Any] = {}
     for n in (int(n) for n in data.n_objects.unique() if n > 1):
         chosen = data.n_objects == n
@@ -71,13 +88,33 @@ def switched_by(in_pixels: Tensor, data: ImageSequences) -> dict[str, Any]:
     return found
 
 
-def measure(run: Run, data: ImageSequences, device: torch.device) -> dict[str, Any]:
-    n_objects = data.n_objects.to(device)
-    a = infer(run.guide, data.images.to(device), n_objects).mean
-    renamed = untangle(run.model.dynamics, a, n_objects).a
+def tracks_of(run: Run, data: ImageSequences, device: torch.device) -> dict[str, Tensor]:
+    """Tracks (B, N, T, 2) in pixels: as inferred, untangled, and, where the guide's frames are independent, refined."""
+    images, n_objects = data.images.to(device), data.n_objects.to(device)
+    a = infer(run.guide, images, n_objects).mean
+    found = {"inferred": a, "untangled": untangle(run.model.dynamics, a, n_objects).a}
+    if can_be_untangled(run.guide.q(images[:1], n_objects[:1])):
+        found["refined"] = refine(run.model, a, n_objects, images).a
     assert data.positions is not None
     affine = metrics.fit_affine(a.cpu(), data.positions, data.n_objects)
-    return {"inferred": switched_by(affine(a.cpu()), data), "untangled": switched_by(affine(renamed.cpu()), data)}
+    return {name: affine(x.cpu()) for name, x in found.items()}
+
+
+def draw(tracks: dict[str, Tensor], data: ImageSequences) -> Figure:
+    """Sequences of the largest N that stay switched when untangled (any, if there are none), each way in a column."""
+    most = data.n_objects == data.n_objects.max()
+    left = most & switches(tracks["untangled"], data)
+    rows = (left if bool(left.any()) else most).nonzero().squeeze(1)[:3].tolist()
+    figure, cells = grid(len(tracks) * len(rows), len(tracks), 2.4, [2.4 * data.images.shape[2] / data.images.shape[3]])
+    assert data.positions is not None
+    for i, ((ax,), (b, name)) in enumerate(zip(cells, itertools.product(rows, tracks))):
+        N = int(data.n_objects[b])
+        for n, track in enumerate(matched(tracks[name][b : b + 1], data[b : b + 1])[0, :N].numpy()):
+            draw_tracks(ax, track[None], colour_of("", n), linewidth=1.8, start=True)
+        draw_tracks(ax, data.positions[b, :N].numpy(), TRUTH, linewidth=0.7, zorder=2.5)
+        plane(ax, (data.images.shape[2], data.images.shape[3]))
+        ax.set_title(f"sequence {b}, {name}" if i % len(tracks) == 0 else name, **TEXT)
+    return add_legend(figure, ["truth"], [START])
 
 
 def main(args: Arguments) -> None:
@@ -85,15 +122,17 @@ def main(args: Arguments) -> None:
     run, data, device = open_run(args, as_trained=True)
     if data.positions is None or not bool((data.n_objects > 1).any()):
         raise ValueError("there is no sequence with several objects and known positions; give such --data, or none")
-    found = measure(run, data, device)
+    tracks = tracks_of(run, data, device)
+    found = {which: switched_by(x, data) for which, x in tracks.items()}
     rows = []
     for n, groups in found["inferred"].items():
         for name, group in groups.items():
-            rates = [found[which][n][name]["rate"] for which in ("inferred", "untangled")]
+            rates = [found[which][n][name]["rate"] for which in found]
             rows.append([n, name, str(group["n"]), *("-" if rate is None else f"{100 * rate:.1f}" for rate in rates)])
-    print(markdown(["N", "sequences where", "how many", "switched, %", "untangled, %"], rows))
+    print(markdown(["N", "sequences where", "how many", *(f"{which}: switched, %" for which in found)], rows))
     write_json(out, {"seed": args.seed, "n_sequences": len(data), **found})
-    say_where([out])
+    save_figure(draw(tracks, data), out.with_suffix(".png"))
+    say_where([out, out.with_suffix(".png")])
 
 
 if __name__ == "__main__":
