@@ -1,6 +1,7 @@
 """Regenerates the paper's figures and tables, and what goes beyond them, into docs/reproduction.md.
 
-Figures 3, 5(a), 5(b), 6, 8, 9 and 10 to 13 go to docs/figures/paper; every part leaves its numbers as JSON in
+Figures 3, 5(a), 5(b), 6, 8, 9 and 10 to 13 go to docs/figures/paper, those of the paper's own network to
+docs/figures/paper_network; every part leaves its numbers as JSON in
 docs/results, and is skipped when they are there already: delete a file, or give --again, to do a part anew. The text
 of docs/reproduction.md is kept; only what stands between its markers <!-- begin PART --> and <!-- end PART --> is
 replaced.
@@ -93,6 +94,14 @@ class Reproduction:
         draw_worst(RunView(run, many, self.device), self.figures / "fig5b.png")
         return self._measure(self.run, self.test())
 
+    def network(self) -> dict[str, Any]:
+        """The weights of the paper's own network that come with the package, on their world; its figures."""
+        run, folder = load_pretrained("recurrent", self.device), self.figures.parent / "paper_network"
+        draw_model_figures(RunView(run, simulate(run.config.data, 60, seed=SHOWN_SEED), self.device), folder)
+        many = simulate(run.config.data, 300, seed=SHOWN_SEED)
+        draw_worst(RunView(run, many, self.device), folder / "fig5b.png")
+        return self._measure(run, simulate(run.config.data, self.args.n_test, seed=self.args.seed))
+
     def longer(self) -> dict[str, Any]:
         """The packaged weights that learned for longer, on sequences of their own world, and what they draw."""
         runs = [load_pretrained(name, self.device) for name in ("quick", "long")]
@@ -183,6 +192,7 @@ def main(args: Arguments) -> None:
     for part, measure, describe in (
         ("model", work.model, lambda: model_text(found["model"])),
         ("baselines", work.baselines, lambda: baselines_text(found["baselines"], found.get("model"))),
+        ("network", work.network, lambda: model_text(found["network"])),
         ("longer", work.longer, lambda: model_text(found["longer"])),
         ("generalisation", work.generalisation, lambda: generalisation_text(found["generalisation"])),
         ("sweeps", work.sweeps, lambda: sweeps_text(found["sweeps"])),
