@@ -1,7 +1,7 @@
 """One picture for each question that a trained model answers (docs/gallery.md).
 
-The weights that come with the package are asked unless --no-pretrained is given. Pictures go to the folder `gallery` in
-the folder of the run, or in runs/pretrained.
+The weights that come with the package are asked unless a --run is named, or --no-pretrained given. Pictures go to the
+folder `gallery` in the folder of the run, or in runs/pretrained.
 """
 
 from _common import QueryArguments, new_folder, open_run, progress, say_where, start
@@ -36,7 +36,8 @@ CLOSER = {"positions", "velocities", "fan", "missing", "hidden", "stream"}  # ba
 @dataclass
 class Arguments(QueryArguments):
     pretrained: bool = True
-    """Ask the weights that come with the package; with --no-pretrained ask the run in --run."""
+    """Ask the weights that come with the package; with --no-pretrained, or another --run than the default,
+    ask the run."""
     docs: bool = False
     """Draw the pictures of the documentation anew, in docs/figures/gallery."""
     seed: Seed = 26
@@ -133,6 +134,7 @@ assert OWN.keys() | QUESTIONS.keys() | {"forecast"} == set(get_args(Picture))
 
 @torch.no_grad()
 def main(args: Arguments) -> None:
+    args.pretrained = args.pretrained and args.run == QueryArguments.run
     if args.docs and args.out is not None:
         raise ValueError(f"--docs and --out {args.out} contradict each other; leave one of them out")
     out = new_folder(Path("docs/figures/gallery") if args.docs else args.out or args.home / "gallery")

@@ -138,8 +138,9 @@ def draw_retrodict(scene: Scene) -> Answer:
     found = Gaussians(*(torch.cat(x, 2) for x in zip(*each)))
     truth = scene.data.paths
     if truth is not None:
-        for _ in range(n):  # a parabola has no third differences
-            truth = torch.cat([3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3], truth], 2)
+        for _ in range(n):  # a parabola has no third differences; two points are on many
+            before = 3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3]
+            truth = torch.cat([before if before.shape[2] else torch.full_like(truth[:, :, :1], torch.nan), truth], 2)
     figure = scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
     text = f"frames {1 - n} to 0, before the first; drawn is the path, the truth a parabola"
     return Answer(figure, f"Paths from {n} frames before the first one on", text)

@@ -353,7 +353,7 @@ def test_questions_without_a_truth(own_file, tmp_path):
         done = script("ask", "--question", question, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     pictures = ("positions", "velocities", "starts", "fan", "missing")
-    done = script("gallery", "--no-pretrained", *options, "--out", "g", "--pictures", *pictures, cwd=tmp_path)
+    done = script("gallery", *options, "--out", "g", "--pictures", *pictures, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = script("ask", "--question", "calibration", *options, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("error: ")) == (2, 1)

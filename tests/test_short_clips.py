@@ -1,5 +1,7 @@
 """Sequences shorter than twice the frames that are usually seen: every default command works on them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -74,3 +76,12 @@ def test_too_many_frames_are_refused_by_the_name_of_the_option(clips, tmp_path, 
     with pytest.raises(ValueError, match=name.replace("9 ", f"{clips[1]} ").replace("9,", f"{clips[1]},")) as error:
         run(script, clips, tmp_path, n_seen=clips[1])
     assert "\n" not in str(error.value)
+
+
+def test_two_frames_are_on_many_parabolas(tmp_path):
+    """The true path before them is not known; what was inferred is drawn alone."""
+    data = simulate(replace(load_pretrained().config.data, n_frames=2), 6, seed=2)
+    path = tmp_path / "two.npz"
+    save_sequences(path, data)
+    run(ask, (path, 2), tmp_path, question="retrodict", n_samples=2)
+    assert (tmp_path / "retrodict.png").exists()
