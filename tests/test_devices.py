@@ -9,6 +9,7 @@ from pyro_pixels.evaluation.calibration import corrected, fit_correction, mahala
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.mean_field import fit_mean_field
 from pyro_pixels.evaluation.table import evaluate
+from pyro_pixels.guides import RefinedGuide, resample_labels
 from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.queries.inference_data import to_inference_data
@@ -50,6 +51,17 @@ def test_futures_and_gaps_are_filled(world):
     assert on_device(averaged(run.model, future, n_objects).mean)
     observed = torch.arange(11, device=images.device) % 3 != 1
     assert on_device(interpolate(run.model, run.guide, images, n_objects, observed, n_samples=3).mean)
+
+
+def test_names_are_put_right_and_tracks_refined(world):
+    run, _, images, n_objects = world
+    if run.config.guide == "structured":
+        pytest.skip("its frames cannot be exchanged")
+    images, n_objects = images[1:3], n_objects[1:3]
+    a = infer(run.guide, images, n_objects).mean
+    assert on_device(resample_labels(run.model, a, n_objects, images, n_moves=2).a)
+    guide, observed = RefinedGuide(run.guide, run.model, n_steps=1), torch.arange(11, device=images.device) % 3 != 1
+    assert on_device(guide.q_observed(images, n_objects, observed).mean)
 
 
 def test_states(world):
