@@ -239,7 +239,7 @@ def test_a_run_becomes_pretrained_weights_and_a_page(trained, tmp_path):
     }.items():
         if name == "reproduce_paper":
             (tmp_path / "docs").mkdir()
-            parts = ("model", "baselines", "longer", "generalisation", "sweeps")
+            parts = ("model", "baselines", "network", "longer", "generalisation", "sweeps")
             page = "\n".join(f"<!-- begin {part} -->\nnothing yet\n<!-- end {part} -->\nkept" for part in parts)
             (tmp_path / "docs" / "reproduction.md").write_text(page)
         done = script(name, *arguments, cwd=trained)
