@@ -248,11 +248,12 @@ def test_a_run_becomes_pretrained_weights_and_a_page(trained, tmp_path):
     assert about["step"] == 6
     assert "metrics" in about
     page = (tmp_path / "docs/reproduction.md").read_text()
-    assert page.count("kept") == 5
+    assert page.count("kept") == 6
     assert page.count("nothing yet") == 1  # there are no sweeps
     assert "| 3 |" in page
     figures = {path.stem for path in (tmp_path / "docs/figures/paper").glob("*.png")}
     assert figures >= {"fig3", "fig5a", "fig5b", "fig6", "fig8", "fig9", "fig10_last", "fig12", "fig13", "longer"}
+    assert (tmp_path / "docs/figures/paper_network/fig13.png").exists()
     done = script("reproduce_paper", "--docs", tmp_path / "nowhere", cwd=trained)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
