@@ -287,6 +287,7 @@ def test_objects_are_renamed_where_asked_and_can_be(tmp_path):
         assert f"{option} is for guides that are independent" in done.stderr
 
 
+@pytest.mark.slow
 def test_what_is_refined_is_better(tmp_path):
     options = ("--pretrained", "--weights", "recurrent", "--n-sequences", 6, "--refine", "--out", "metrics.json")
     done = script("evaluate", *options, cwd=tmp_path)
