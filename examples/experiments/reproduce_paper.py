@@ -90,7 +90,7 @@ class Reproduction:
         if self.args.run is not None:
             draw_stages(self.args.run / "snapshots.npz", self.figures / "fig5a.png")
         run = self.run if self.args.recurrent is None else read_run(self.args.recurrent, self.device)
-        many = simulate(run.config.data, 300, seed=SHOWN_SEED)
+        many = simulate(run.config.data, min(300, self.args.n_test), seed=SHOWN_SEED)
         draw_worst(RunView(run, many, self.device), self.figures / "fig5b.png")
         return self._measure(self.run, self.test())
 
@@ -98,7 +98,7 @@ class Reproduction:
         """The weights of the paper's own network that come with the package, on their world; its figures."""
         run, folder = load_pretrained("recurrent", self.device), self.figures.parent / "paper_network"
         draw_model_figures(RunView(run, simulate(run.config.data, 60, seed=SHOWN_SEED), self.device), folder)
-        many = simulate(run.config.data, 300, seed=SHOWN_SEED)
+        many = simulate(run.config.data, min(300, self.args.n_test), seed=SHOWN_SEED)
         draw_worst(RunView(run, many, self.device), folder / "fig5b.png")
         return self._measure(run, simulate(run.config.data, self.args.n_test, seed=self.args.seed))
 
