@@ -3,7 +3,7 @@
 --out is the JSON to write, figures go beside it; default: metrics.json in the run's folder.
 """
 
-from _common import QueryArguments, better_named, new_folder, open_run, say_where, start, write_json
+from _common import QueryArguments, improved, new_folder, open_run, say_where, start, write_json
 
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +41,7 @@ def main(args: Arguments) -> None:
     new_folder(out.parent)
     run, data, device = open_run(args, trained_on_too=args.trained_on_too, as_trained=True)
     if args.refine:
-        better_named(run, untangle=False, refine=True)  # or say that it cannot be
+        improved(run, untangle=False, refine=True)  # or say that it cannot be
     T = data.images.shape[1]
     n_seen = seen_by_default(T) if args.n_seen is None else check_n_seen(args.n_seen, T, "--n-seen")
     n_futures = N_FUTURES if data.positions is None else 0

@@ -230,5 +230,5 @@ def test_what_cannot_be_refined_is_refused(small_data):
         refine(model, a, n_objects, images[:, :5])
     with pytest.raises(ValueError, match=r"tracks have shape .*; wanted \(B, N, T, 2\)"):
         refine(model, a[0], n_objects, images)
-    with pytest.raises(ValueError, match="n_steps is 0; wanted at least 1"):
+    with pytest.raises(ValueError, match="n_steps is 0; wanted a whole number"):
         refine(model, a, n_objects, images, n_steps=0)

@@ -1,10 +1,9 @@
 """Regenerates the paper's figures and tables, and what goes beyond them, into docs/reproduction.md.
 
 Figures 3, 5(a), 5(b), 6, 8, 9 and 10 to 13 go to docs/figures/paper, those of the paper's own network to
-docs/figures/paper_network; every part leaves its numbers as JSON in
-docs/results, and is skipped when they are there already: delete a file, or give --again, to do a part anew. The text
-of docs/reproduction.md is kept; only what stands between its markers <!-- begin PART --> and <!-- end PART --> is
-replaced.
+docs/figures/paper_network; every part leaves its numbers as JSON in docs/results, and is skipped when they are there
+already: delete a file, or give --again, to do a part anew. The text of docs/reproduction.md is kept; only what stands
+between its markers <!-- begin PART --> and <!-- end PART --> is replaced.
 """
 
 from examples._common import device_of, new_folder, read_json, read_run, say_where, start, write_json

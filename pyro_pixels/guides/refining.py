@@ -31,9 +31,19 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_pixels._batch import object_mask
+from pyro_pixels._checks import check_number
 from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
-from pyro_pixels.guides.untangling import ImageModel, check_tracks, means_and_scales, renamed, untangle
+from pyro_pixels.guides.untangling import (
+    ImageModel,
+    check_tracks,
+    exchanged,
+    means_and_scales,
+    own_names,
+    pairs_of,
+    renamed,
+    untangle,
+)
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.marginal import marginal_moments
 
@@ -134,16 +144,15 @@ def refine(model: ImageModel, a: Tensor, n_objects: Tensor, images: Tensor, *, n
         n_steps: of the ascent, and 60 % of them again after names are exchanged. Time is proportional to it.
 
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ValueError: if the shapes do not fit each other, or ``n_steps`` is not a whole number above 0.
     """
     B, _, T = check_tracks(a, n_objects)
     if images.dim() != 4 or images.shape[:2] != (B, T):
         raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, H, W) with B, T = {B}, {T}")
-    if n_steps < 1:
-        raise ValueError(f"n_steps is {n_steps}; wanted at least 1")
+    n_steps = check_number("n_steps", n_steps, 1)
     result = Refined(
         a.clone(),
-        torch.arange(a.shape[1], device=a.device).view(1, -1, 1).repeat(B, 1, T),
+        own_names(a),
         torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device),
     )
     for n in n_objects.unique().tolist():
@@ -156,9 +165,8 @@ def refine(model: ImageModel, a: Tensor, n_objects: Tensor, images: Tensor, *, n
 
 
 def _refine(joint: _Joint, a: Tensor, n_steps: int) -> Refined:
-    labels = torch.arange(a.shape[1], device=a.device).view(1, -1, 1).repeat(len(a), 1, a.shape[2])
     at_first = joint(a)
-    best, best_labels, value = a, labels, at_first
+    best, best_labels, value = a, own_names(a), at_first
 
     def try_from(start: Tensor, labels: Tensor, n_steps: int, lowest: float) -> None:
         nonlocal best, best_labels, value
@@ -172,23 +180,19 @@ def _refine(joint: _Joint, a: Tensor, n_steps: int) -> Refined:
     start = untangle(joint.model.dynamics, a, joint.n_objects)
     try_from(start.a, start.labels, n_steps, LOWEST)
     if a.shape[1] > 1 and a.shape[2] > 1:
-        exchanged = exchange_where_closest(best)
-        try_from(renamed(best, exchanged), renamed(best_labels, exchanged), ceil(SHARE_AFTER * n_steps), LOWEST_AFTER)
+        other = exchange_where_closest(best)
+        try_from(renamed(best, other), renamed(best_labels, other), ceil(SHARE_AFTER * n_steps), LOWEST_AFTER)
     return Refined(best, best_labels, value - at_first)
 
 
 def exchange_where_closest(a: Tensor) -> Tensor:
     """Labels (B, N, T) that exchange the two objects of (B, N, T, 2), N > 1, that come closest, from that frame on."""
-    B, N, T = a.shape[:3]
-    i, j = torch.triu_indices(N, N, 1, device=a.device).unbind(0)
+    N, T = a.shape[1:3]
+    i, j = pairs_of(N, a.device)
     closest = (a[:, i] - a[:, j]).norm(dim=-1).flatten(1).argmin(1)  # over pairs and frames
     pair, frame = closest // T, closest % T
     after = torch.arange(T, device=a.device) >= frame[:, None]
-    rows = torch.arange(B, device=a.device)
-    labels = torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
-    labels[rows, i[pair]] = torch.where(after, j[pair, None], i[pair, None])
-    labels[rows, j[pair]] = torch.where(after, i[pair, None], j[pair, None])
-    return labels
+    return exchanged(own_names(a), i[pair], j[pair], after)
 
 
 class RefinedGuide(Guide):

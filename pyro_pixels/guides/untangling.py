@@ -97,7 +97,7 @@ class _Moves:
         self.P = cholesky_inverse(L)
         log_pi = dynamics.log_pi.to(C.dtype).log_softmax(-1)
         self.log_weight = log_pi - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (K,)
-        self.i, self.j = _pairs(N, C.device)
+        self.i, self.j = pairs_of(N, C.device)
         starts, ends = torch.arange(T, device=C.device)[:, None], torch.arange(1, T + 1, device=C.device)
         allowed = (starts < ends) & ~((starts == 0) & (ends == T))  # exchanging all frames changes nothing
         if not windows:
@@ -140,17 +140,28 @@ class _Moves:
         """Labels (B, N, T) after each sequence's move, an index into its flattened gains, is made ``where`` (B,)."""
         T = self.T
         pair, window = move // (T * T), move % (T * T)
-        t, rows = torch.arange(T, device=move.device), torch.arange(len(move), device=move.device)
+        t = torch.arange(T, device=move.device)
         inside = (t >= (window // T)[:, None]) & (t <= (window % T)[:, None]) & where[:, None]  # (B, T)
-        i, j = self.i[pair], self.j[pair]
-        x, y = labels[rows, i], labels[rows, j]
-        labels = labels.clone()
-        labels[rows, i], labels[rows, j] = torch.where(inside, y, x), torch.where(inside, x, y)
-        return labels
+        return exchanged(labels, self.i[pair], self.j[pair], inside)
+
+
+def own_names(a: Tensor) -> Tensor:
+    """Labels (B, N, T) under which every object of tracks (B, N, T, 2) keeps its name."""
+    B, N, T = a.shape[:3]
+    return torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
+
+
+def exchanged(labels: Tensor, i: Tensor, j: Tensor, where: Tensor) -> Tensor:
+    """Labels (B, N, T) with objects i and j (B,) exchanged in the frames ``where`` (B, T)."""
+    rows = torch.arange(len(labels), device=labels.device)
+    x, y = labels[rows, i], labels[rows, j]
+    labels = labels.clone()
+    labels[rows, i], labels[rows, j] = torch.where(where, y, x), torch.where(where, x, y)
+    return labels
 
 
 @lru_cache
-def _pairs(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pairs_of(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The first and the second object of each pair; kept, so that a recorded step copies nothing to the device."""
     i, j = torch.tensor(list(itertools.combinations(range(N), 2)), device=device).reshape(-1, 2).unbind(1)
     return i, j
@@ -182,7 +193,7 @@ def untangle(
         ValueError: if the shapes do not fit each other.
     """
     B, N, T = check_tracks(a, n_objects)
-    given, labels = a.nan_to_num(), torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
+    given, labels = a.nan_to_num(), own_names(a)
     gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     if N > 1 and T > 1:
         moves = _Moves(dynamics, n_objects, N, T, windows, slack)
@@ -234,7 +245,7 @@ def resample_labels(
         ValueError: if the shapes do not fit each other.
     """
     B, N, T = check_tracks(a, n_objects)
-    labels = torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
+    labels = own_names(a)
     gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     several = n_objects > 1
     if N < 2 or T < 2:
