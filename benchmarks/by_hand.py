@@ -1,4 +1,4 @@
-"""What each gradient that is written by hand, and the packed products, gain on a whole step: with and without, in turn.
+"""What each gradient that is written by hand gains on a whole step: with and without, in turn.
 
 Without, a step runs through the plain reference that stands beside each, and torch's own gradient.
 """
@@ -10,14 +10,12 @@ from typing import Any
 
 from benchmarks.steps import OurStep, make_step, with_objects
 from benchmarks.timing import Stopwatch
-from pyro_pixels.guides import products, recurrence, structured
-from pyro_pixels.lgssm import distributions, marginal
+from pyro_pixels.guides import recurrence, structured
+from pyro_pixels.lgssm import distributions
 from pyro_pixels.presets import PRESETS
 
 PIECES: dict[str, tuple[Any, str, Any]] = {
     "recur": (recurrence, "_Recurrence", recurrence.recur_reference),
-    "products": (recurrence, "accumulator", products.accumulator_reference),
-    "summed_response": (marginal, "_Response", marginal.summed_response_reference),
     "log_normal": (distributions, "_LogNormal", distributions.log_normal_reference),
     "solve_sum": (structured, "_SolveSum", structured.solve_sum_reference),
 }
@@ -44,16 +42,13 @@ def plain(name: str) -> Iterator[None]:
 
 
 def measure(watch: Stopwatch) -> dict[str, Any]:
-    """Seconds of a step, N = 3, as it is and without each piece: the quick preset's, and the paper's guide at its size.
-
-    Packed products come in with matrices of the paper preset's size, and are measured there.
-    """
+    """Seconds of a step, N = 3, as it is and without each piece: the quick preset's, and the paper's guide's."""
     quick = with_objects(PRESETS["quick"], 3)
     paper = with_objects(replace(PRESETS["paper"], guide="recurrent"), 3)
     found = {}
     for name, config, pieces in (
-        ("structured, quick", quick, ["recur", "summed_response", "log_normal", "solve_sum"]),
-        ("recurrent, paper", paper, ["recur", "products"]),
+        ("structured, quick", quick, ["recur", "log_normal", "solve_sum"]),
+        ("recurrent, paper", paper, ["recur", "log_normal"]),
     ):
         step = make_step(OurStep, config, watch.device)
 

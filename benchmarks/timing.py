@@ -9,13 +9,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyro_pixels.guides.products import PACKED
-
 FEWEST_ROUNDS = 3
 
 Times = list[float]
 """Seconds, one a round."""
-Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,9 @@ class MatrixProduct:
 
 def product_flops(call: Callable[[], object]) -> int:
     """Floating point operations of all matrix products in a call, those of its backward pass included."""
-    mine = {} if PACKED is None else {PACKED: _packed_flops}
-    with FlopCounterMode(display=False, custom_mapping=mine) as counter:
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
-
-
-def _packed_flops(x: Shape, packed: Shape, columns: Shape, *_: object, out_shape: Shape) -> int:
-    return 2 * x[0] * x[1] * columns[0]
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from pyro_pixels._checks import Bounds
 from pyro_pixels._options import Frames, Objects, Pixels, Share, result_file
 from pyro_pixels.plots.film import plot_contact_sheet
 from pyro_pixels.plots.paper import save_figure
-from pyro_pixels.video import check_film, prepare_video, save_prepared
+from pyro_pixels.video import Background, check_film, prepare_video, save_prepared
 
 
 @dataclass
@@ -36,8 +36,9 @@ class Arguments:
     """Top, bottom, left, right, in the film's pixels."""
     invert: bool | None = None
     """Objects are darker than the ground; default: found out."""
-    background: bool | None = None
-    """Subtract the median over time; default: where objects stand out better without it."""
+    background: Background | None = None
+    """Keep it, or subtract the median over time, or what is larger than objects in each frame (local); default:
+    the median, where objects stand out better without it."""
     threshold: Share | None = None
     """Of an object's brightness, from 0 to 1; default: Otsu's."""
     grey: bool = False

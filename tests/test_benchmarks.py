@@ -21,7 +21,6 @@ from benchmarks.paper_weights import in_paper_names
 from benchmarks.steps import KL_WEIGHT, LITERAL, OURS, PRODUCT, STRUCTURED, LiteralStep, OurStep, make_step
 from benchmarks.timing import MatrixProduct, Stopwatch, exponent, product_flops, ratio
 from pyro_pixels.config import RunConfig
-from pyro_pixels.guides import products
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.runs import Run, build
 from pyro_pixels.training.fitting import fit
@@ -84,14 +83,6 @@ def test_products_are_counted_as_by_hand():
     dynamics, a = Dynamics(config.dynamics), torch.randn(B, N, T, 2, requires_grad=True)
     prior = product_flops(lambda: dynamics.positions(T).log_prob(a).sum().backward())
     assert product_flops(make_step(OurStep, config, CPU)) == networks + prior
-
-
-@pytest.mark.skipif(products.PACKED is None, reason="this torch has no MKL")
-def test_products_with_packed_matrices_count_as_any(monkeypatch):
-    step = make_step(OurStep, tiny(n_objects=(3,)), CPU)
-    wanted = product_flops(step)
-    monkeypatch.setattr(products, "PACK_FROM", 1)
-    assert product_flops(step) == wanted
 
 
 def test_the_literal_step_trains_what_ours_trains():

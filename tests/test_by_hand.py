@@ -10,7 +10,6 @@ from benchmarks.by_hand import PIECES, plain
 from pyro_pixels.guides.recurrence import recur, recur_reference
 from pyro_pixels.guides.structured import factor_sum, solve_sum, solve_sum_reference
 from pyro_pixels.lgssm.distributions import log_normal, log_normal_reference
-from pyro_pixels.lgssm.marginal import summed_response, summed_response_reference
 from pyro_pixels.runs import build
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.worlds.base import simulate
@@ -40,13 +39,6 @@ def test_recurrence(N, T):
     torch.manual_seed(0)
     shapes = ((T, 2, 6), (N, 2, 3), (6, 6))
     same(recur, recur_reference, *(torch.randn(*shape, dtype=torch.float64) for shape in shapes))
-
-
-@pytest.mark.parametrize("T", [2, 7])
-def test_response(T):
-    torch.manual_seed(0)
-    F, u = torch.randn(T, 2, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    same(summed_response, summed_response_reference, F, u, spd(4), spd(2))
 
 
 def test_log_normal():

@@ -15,6 +15,7 @@ from pyro_pixels.guides.pixel_evidence import PixelEvidence
 from pyro_pixels.model.likelihoods import GaussianPixels
 from pyro_pixels.runs import load_run, save_config
 from pyro_pixels.training.fitting import fit
+from pyro_pixels.video import check_film
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 from pyro_pixels.worlds.drawing import Look
 from pyro_pixels.worlds.others import DriftConfig
@@ -113,6 +114,64 @@ def test_objects_that_rest_are_no_background():
     weights = guide.see(torch.from_numpy(images))
     assert weights[:, :, 5, 6].min() > 0.7
     assert weights[:, :, 10, 2].max() < 0.1
+
+
+def with_neighbours(data, brightness, seed=0):
+    """A film in which two blurred things, which are none of the objects, move along the rim."""
+    rng, (y, x) = np.random.default_rng(seed), np.mgrid[:32, :32]
+    images = data.images.float().numpy().copy()
+    for sequence in images:
+        for row, column in ((3 + rng.uniform(0, 2), rng.uniform(4, 28)), (28 - rng.uniform(0, 2), rng.uniform(4, 28))):
+            drift = rng.uniform(-0.15, 0.15)
+            for t, frame in enumerate(sequence):
+                blob = np.exp(-((y - row) ** 2 + (x - column - drift * t) ** 2) / 8)
+                np.maximum(frame, brightness * blob, out=frame)
+    return replace(data, images=images)
+
+
+def test_what_is_fainter_than_objects_weighs_nothing():
+    data = with_neighbours(film(noise=0.05), 0.4)
+    guide = build(PRESETS["quick"]).guide
+    assert guide.look_at(data.images, data.n_objects).others == 0
+    assert max(untrained_error(data, guide)) < 0.4
+    weights = guide.see(data.images)
+    assert float(weights[:, :, :2].mean() + weights[:, :, 30:].mean()) < 0.01
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05], ids=["clean", "noise"])
+def test_things_that_are_none_of_the_objects_are_allowed_for(tmp_path, noise):
+    """A single object had all the pixels of such films, and was seen at the centroid of everything."""
+    data = with_neighbours(film(noise=noise), 1.0)
+    config = small(guide="structured", data=GREY)
+    run = build(config)
+    with torch.no_grad():
+        run.guide.look_at(data.images, data.n_objects)
+    assert 0.01 < run.guide.pixel_evidence.statistics.others < 0.05
+    assert any("--background local" in warning for warning in check_film(data))
+    told = build(config).guide
+    told.load_state_dict(run.guide.state_dict())
+    assert told.pixel_evidence.statistics == run.guide.pixel_evidence.statistics
+    alone = data[data.n_objects == 1]
+    error = {}
+    for others in (True, False):
+        if not others:
+            state = run.guide.state_dict()
+            state["pixel_evidence.others"] = torch.zeros(())
+            told.load_state_dict(state)
+        with torch.no_grad():
+            y = told.encode(told.see(alone.images), alone.n_objects)._y.unflatten(-1, (-1, 2))
+        error[others] = float(((y.float() + 1) / 2 * 31 - alone.positions[:, :1]).norm(dim=-1).mean())
+    assert error[True] < 1.0 < 3.0 < error[False]
+
+
+def test_runs_of_versions_that_looked_for_no_others_are_read():
+    data, evidence = film(noise=0.05, n=30), PixelEvidence()
+    evidence.estimate(data.images, data.n_objects)
+    state = evidence.state_dict()
+    del state["others"]
+    again = PixelEvidence()
+    again.load_state_dict(state)
+    assert again.statistics == evidence.statistics
 
 
 def test_single_pixels_may_be_the_objects():

@@ -252,7 +252,7 @@ def test_pixels_far_from_every_object_are_nobodys():
     """Shares are posterior probabilities under densities that are written out in full."""
     torch.manual_seed(0)
     head = make_head(clutter=0.02)
-    tracks = Tracks.of(head.dynamics, head.blob, T, torch.float32, head.clutter)
+    tracks = Tracks.of(head.dynamics, head.blob, T, torch.float32, head.clutter * head.pixel_density)
     place, centre = torch.rand(7, 2) * 2 - 1, torch.rand(3, 2) * 2 - 1
     place[:3] = centre + 0.05
     pixels = F.pad(place, (0, 1), value=1.0).mT
@@ -275,6 +275,18 @@ def test_salt_pulls_centroids_away_unless_it_is_reckoned_with():
         y, _ = make_head(clutter=clutter)(first_frame_claims(), salted, torch.tensor([2]))
         errors[clutter] = float((in_pixels(y.detach()) - paths).norm(dim=-1).mean())
     assert errors[0.02] < 0.4 < 1.0 < errors[0.0]
+
+
+def test_no_object_is_taken_for_background():
+    """A large ball and a small one, far from the middle of all pixels, where blobs begin."""
+    x = torch.arange(T, dtype=torch.float64)
+    paths = torch.stack([torch.stack([4 + x / 8, 4 + x / 8], -1), torch.stack([27 - x / 8, 27 - x / 8], -1)])[None]
+    large, small = (render_disks(paths[:, n : n + 1].numpy(), W, W, radius) for n, radius in enumerate((3.5, 1.5)))
+    s = torch.zeros(1, 2, T, D)
+    s[0, :, :, 0] = torch.tensor([[0.02], [-0.02]])
+    y, _ = make_head(clutter=0.002)(s, torch.from_numpy(np.maximum(large, small)).float(), torch.tensor([2]))
+    error = [(in_pixels(y.detach()) - p).norm(dim=-1).mean() for p in (paths, paths.flip(1))]
+    assert float(min(error)) < 0.2  # 15 pixels where both blobs went to the large one
 
 
 def test_one_object_in_salt_does_not_have_all_the_pixels():

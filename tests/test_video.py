@@ -97,7 +97,7 @@ def test_dark_objects_are_found_and_said(tmp_path):
     assert "objects are darker than the ground, inverted" in prepared.notes
     bright = load_video(KINDS["npy"](tmp_path), n_objects=1)
     assert (prepared.data.images != bright.images).float().mean() < 0.01
-    wrong = load_video(tmp_path / "dark.npy", n_objects=1, invert=False, background=False)
+    wrong = load_video(tmp_path / "dark.npy", n_objects=1, invert=False, background="keep")
     inside = bright.images.bool()
     assert wrong.images[inside].float().mean() < 0.1  # asked for the ground, it gives no object
 
@@ -109,6 +109,25 @@ def test_a_still_background_is_subtracted(tmp_path):
     assert "the median over time was subtracted" in prepared.notes
     assert prepared.data.n_objects.tolist() == [1]
     assert prepared.data.images[0, :, 9, 20].float().mean() < 0.2
+
+
+def test_what_is_larger_than_objects_is_subtracted_where_it_is_asked_for(tmp_path):
+    """Light that changes from frame to frame, and a blur that moves, are in no median over time."""
+    light = 0.3 * np.sin(np.arange(T))[:, None, None] * (X / W)
+    blur = [0.3 * np.exp(-((X - 50 + t) ** 2 + (Y - 10) ** 2) / 200) for t in range(T)]
+    np.save(tmp_path / "a.npy", (film(noise=0.0) + light + np.stack(blur)).clip(0, 1.3) / 1.3)
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=1, grey=True, background="local")
+    assert any("larger than a quarter of the image" in note for note in prepared.notes)
+    images = prepared.data.images[0].numpy()
+    for t in range(T):
+        column, row = ((c + 0.5) / 2 - 0.5 for c in centre(t))
+        far = np.hypot(np.arange(32) - column, np.arange(32)[:, None] - row - 4) > 5
+        assert images[t][far].max() < 0.25
+        assert images[t][~far].max() > 0.6
+    plain = load_video(tmp_path / "a.npy", n_objects=1, grey=True, background="keep")
+    assert float(plain.images[0, :, 4:14, 20:30].mean()) > 0.1
+    with pytest.raises(ValueError, match="background is 'mean'; wanted one of keep, median, local"):
+        load_video(tmp_path / "a.npy", n_objects=1, background="mean")
 
 
 def test_objects_are_counted_film_by_film_and_long_films_cut(tmp_path):

@@ -187,9 +187,9 @@ class ScaledHead(nn.Module):
         super().__init__()
         self.head, self.factor = head, factor
 
-    def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, s: Tensor, images: Tensor, n_objects: Tensor, **told: float) -> tuple[Tensor, Tensor]:
         """Returns the head's mean and its standard deviation times the factor."""
-        mean, std = self.head(s, images, n_objects)
+        mean, std = self.head(s, images, n_objects, **told)
         return mean, self.factor * std
 
 

@@ -34,7 +34,8 @@ CAUSES: dict[str, Cause] = {
     "background": Cause(
         "a background that shows",
         Advice(
-            "subtract the median over time (`load_video(background=True)`)", "subtract it (prepare.py --background)"
+            'subtract it: `load_video(background="median")`, or "local" where it moves',
+            "subtract it: prepare.py --background median, or local where it moves",
         ),
     ),
     "come and go": Cause(

@@ -8,8 +8,12 @@ is no measure of evidence any more. `PixelEvidence` estimates from a film, once,
   where the number of connected components then agrees better with the known numbers of objects;
 - the noise: smoothed with a 3 x 3 kernel, the background is a bulk with a centre and a spread, the empirical null of
   Efron (Large-Scale Inference, 2010), and the local false discovery rate says how likely a pixel above it is object;
-- clutter, white pixels of nobody: the share of white pixels among those whose neighbours are all black, and with it the
-  probability that a white pixel with so many white neighbours belongs to an object.
+- fainter things than objects, such as neighbours out of focus: where frames show more connected components than
+  objects, pixels count from the height on at which the numbers agree;
+- clutter, single white pixels of nobody: the share of white pixels among those whose neighbours are all black, and with
+  it the probability that a white pixel with so many white neighbours belongs to an object;
+- others, what is left of things that are none of the objects: the share of the pixels in components beyond the N
+  heaviest of a frame. Images are not changed by it; a `TrackingHead` takes it for the density of its background.
 
 The weight of a pixel is the product of these probabilities and of its brightness relative to an object's. Where a film
 has no noise, no background and no clutter nothing is done, and images reach the guide as they are, to the bit.
@@ -32,12 +36,16 @@ FRAMES_LEAST = 30  # in fewer an object that is slow looks like background
 Z_STEP, Z_BINS = 0.25, 80  # the grid on which the probability of an object is kept, in standard deviations of the noise
 Z_LEAST = 2.0  # below it the noise explains a pixel
 WORSE = 0.1  # objects a frame
+COUNTED = 500  # frames whose components are counted at every height
+OTHERS_LEAST = 1.0  # pixels in a frame; fewer are left over from noise
 CLUTTER_LEAST = 0.05  # white pixels of nobody in a frame; fewer are not looked for
 BACKGROUND_LEAST = 0.02  # grey value; a background below it is black
 SPREAD_LEAST = 1e-4  # grey value
-STILL_MOST = 0.55  # share of pixels that noise, cut at 0, leaves exactly black
+STILL_MOST = 0.75  # share of pixels that noise, cut at 0, leaves exactly black, subtracted backgrounds included
 OBJECT_LEAST = 0.5  # probability below which a pixel is background
 Floats = NDArray[Any]  # float32 or float64
+WITHIN_FRAMES = np.zeros((3, 3, 3), bool)
+WITHIN_FRAMES[1] = True  # what is next to each other: 8 neighbours in a frame, none in other frames
 KERNEL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
 
 
@@ -52,6 +60,8 @@ class FilmStatistics(NamedTuple):
     """Share of the background's pixels that are white."""
     contrast: float
     """How much brighter than the background an object is."""
+    others: float = 0.0
+    """Share of the pixels that show things that are none of the objects."""
 
 
 class PixelEvidence(nn.Module):
@@ -62,11 +72,12 @@ class PixelEvidence(nn.Module):
 
     background: Tensor  # (H, W)
     scalars: Tensor  # (5,): noise, clutter, contrast, the null's centre and spread
+    others: Tensor  # ()
     by_height: Tensor  # (Z_BINS,), P(object) by how far the smoothed pixel is above the null
     by_neighbours: Tensor  # (9,), P(object) of a white pixel by its number of white neighbours
     kernel: Tensor  # (3, 3)
     may_have: ClassVar[dict[str, tuple[int | None, ...]]] = {
-        "background": (None, None), "scalars": (5,), "by_height": (Z_BINS,), "by_neighbours": (9,)
+        "background": (None, None), "scalars": (5,), "by_height": (Z_BINS,), "by_neighbours": (9,), "others": ()
     }  # fmt: skip
     """What a checkpoint may have of it but need not, and the shapes (`states.check_weights`); None is any size."""
 
@@ -84,6 +95,7 @@ class PixelEvidence(nn.Module):
             ("by_neighbours", (9,)),
         ):
             self.register_buffer(name, torch.ones(size), persistent=False)
+        self.register_buffer("others", torch.zeros(()), persistent=False)
 
     @property
     def active(self) -> bool:
@@ -133,37 +145,42 @@ class PixelEvidence(nn.Module):
             if _count_error(without, counts) > _count_error(plain, counts) + WORSE:
                 without = None
         has_background, found = without is not None, without or plain
-        noise, contrast, null = found.null.noise, found.contrast, found.null
+        found = _without_fainter(found, counts)
+        (centre, spread, noise), contrast = found.null, found.contrast
         clutter, by_neighbours = _clutter(found.weights > 0.5, counts)
         if not (has_background or noise or clutter):
-            self.to(device)
-            return self.statistics
-        self.background = torch.from_numpy(background).float()
+            contrast = 1.0  # images stay as they are
+        self.background = torch.from_numpy(background if has_background else np.zeros_like(background))
         self.by_height = torch.from_numpy(found.table).float()
         self.by_neighbours = torch.from_numpy(by_neighbours).float()
-        self.scalars = torch.tensor([noise, clutter, contrast, null.centre, null.spread])
-        self._persist(has_background)
+        self.scalars = torch.tensor([noise, clutter, contrast, centre, spread])
+        self._persist()
+        weights = self(torch.from_numpy(frames).unsqueeze(0)).squeeze(0).numpy()
+        self.others = torch.tensor(_others(weights, counts))
+        if has_background or noise or clutter or float(self.others):
+            self._persist()
+        else:
+            self._reset()
         self.to(device)
         return self.statistics
 
-    def _persist(self, has_background: bool) -> None:
+    def _persist(self) -> None:
         """Makes the buffers part of the state, and their numbers known without asking the device."""
         noise, clutter, contrast, _, _ = self.scalars.tolist()
-        self._shown = FilmStatistics(has_background, noise, clutter, contrast)
-        for name in ("background", "scalars", "by_height", "by_neighbours"):
-            x = getattr(self, name)
-            if name == "background" and not has_background:
-                x = torch.zeros_like(x)
-            self.register_buffer(name, x, persistent=True)
+        self._shown = FilmStatistics(bool(self.background.any()), noise, clutter, contrast, float(self.others))
+        for name in self.may_have:
+            self.register_buffer(name, getattr(self, name), persistent=True)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        mine = {name: state_dict.get(prefix + name) for name in ("background", "scalars", "by_height", "by_neighbours")}
+        mine = {name: state_dict.get(prefix + name) for name in self.may_have}
         device = self.background.device
         self._reset()
+        if mine["others"] is None:  # of a version that did not look for them
+            mine["others"] = self.others
         if all(x is not None for x in mine.values()):
             for name, x in mine.items():
                 setattr(self, name, x)
-            self._persist(bool(self.background.any()))
+            self._persist()
         self.to(device)
 
 
@@ -179,6 +196,7 @@ class _Evidence(NamedTuple):
     table: Floats  # (Z_BINS,), P(object) by the height of the smoothed image above the null
     null: _Null
     contrast: float
+    bins: NDArray[np.int64]  # (F, H, W), of the smoothed image's height above the null
     weights: Floats  # (F, H, W)
 
 
@@ -216,7 +234,8 @@ def _evidence(excess: Floats) -> _Evidence:
     if still or spread < SPREAD_LEAST:
         bright = excess[excess > 0.5 * top] if top > 0 else excess[:0]
         contrast = float(np.quantile(bright, 0.9)) if bright.size else 1.0
-        return _Evidence(table, _Null(0.0, 0.0, 0.0), contrast, np.clip(excess / contrast, 0, 1))
+        bins = np.zeros(excess.shape, np.int64)
+        return _Evidence(table, _Null(0.0, 0.0, 0.0), contrast, bins, np.clip(excess / contrast, 0, 1))
     null = _Null(centre, spread, spread / float(np.sqrt((KERNEL**2).sum())))
     bins = _bins(smooth, null)
     observed = np.bincount(bins.ravel(), minlength=Z_BINS).astype(float)
@@ -228,7 +247,27 @@ def _evidence(excess: Floats) -> _Evidence:
     table[table < OBJECT_LEAST] = 0.0
     there = excess[table[bins] > 0]
     contrast = float(np.quantile(there, 0.9)) if there.size else 1.0
-    return _Evidence(table, null, contrast, np.clip(excess / contrast, 0, 1) * table[bins])
+    return _Evidence(table, null, contrast, bins, np.clip(excess / contrast, 0, 1) * table[bins])
+
+
+def _without_fainter(found: _Evidence, counts: NDArray[np.int64]) -> _Evidence:
+    """The evidence with P(object) = 0 below the height from which on there are not more components than objects.
+
+    Heights are compared by surplus components a frame, and by objects that the lowest height shows and they do not. Of
+    those that are as good as the best, within `WORSE`, the lowest is taken, which leaves most of the objects' rims.
+    """
+    if not found.null.noise:
+        return found
+    few = slice(None, None, max(1, len(counts) // COUNTED))
+    shown, wanted = np.where(found.weights[few] > 0, found.bins[few], -1), counts[few]
+    lowest = int((found.table > 0).argmax())
+    heights = np.arange(lowest, Z_BINS, 2)
+    blobs = np.stack([count_blobs(shown >= z) for z in heights]) - wanted  # (heights, F)
+    missing = -np.minimum(blobs, 0).mean(1)
+    worse = np.maximum(blobs, 0).mean(1) + np.maximum(missing - missing[0], 0)
+    chosen = heights[(worse <= worse.min() + WORSE).argmax()]
+    table = np.where(np.arange(Z_BINS) < chosen, 0.0, found.table)
+    return found._replace(table=table, weights=np.where(found.bins < chosen, 0, found.weights))
 
 
 def _count_error(found: _Evidence, counts: NDArray[np.int64]) -> float:
@@ -258,11 +297,21 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
     return rate, table
 
 
+def _others(weights: Floats, counts: NDArray[np.int64]) -> float:
+    """The share of the pixels in components beyond those of the objects, the heaviest; 0 for what noise leaves over."""
+    labels, n = ndimage.label(weights > 0, WITHIN_FRAMES)  # type: ignore[misc]
+    mass = np.bincount(labels.ravel(), weights.ravel(), n + 1)[1:]
+    frame = np.array([s[0].start for s in ndimage.find_objects(labels) if s is not None], np.int64)
+    order = np.lexsort((-mass, frame))
+    mass, frame = mass[order], frame[order]
+    rank = np.arange(n) - np.searchsorted(frame, frame)
+    share = float(mass[rank >= counts[frame]].sum()) / weights.size
+    return share if share * weights[0].size >= OTHERS_LEAST else 0.0
+
+
 def count_blobs(white: NDArray[np.bool_], least: int = 2) -> NDArray[np.int64]:
     """How many connected components (8 neighbours) of at least so many pixels each frame (F, H, W) has."""
-    flat = np.zeros((3, 3, 3), bool)
-    flat[1] = True
-    labels, n = ndimage.label(white, flat)  # type: ignore[misc]
+    labels, n = ndimage.label(white, WITHIN_FRAMES)  # type: ignore[misc]
     sizes = np.bincount(labels.ravel(), minlength=n + 1)
     first = ndimage.find_objects(labels)
     frame = np.array([s[0].start for s in first if s is not None], np.int64)

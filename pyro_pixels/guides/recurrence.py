@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_pixels.guides.products import accumulator
-
 
 def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
     """Computes the states of Eq (8).
@@ -62,13 +60,12 @@ class _Recurrence(torch.autograd.Function):
         for n in range(N):
             H[: n + 1, n + 1] = s_0[n]
             gates[n : n + T, n] = from_image
-        add_time, add_object = (accumulator(part.mT, n * B) for part, n in zip(W.split(D, 1), (N, N - 1)))
+        W_time, W_object = (part.mT.contiguous() for part in W.split(D, 1))
         states, before = (part.flatten(1, 2).unbind() for part in (H[:, 1:], H[:, :-1]))
         for (d, cells, later), gate in zip(_diagonals(N, T, B), gates.flatten(1, 2).unbind()):
             if later is not None:
-                add_object(gate[later], before[d][later])
-            now, beside = gate[cells], before[d][cells]
-            add_time(now, states[d][cells])
+                gate[later].addmm_(before[d][later], W_object)
+            now, beside = gate[cells].addmm_(states[d][cells], W_time), before[d][cells]
             beta, s_hat = now.split(D, 1)
             torch.lerp(beside, s_hat.tanh_(), beta.sigmoid_(), out=states[d + 1][cells])
         ctx.save_for_backward(H, gates, W)
@@ -82,7 +79,7 @@ class _Recurrence(torch.autograd.Function):
         G = torch.zeros_like(H)  # gradient of H
         for n in range(N):
             G[n + 1 : n + 1 + T, n + 1] = grad_s[n]
-        add_time, add_object = (accumulator(part, n * B) for part, n in zip(W.split(D, 1), (N, N - 1)))
+        W_time, W_object = (part.contiguous() for part in W.split(D, 1))
         # ds / d(arguments of sigm and tanh), and 1 - beta = ds_t^n / ds_t^{n-1} directly, of every cell.
         beta, s_hat = gates.chunk(2, -1)
         kept, slopes = 1 - beta, gates.new_empty(*beta.shape[:-1], 2, D)
@@ -96,10 +93,10 @@ class _Recurrence(torch.autograd.Function):
         for (d, cells, later), (slope, keep, grad_gate) in reversed(list(zip(_diagonals(N, T, B), by_diagonal))):
             g, now = states[d + 1], grad_gate[cells]
             torch.mul(g[cells].unsqueeze(1), slope[cells], out=now)
-            add_time(states[d][cells], now.flatten(1))
+            states[d][cells].addmm_(now.flatten(1), W_time)
             if later is not None:
                 beside = before[d][later].addcmul_(g[later], keep[later])
-                add_object(beside, grad_gate[later].flatten(1))
+                beside.addmm_(grad_gate[later].flatten(1), W_object)
         grad_gates = grad_gates.flatten(-2)
         grad_W_time = grad_gates.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
         grad_W_object = grad_gates[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)

@@ -122,7 +122,7 @@ class StructuredGuide(Guide):
         self.head = TrackingHead(dynamics, rnn.height, rnn.width, rnn.state_size) if head is None else head
 
     def encode(self, images: Tensor, n_objects: Tensor) -> ConditionedTracks | FilteredTracks:
-        y, sigma = self.head(self.rnn(images, n_objects), images, n_objects)
+        y, sigma = self._measure(self.rnn(images, n_objects), images, n_objects)
         return _tracks_given(self.dynamics, y, sigma.square())
 
     def encode_observed(
@@ -137,9 +137,16 @@ class StructuredGuide(Guide):
         if T > DENSE_FRAMES:  # nor behind the last, and there the head's work would grow with T^3
             T = int(frames_seen.any(0).nonzero().max()) + 1
         s = F.pad(self.rnn(images[:, first:T], n_objects), (0, 0, first, 0))
-        y, sigma = (F.pad(x, (0, 0, 0, images.shape[1] - T)) for x in self.head(s, seen[:, :T], n_objects))
+        y, sigma = (F.pad(x, (0, 0, 0, images.shape[1] - T)) for x in self._measure(s, seen[:, :T], n_objects))
         q_a = _tracks_given(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))
         return q_a, q_a.component
+
+    def _measure(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns y and sqrt(R); a head that tracks is told of things in the film that are none of the objects."""
+        others = self.pixel_evidence.statistics.others
+        tracks = any(isinstance(part, TrackingHead) for part in self.head.modules())
+        told = {"others": others} if others and tracks else {}
+        return self.head(s, images, n_objects, **told)  # type: ignore[no-any-return]
 
 
 def _tracks_given(dynamics: Dynamics, y: Tensor, R: Tensor) -> ConditionedTracks | FilteredTracks:

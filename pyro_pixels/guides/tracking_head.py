@@ -85,19 +85,23 @@ class TrackingHead(AttentionHead):
         if not 0 <= clutter < 1:
             raise ValueError(f"clutter is {clutter}; wanted a probability below 1, 0 for a black background")
         self.dynamics, self.n_starts = dynamics, n_starts
+        self.clutter = clutter
         per_object = 4 * math.pi * rho**2  # pixels of a disk of radius 2 rho
-        self.clutter = clutter * height * width / 4 / per_object  # per unit of area; [-1, 1]^2 has 4
+        self.pixel_density = height * width / 4 / per_object  # pixels per unit of area; [-1, 1]^2 has 4
         rho_latent = rho / torch.tensor([(width - 1) / 2, (height - 1) / 2])
         self.register_buffer("blob", torch.diag(rho_latent.square()), persistent=False)
 
-    def forward(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, s: Tensor, images: Tensor, n_objects: Tensor, others: float = 0.0) -> tuple[Tensor, Tensor]:
         """Returns y and sqrt(R), each (B, N, T, 2).
 
         Args:
             s: states (B, N, T, D).
             images: (B, T, H, W).
             n_objects: (B,).
+            others: probability that a pixel shows what is none of the objects, besides `clutter`
+                (`FilmStatistics.others`).
         """
+        clutter = (self.clutter + others) * self.pixel_density
         N, white = s.shape[1], self.white_pixels(images)
         pixels = Pixels.of(white)
         penalty = absent_penalty(object_mask(n_objects, N))  # (B, N)
@@ -106,8 +110,8 @@ class TrackingHead(AttentionHead):
         claim = self.claims(s.index_select(2, start), white.at(start)).transpose(1, 2)  # (B, S, N, k)
         claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + penalty[:, None, :, None]
         log_r, background = torch.zeros_like(pixels.v).unsqueeze(2), None  # a single object has all the pixels
-        if N > 1 or self.clutter:
-            tracks = Tracks.of(self.dynamics, self.blob, pixels.v.shape[1], claim.dtype, self.clutter)
+        if N > 1 or clutter:
+            tracks = Tracks.of(self.dynamics, self.blob, pixels.v.shape[1], claim.dtype, clutter)
             with torch.no_grad():
                 log_r, background = self._associate(tracks, pixels, claim, penalty, orders)
         same = (start.unsqueeze(1) == start).sum(1)  # a frame in which several tracks start counts once
@@ -236,11 +240,12 @@ def follow(tracks: Tracks, pixels: Pixels, claim: Tensor, penalty: Tensor, order
     )
     penalty = penalty.repeat(S, 1).unsqueeze(1)  # (S B, 1, N); from here on S is the first dimension
     log_r, background = claim.transpose(0, 1).reshape(S * B, N, k), None
-    for narrow in (i / (DETECTION_ROUNDS - 1) for i in range(DETECTION_ROUNDS)):
+    for narrow in (i / (DETECTION_ROUNDS - 1) for i in range(DETECTION_ROUNDS)):  # from wide to narrow blobs
         y, _ = centroids(share(weighed[0], log_r, background))  # (S B, 2, N)
         blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
         log_r = log_density(homogeneous[0], with_slopes(y, blob_precision), penalty)
-        background = tracks.log_clutter(homogeneous[0], blob_precision)
+        if narrow >= 0.5:  # before, every pixel is an object's: an object without a blob nearby would be background
+            background = tracks.log_clutter(homogeneous[0], blob_precision)
     precision = precision.to(dtype).unsqueeze(2).expand(T, S, B, 2, 2).reshape(T, S * B, 2, 2)
     e, ys = claim.new_zeros(S, B * N, 2 * T), []
     innovations = e.view(S * B, N, T, 2).permute(2, 0, 3, 1).unbind()

@@ -1,11 +1,9 @@
 """The joint Gaussian over the positions in all frames: Eq (3) with the states integrated out."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
 from pyro_pixels.lgssm.kalman import LGSSM
 from pyro_pixels.lgssm.sharing import once
@@ -24,7 +22,6 @@ def response(lgssm: LGSSM, n_steps: int) -> Response:
 
     With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise. So V is G Sigma_H G' plus Sigma_A on the
     diagonal blocks, where G is the block-Toeplitz matrix of the F_j. The distribution of h_1 in ``lgssm`` is not used.
-    The gradient is hand-written and cannot be differentiated again.
     """
     A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
     return once("response", lambda: _response(A, B, u, Sigma_H, Sigma_A, n_steps), A, u, Sigma_H, Sigma_A, n_steps)
@@ -32,57 +29,13 @@ def response(lgssm: LGSSM, n_steps: int) -> Response:
 
 def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor, n_steps: int) -> Response:
     F = _after(B, A, n_steps)  # (T, p, d)
-    drift, V = summed_response(F, u, Sigma_H, Sigma_A)
-    return Response(F.flatten(0, 1), drift, V)
-
-
-def summed_response(F: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns drift (T p,) and V (T p, T p) of `response`, from F (T, p, d), u, Sigma_H and Sigma_A."""
-    return _Response.apply(F, u, Sigma_H, Sigma_A)  # type: ignore[no-any-return]
-
-
-def summed_response_reference(F: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor) -> tuple[Tensor, Tensor]:
-    """What `summed_response` computes, its gradient torch's."""
     T, p, d = F.shape
-    falling = torch.cat([F.flip(0), torch.zeros_like(F)])
+    falling = torch.cat([F.flip(0), torch.zeros_like(F)])  # F_{T-1}, ..., F_0, 0, ..., 0
+    # The entry of G in row (t, i) and column (s, j) is F_{t-1-s}[i, j], or 0 for s >= t; s takes T - 1 values.
     G = falling.unfold(0, T - 1, 1)[1 : T + 1].flip(0).movedim(-1, 2).reshape(T * p, T - 1, d)
-    summed = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]).flatten(0, 1)
-    return summed @ u, (G @ Sigma_H).flatten(1) @ G.flatten(1).mT + on_diagonal(Sigma_A, T)
-
-
-class _Response(torch.autograd.Function):
-    """The map from F (T, p, d), u, Sigma_H and Sigma_A to drift (T p,) and V (T p, T p) with a hand-written gradient.
-
-    The entry of G in row (t, i) and column (s, j) is F_{t-1-s}[i, j], or 0 for s >= t; s takes T - 1 values.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, F: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor) -> tuple[Tensor, Tensor]:
-        T, p, d = F.shape
-        falling = torch.cat([F.flip(0), torch.zeros_like(F)])  # F_{T-1}, ..., F_0, 0, ..., 0
-        G = falling.unfold(0, T - 1, 1)[1 : T + 1].flip(0).movedim(-1, 2).reshape(T * p, T - 1, d)
-        summed = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]).flatten(0, 1)  # (T p, d)
-        G_Sigma = G @ Sigma_H
-        V = G_Sigma.flatten(1) @ G.flatten(1).mT
-        V.view(T, p, T, p).diagonal(dim1=0, dim2=2).add_(Sigma_A.unsqueeze(-1))
-        ctx.save_for_backward(F, u, G, G_Sigma, summed)
-        return summed @ u, V
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_drift: Tensor, grad_V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
-        F, u, G, G_Sigma, summed = ctx.saved_tensors
-        T, p, d = F.shape
-        grad_V_G = (grad_V @ G.flatten(1)).view(-1, d)
-        grad_G = ((grad_V + grad_V.mT) @ G_Sigma.flatten(1)).view(T, p, T - 1, d)
-        # G repeats each F_j along a diagonal, so its gradient sums along it: row t, shifted by t, has lag j in column
-        # T - 1 + j.
-        rows = pad(grad_G.movedim(2, 1).flip(1), (0, 0, 0, 0, 0, T + 1)).flatten(0, 1)
-        by_lag = rows[: T * (2 * T - 1)].view(T, 2 * T - 1, p, d).sum(0)[T - 1 : -1]
-        later = grad_drift.view(T, p)[1:].flip(0).cumsum(0).flip(0)
-        grad_F = torch.cat([by_lag + later.unsqueeze(-1) * u, torch.zeros_like(F[:1])])
-        grad_Sigma_A = grad_V.view(T, p, T, p).diagonal(dim1=0, dim2=2).sum(-1)
-        return grad_F, summed.mT @ grad_drift, G.view(-1, d).mT @ grad_V_G, grad_Sigma_A
+    V = (G @ Sigma_H).flatten(1) @ G.flatten(1).mT + on_diagonal(Sigma_A, T)
+    summed = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]).flatten(0, 1)  # (T p, d)
+    return Response(F.flatten(0, 1), summed @ u, V)
 
 
 def on_diagonal(block: Tensor, n: int) -> Tensor:

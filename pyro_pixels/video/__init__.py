@@ -1,11 +1,20 @@
 """Films of one's own: from files to image sequences, and from tracks back to the film's own pixels."""
 
 from pyro_pixels.video.check import check_film, count_components
-from pyro_pixels.video.prepare import Prepared, Source, load_source, load_video, prepare_video, save_prepared
+from pyro_pixels.video.prepare import (
+    Background,
+    Prepared,
+    Source,
+    load_source,
+    load_video,
+    prepare_video,
+    save_prepared,
+)
 from pyro_pixels.video.read import read_films
 from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
 
 __all__ = [
+    "Background",
     "Prepared",
     "Source",
     "check_film",

@@ -63,7 +63,12 @@ def check_film(data: ImageSequences) -> list[str]:
     if more > 0.2:
         warnings.append(
             f"{more:.0%} of the frames show more objects than n_objects says: objects come and go, or the background "
-            "shows (prepare.py --n-objects, --background, --threshold)"
+            "shows (prepare.py --n-objects, --threshold, --background median, or --background local where it moves)"
+        )
+    elif evidence.statistics.others:
+        warnings.append(
+            f"{evidence.statistics.others * H * W:.0f} pixels a frame show things that are none of the objects. "
+            "They are allowed for; what is blurred, and uneven light, can be taken off (prepare.py --background local)"
         )
     if fewer > 0.2:
         warnings.append(f"{fewer:.0%} of the frames show fewer objects than n_objects says (prepare.py --n-objects)")

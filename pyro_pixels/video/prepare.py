@@ -6,10 +6,11 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from pyro_pixels._arrays import read_arrays
 from pyro_pixels._files import atomic_write
@@ -17,6 +18,7 @@ from pyro_pixels.data import ImageSequences
 from pyro_pixels.video.check import count_components
 from pyro_pixels.video.read import Film, Origin, optional, read_films, read_with_origins
 
+Background = Literal["keep", "median", "local"]
 LONG, CUT = 60, 30  # a film of more frames than LONG is cut into sequences of CUT, half overlapping
 
 
@@ -84,7 +86,7 @@ def prepare_video(
     stride: int | None = None,
     crop: tuple[int, int, int, int] | None = None,
     invert: bool | None = None,
-    background: bool | None = None,
+    background: Background | None = None,
     threshold: float | None = None,
     grey: bool = False,
     axes: str | None = None,
@@ -100,7 +102,10 @@ def prepare_video(
         stride: frames between the starts of two; default half of ``frames``.
         crop: (top, bottom, left, right), in the film's pixels.
         invert: whether objects are darker than the ground; default: found by itself.
-        background: whether to subtract the median over time; default: where the objects stand out better without it.
+        background: "keep", or what is subtracted: the "median" over time, or what is "local" in each frame, a smoothed
+            grey opening, which leaves what is bright and smaller than a quarter of the sequences' size: light that is
+            uneven or changes, and neighbours out of focus, go. Default: the median where objects stand out better
+            without it.
         threshold: grey value, after all of this, above which a pixel is white; default: Otsu's.
         grey: keep grey values, for the likelihoods "gaussian" and "continuous_bernoulli".
 
@@ -118,6 +123,8 @@ def prepare_video(
     top, bottom, left, right = crop or (0, shape[0], 0, shape[1])
     if not (0 <= top < bottom <= shape[0] and 0 <= left < right <= shape[1]):
         raise ValueError(f"crop is {crop} for films of {shape[0]} x {shape[1]}; wanted (top, bottom, left, right)")
+    if background not in (None, *get_args(Background)):
+        raise ValueError(f"background is {background!r}; wanted one of {', '.join(get_args(Background))}, or None")
     if size < 8:
         raise ValueError(f"size is {size}; wanted at least 8 pixels")
     cropped = [f[:, top:bottom, left:right] for f in films]
@@ -207,9 +214,11 @@ def _shrink(films: list[Film], size: int) -> tuple[list[Film], float]:
 
 
 def _without_background(
-    excess: list[Film], background: bool | None, n_objects: int | Sequence[int] | None
+    excess: list[Film], background: Background | None, n_objects: int | Sequence[int] | None
 ) -> tuple[list[Film], str]:
-    """The films without their median over time, if they are better without it."""
+    """The films without what `prepare_video` calls their background."""
+    if background == "local":
+        return [x - _local(x) for x in excess], "what is larger than a quarter of the image was subtracted (local)"
     without = [x - np.median(x, 0) for x in excess]
     if background is None:
         scores = []
@@ -220,8 +229,19 @@ def _without_background(
             off = np.concatenate([np.abs(c - n) for c, n in zip(counts, wanted)])
             empty = np.concatenate([c == 0 for c in counts])
             scores.append(float(off.mean() + 3 * empty.mean()))
-        background = bool(max(float(np.ptp(np.median(x, 0))) for x in excess) > 0.02 and scores[1] <= scores[0] + 0.02)
-    return (without, "the median over time was subtracted") if background else (excess, "no background was subtracted")
+        structure = max(float(np.ptp(np.median(x, 0))) for x in excess) > 0.02
+        background = "median" if structure and scores[1] <= scores[0] + 0.02 else "keep"
+    if background == "median":
+        return without, "the median over time was subtracted"
+    return excess, "no background was subtracted"
+
+
+def _local(film: Film) -> Film:
+    """A background for each frame: its grey opening, which no object fits into, smoothed before and after."""
+    width = max(film.shape[1:]) // 4 | 1  # odd
+    smooth = ndimage.gaussian_filter(film, (0, 0.7, 0.7))
+    opened = ndimage.grey_opening(smooth, (1, width, width))
+    return np.asarray(ndimage.gaussian_filter(opened, (0, width / 4, width / 4)), np.float32)
 
 
 def _threshold(values: list[Film]) -> float:
