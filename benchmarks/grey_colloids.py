@@ -8,7 +8,7 @@ the windows of the first three quarters of the time, and is measured on the othe
     pip install trackpy
     python benchmarks/grey_colloids.py trackpy-examples/sample_data/bulk_water
 
-writes docs/results/grey_colloids.json.
+writes docs/results/grey_colloids.json and docs/figures/grey_colloids.png.
 """
 
 import argparse
@@ -23,17 +23,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from pyro_pixels import PRESETS, build, evaluate, fit
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation.pixel_map import map_to_pixels
+from pyro_pixels.plots.paper import save_figure
+from pyro_pixels.plots.style import FONT, INFERRED, SEEN, TEXT, add_legend, draw_tracks, grid
+from pyro_pixels.runs import Run
 from pyro_pixels.video import prepare_video
 
 FRAMES, WINDOW, T, STEPS = 300, 32, 20, 300
 MARGIN, BRIGHT, FAINT = 4, 200, 130  # pixels from the edge; trackpy's mass of what is followed, and of what must not be
-OUT = Path("docs/results/grey_colloids.json")
+OUT, FIGURE = Path("docs/results/grey_colloids.json"), Path("docs/figures/grey_colloids.png")
 BACKGROUNDS = ("keep", "local")
 
 
@@ -93,8 +99,35 @@ def blobs(images: NDArray[np.float32], n_objects: NDArray[np.int64], positions: 
     return {n: float(np.mean(e)) for n, e in errors.items()}
 
 
-def measure(windows: Windows, background: str, seed: int) -> dict[str, Any]:
-    """Trains on windows prepared with a background, and measures the positions in later ones."""
+def draw(windows: Windows, test: NDArray[np.bool_], run: Run, data: ImageSequences) -> Figure:
+    """Three test windows of one particle and three of two, evenly through time: as filmed, and as the guide sees."""
+    firsts = []
+    for n in (1, 2):
+        of_n = np.flatnonzero(test & (windows.n_objects == n))
+        firsts += [int(of_n[i * len(of_n) // 3]) for i in range(3)]
+    shown = data[torch.tensor(firsts)]
+    with torch.no_grad():
+        paths = map_to_pixels(run.model, run.guide).affine(run.guide.q(shown.images, shown.n_objects).mean).numpy()
+        weights = run.guide.see(shown.images).numpy()
+    figure, cells = grid(len(firsts), len(firsts), 1.5, [1.6, 1.5])
+    for (filmed, seen), i, path, weight in zip(cells, firsts, paths, weights):
+        filmed.imshow(windows.images[i, 0], cmap="gray")
+        filmed.set_title(f"N = {windows.n_objects[i]}, frame {windows.start[i]}", **TEXT)
+        seen.imshow(weight[0], cmap="gray", vmin=0, vmax=1)
+        for ax in (filmed, seen):
+            ax.set(xticks=[0, WINDOW - 1], yticks=[0, WINDOW - 1])
+            ax.tick_params(labelsize=FONT - 2)
+            draw_tracks(ax, windows.positions[i], SEEN, linewidth=2.5, alpha=0.8)
+            draw_tracks(ax, path[: windows.n_objects[i]], INFERRED, linewidth=1.0)
+    cells[0][0].set_ylabel("film", **TEXT)
+    cells[0][1].set_ylabel("weights", **TEXT)
+    return add_legend(
+        figure, [], [Line2D([], [], color=c, label=n) for n, c in (("trackpy", SEEN), ("inferred", INFERRED))]
+    )
+
+
+def measure(windows: Windows, background: str, seed: int) -> tuple[dict[str, Any], Figure]:
+    """Trains on windows prepared with a background, and measures and draws the positions in later ones."""
     start = time.time()
     with TemporaryDirectory() as folder:
         path = Path(folder, "windows.npy")
@@ -110,13 +143,14 @@ def measure(windows: Windows, background: str, seed: int) -> dict[str, Any]:
     fit(run.model, run.guide, data[torch.from_numpy(train)], schedule, progress=False)
     table = evaluate(run.model, run.guide, data[torch.from_numpy(test)])
     names = ("position_error_px", "switch_rate")
-    return {
+    found = {
         "by_n_objects": {n: {name: row[name] for name in names} for n, row in table["by_n_objects"].items()},
         "found": run.guide.pixel_evidence.statistics._asdict(),
         "blobs": blobs(prepared.data.images.numpy()[test], windows.n_objects[test], windows.positions[test]),
         "windows": {"train": int(train.sum()), "test": int(test.sum())},
         "seconds": round(time.time() - start),
     }
+    return found, draw(windows, test, run, data)
 
 
 def main() -> None:
@@ -131,11 +165,12 @@ def main() -> None:
     results: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version(), "steps": STEPS}
     for background in BACKGROUNDS:
         for seed in args.seeds:
-            found = measure(windows, background, seed)
+            found, figure = measure(windows, background, seed)
             results.setdefault(background, {})[str(seed)] = found
             print(background, seed, found, flush=True)
             with atomic_write(OUT) as file:
                 file.write(json.dumps(results, indent=1).encode() + b"\n")
+    save_figure(figure, FIGURE, f"Grey colloids, background {background}, first frames of test windows")
 
 
 if __name__ == "__main__":
