@@ -8,11 +8,9 @@ import math
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.cluster import vq
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_pixels._batch import check_batch, object_mask
@@ -88,7 +86,7 @@ class BlobTracker:
             cost = -(log_w.unsqueeze(2) + density).logsumexp(-1)
             for b, n in enumerate(n_objects.tolist()):
                 m = int((~centres[b, :, t, 0].isnan()).sum())
-                objects, chosen = linear_sum_assignment(cost[b, :n, :m].numpy())
+                objects, chosen = scipy.optimize.linear_sum_assignment(cost[b, :n, :m].numpy())
                 measured[b, objects, t] = centres[b, chosen, t]
             a = measured[:, :, t]
             state, log_density = kalman.update(lgssm, state, a.nan_to_num().unsqueeze(2), ~a.isnan().any(-1, True))
@@ -147,7 +145,7 @@ def evaluate_tracker(data: ImageSequences, *, n_seen: int = N_SEEN, radius: floa
 
 def _find(image: NDArray[np.bool_], n: int, area: float) -> NDArray[np.float64]:
     """Finds at most ``n`` centres (m, 2), (column, row), of disks of the given area in an image (H, W)."""
-    labels, _ = ndimage.label(image)  # type: ignore[misc]
+    labels, _ = scipy.ndimage.label(image)
     sizes = np.bincount(labels.ravel())[1:]
     blobs = np.argsort(-sizes, kind="stable")[:n]
     n_disks = np.ones(len(blobs), np.int64)
@@ -170,5 +168,5 @@ def _split(pixels: NDArray[np.float64], k: int) -> NDArray[np.float64]:
         while len(chosen) < k:
             nearest = ((pixels[:, None] - chosen) ** 2).sum(-1).min(1)
             chosen = np.concatenate([chosen, pixels[[nearest.argmax()]]])
-        centres, _ = vq.kmeans2(pixels, chosen, minit="matrix")
+        centres, _ = scipy.cluster.vq.kmeans2(pixels, chosen, minit="matrix")
     return centres

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import scipy
 import torch
-from scipy.optimize import minimize
-from scipy.special import gammaincinv
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -76,7 +75,7 @@ def coverage(distances: Distances, levels: Sequence[float] = LEVELS, among: Tens
         raise ValueError(f"levels are {tuple(levels)}; wanted numbers between 0 and 1")
     squared = distances.squared if among is None else distances.squared[among]
     squared = squared[~squared.isnan()]
-    radius = torch.from_numpy(2 * gammaincinv(1, np.asarray(levels, float)))
+    radius = torch.from_numpy(2 * scipy.special.gammaincinv(1, np.asarray(levels, float)))
     shares = (squared.unsqueeze(-1) <= radius).double().mean(0)
     return Coverage(torch.tensor(levels, dtype=torch.float64), shares, len(squared))
 
@@ -232,5 +231,5 @@ def fit_correction(
     simplex = np.log([(1.0, 1.0), (2.0, 1.0), (1.0, 0.3)])
     options = {"initial_simplex": simplex, "xatol": 0.1, "fatol": 1e-3, "maxfev": MOST_TRIALS}
     with tqdm(total=MOST_TRIALS, desc="correction", disable=None if progress else True, leave=False) as bar:
-        found = minimize(loss, np.zeros(2), method="Nelder-Mead", options=options)
+        found = scipy.optimize.minimize(loss, np.zeros(2), method="Nelder-Mead", options=options)
     return Correction(*np.exp(found.x).tolist())

@@ -12,9 +12,9 @@ potentials of its network.
 import math
 from typing import NamedTuple
 
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.special import chdtri, gammaincinv
 from torch import Tensor
 
 from pyro_pixels._batch import object_mask
@@ -129,8 +129,8 @@ def check_health(
     innovations = innovations[:, START_FRAMES:]  # (M, T - 2, 2)
     total = innovations.square().sum((1, 2))
     degrees = innovations[0].numel()
-    median = 2 * float(gammaincinv(degrees / 2, 0.5))  # of chi-square
-    explained = total / total.median() * median <= float(chdtri(degrees, UNEXPLAINED))
+    median = 2 * float(scipy.special.gammaincinv(degrees / 2, 0.5))  # of chi-square
+    explained = total / total.median() * median <= float(scipy.special.chdtri(degrees, UNEXPLAINED))
     typical = innovations[explained]
     share = F.one_hot(k, states.p_z.shape[-1]).double().mean(0)
     measures |= {

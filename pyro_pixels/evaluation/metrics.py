@@ -8,9 +8,9 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_pixels._batch import object_mask, unseen_frames
@@ -86,7 +86,7 @@ def assign(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
     costs = pairwise_distances(predicted, truth)
     order = torch.arange(predicted.shape[1]).repeat(len(predicted), 1)
     for b, n in enumerate(n_objects.tolist()):
-        rows, columns = linear_sum_assignment(costs[b, :n, :n].numpy())
+        rows, columns = scipy.optimize.linear_sum_assignment(costs[b, :n, :n].numpy())
         order[b, torch.from_numpy(columns)] = torch.from_numpy(rows)
     return order
 

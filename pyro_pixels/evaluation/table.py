@@ -2,8 +2,8 @@
 
 from typing import Any
 
+import scipy
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_pixels._checks import check_number
@@ -169,7 +169,7 @@ def _side_accuracy(model: PixelModel, inferred: Tensor, in_pixels: Tensor, data:
     k, present = z.logits.argmax(-1).cpu(), data.sides >= 0
     counts = torch.zeros(z.logits.shape[-1], 2)
     counts.index_put_((k[present], data.sides[present]), torch.ones(()), accumulate=True)
-    component, side = linear_sum_assignment(-counts.numpy())
+    component, side = scipy.optimize.linear_sum_assignment(-counts.numpy())
     side_of = torch.full((len(counts),), -1)
     side_of[torch.from_numpy(component)] = torch.from_numpy(side)
     return torch.where(present, (side_of[k] == data.sides).double(), torch.nan)

@@ -24,11 +24,10 @@ Not in the paper, whose images have none of the three.
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import scipy  # whose modules are loaded where they are first used
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.special import comb, ndtr, ndtri  # not scipy.stats, which takes as long to import as Pyro
 from torch import Tensor, nn
 
 FRAMES = 2_000  # that the estimates are made from
@@ -218,7 +217,7 @@ def _background(frames: Floats) -> Floats:
 
 
 def _smoothed(x: Floats) -> Floats:
-    return ndimage.convolve(x, KERNEL[None].astype(np.float32), mode="constant")
+    return scipy.ndimage.convolve(x, KERNEL[None].astype(np.float32), mode="constant")
 
 
 def _bins(smooth: Floats, null: _Null) -> NDArray[np.int64]:
@@ -229,7 +228,7 @@ def _evidence(excess: Floats) -> _Evidence:
     """The empirical null of the smoothed pixels, and P(object) by the local false discovery rate above it."""
     smooth, top, table = _smoothed(excess), float(excess.max()), np.ones(Z_BINS)
     low, centre, high = (float(q) for q in np.quantile(smooth[:: max(1, len(smooth) // 500)], (0.3, 0.5, 0.7)))
-    spread = max(centre - low, high - centre) / float(ndtri(0.7))
+    spread = max(centre - low, high - centre) / float(scipy.special.ndtri(0.7))
     still = bool(((excess == 0) | (excess == 1)).all()) or float((excess == 0).mean()) > STILL_MOST
     if still or spread < SPREAD_LEAST:
         bright = excess[excess > 0.5 * top] if top > 0 else excess[:0]
@@ -240,7 +239,7 @@ def _evidence(excess: Floats) -> _Evidence:
     bins = _bins(smooth, null)
     observed = np.bincount(bins.ravel(), minlength=Z_BINS).astype(float)
     z = np.arange(Z_BINS + 1) * Z_STEP
-    expected = np.diff(ndtr(z)) * smooth.size
+    expected = np.diff(scipy.special.ndtr(z)) * smooth.size
     table -= np.divide(expected, observed, out=np.zeros(Z_BINS), where=observed > 0)
     table[z[:-1] < Z_LEAST] = 0.0
     table = np.maximum.accumulate(np.clip(table, 0, 1))
@@ -279,7 +278,7 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
     """The share of white pixels of nobody, and P(object) of a white pixel by its number of white neighbours."""
     all_objects = np.ones(9)
     kernel = np.ones((1, 3, 3), np.int8)
-    neighbours = ndimage.convolve(white.astype(np.int8), kernel, mode="constant") - white
+    neighbours = scipy.ndimage.convolve(white.astype(np.int8), kernel, mode="constant") - white
     alone = neighbours == 0
     rate = float(white[alone].mean()) if alone.any() else 0.0
     if rate * white[0].size < CLUTTER_LEAST:
@@ -289,7 +288,9 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
         return 0.0, all_objects
     observed = np.bincount(neighbours[white], minlength=9).astype(float)
     k = np.arange(9)
-    expected = rate * comb(8, k) * rate**k * (1 - rate) ** (8 - k) * white.size  # a binomial number of neighbours
+    expected = (
+        rate * scipy.special.comb(8, k) * rate**k * (1 - rate) ** (8 - k) * white.size
+    )  # a binomial number of neighbours
     table = 1 - np.divide(expected, observed, out=np.zeros(9), where=observed > 0)
     table = np.maximum.accumulate(np.clip(table, 0, 1))
     table[table < OBJECT_LEAST] = 0.0
@@ -299,24 +300,30 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
 
 def _others(weights: Floats, counts: NDArray[np.int64]) -> float:
     """The share of the pixels in components beyond those of the objects, the heaviest; 0 for what noise leaves over."""
-    labels, n = ndimage.label(weights > 0, WITHIN_FRAMES)  # type: ignore[misc]
-    mass = np.bincount(labels.ravel(), weights.ravel(), n + 1)[1:]
-    frame = np.array([s[0].start for s in ndimage.find_objects(labels) if s is not None], np.int64)
+    frame, mass = components(weights > 0, weights)
     order = np.lexsort((-mass, frame))
-    mass, frame = mass[order], frame[order]
-    rank = np.arange(n) - np.searchsorted(frame, frame)
+    frame, mass = frame[order], mass[order]
+    rank = np.arange(len(frame)) - np.searchsorted(frame, frame)
     share = float(mass[rank >= counts[frame]].sum()) / weights.size
     return share if share * weights[0].size >= OTHERS_LEAST else 0.0
 
 
+def components(white: NDArray[np.bool_], weights: Floats | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """The connected components of the white pixels of frames (F, H, W), 8 neighbours: the frame of each, and its size.
+
+    Args:
+        white: (F, H, W).
+        weights: (F, H, W), what a pixel adds to a size; default 1.
+    """
+    labels, n = scipy.ndimage.label(white, WITHIN_FRAMES)
+    sizes = np.bincount(labels.ravel(), None if weights is None else weights.ravel(), n + 1)[1:]
+    return np.array([s[0].start for s in scipy.ndimage.find_objects(labels)], np.int64), sizes
+
+
 def count_blobs(white: NDArray[np.bool_], least: int = 2) -> NDArray[np.int64]:
-    """How many connected components (8 neighbours) of at least so many pixels each frame (F, H, W) has."""
-    labels, n = ndimage.label(white, WITHIN_FRAMES)  # type: ignore[misc]
-    sizes = np.bincount(labels.ravel(), minlength=n + 1)
-    first = ndimage.find_objects(labels)
-    frame = np.array([s[0].start for s in first if s is not None], np.int64)
-    large = sizes[1:] >= least
-    return np.bincount(frame[large], minlength=len(white))
+    """How many `components` of at least so many pixels each frame (F, H, W) has."""
+    frame, sizes = components(white)
+    return np.bincount(frame[sizes >= least], minlength=len(white))
 
 
 def _convolved(x: Tensor, kernel: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ Each check looks at images and numbers of objects alone.
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.guides.pixel_evidence import PixelEvidence
+from pyro_pixels.guides.pixel_evidence import PixelEvidence, components
 
 FRAMES = 1_500  # that are looked at
 SMALLEST = 2  # pixels of an object
@@ -17,13 +16,9 @@ SMALLEST = 2  # pixels of an object
 
 def count_components(white: NDArray[np.bool_], least: int = SMALLEST) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """How many connected components of at least so many pixels each frame (F, H, W) has, and the sizes of all."""
-    flat = np.zeros((3, 3, 3), bool)
-    flat[1] = True
-    labels, n = ndimage.label(white, flat)  # type: ignore[misc]
-    sizes = np.bincount(labels.ravel(), minlength=n + 1)[1:]
-    frames = np.array([s[0].start for s in ndimage.find_objects(labels) if s is not None], np.int64)
+    frame, sizes = components(white)
     large = sizes >= least
-    return np.bincount(frames[large], minlength=len(white)), sizes[large]
+    return np.bincount(frame[large], minlength=len(white)), sizes[large]
 
 
 def check_film(data: ImageSequences) -> list[str]:

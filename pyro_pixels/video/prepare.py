@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from pyro_pixels._arrays import read_arrays
 from pyro_pixels._files import atomic_write
@@ -239,9 +239,9 @@ def _without_background(
 def _local(film: Film) -> Film:
     """A background for each frame: its grey opening, which no object fits into, smoothed before and after."""
     width = max(film.shape[1:]) // 4 | 1  # odd
-    smooth = ndimage.gaussian_filter(film, (0, 0.7, 0.7))
-    opened = ndimage.grey_opening(smooth, (1, width, width))
-    return np.asarray(ndimage.gaussian_filter(opened, (0, width / 4, width / 4)), np.float32)
+    smooth = scipy.ndimage.gaussian_filter(film, (0, 0.7, 0.7))
+    opened = scipy.ndimage.grey_opening(smooth, (1, width, width))
+    return np.asarray(scipy.ndimage.gaussian_filter(opened, (0, width / 4, width / 4)), np.float32)
 
 
 def _threshold(values: list[Film]) -> float:

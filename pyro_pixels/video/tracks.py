@@ -11,7 +11,6 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
 from pyro_pixels._files import atomic_write
-from pyro_pixels.plots.style import OBJECTS
 from pyro_pixels.video.prepare import Source
 
 Floats = NDArray[np.float64]
@@ -99,6 +98,8 @@ def draw_tracks_gif(
 def _picture(
     frame: NDArray[np.float64], tracks: NDArray[np.float64], size: tuple[int, int], zoom: float
 ) -> Image.Image:
+    from pyro_pixels.plots.style import OBJECTS  # loads matplotlib, which not everyone who reads films needs
+
     picture = Image.fromarray((255 * frame.clip(0, 1)).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     picture = picture.convert("RGB")
     draw = ImageDraw.Draw(picture)
