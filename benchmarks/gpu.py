@@ -83,7 +83,7 @@ def count_tests(at: Path, args: Arguments) -> dict[str, Any]:
 
 
 def bench(args: Arguments) -> list[str]:
-    sizes = ["--rounds", "1", "--seconds", "0"] if args.tiny else ["--paper"]
+    sizes = ["--rounds", "1", "--seconds", "0.1"] if args.tiny else ["--paper"]
     options = ["--only", "step", "--device", args.device, "--name", "steps", "--out", str(folder(args, "steps"))]
     return ["-m", "benchmarks.bench", *options, *sizes]
 

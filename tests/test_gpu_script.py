@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tyro
 
-from benchmarks import gpu, gpu_report
+from benchmarks import bench, gpu, gpu_report
+from pyro_pixels._options import check_options
 
 ROOT = Path(__file__).parent.parent
 MARKERS = "<!-- begin {0} -->\nnothing yet\n<!-- end {0} -->\nkept\n"
@@ -74,6 +76,12 @@ def test_what_is_wrong_is_said(tmp_path):
     args = gpu.Arguments(runs=tmp_path, results=tmp_path)
     assert gpu.do(job, args, tmp_path, time.monotonic() + 100, {}) == "failed"
     assert json.loads((tmp_path / "lost.json").read_text())["tail"] == ["no memory"]
+
+
+@pytest.mark.parametrize("tiny", [True, False])
+def test_the_options_of_the_steps_are_accepted(tmp_path, tiny):
+    options = gpu.bench(gpu.Arguments(runs=tmp_path, device="cpu", tiny=tiny))[2:]
+    check_options(tyro.cli(bench.Arguments, args=options))
 
 
 def test_the_pages_hold_what_the_files_say(tmp_path):
