@@ -34,8 +34,7 @@ def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor,
     # The entry of G in row (t, i) and column (s, j) is F_{t-1-s}[i, j], or 0 for s >= t; s takes T - 1 values.
     G = falling.unfold(0, T - 1, 1)[1 : T + 1].flip(0).movedim(-1, 2).reshape(T * p, T - 1, d)
     V = (G @ Sigma_H).flatten(1) @ G.flatten(1).mT + on_diagonal(Sigma_A, T)
-    summed = torch.cat([torch.zeros_like(F[:1]), F[:-1].cumsum(0)]).flatten(0, 1)  # (T p, d)
-    return Response(F.flatten(0, 1), summed @ u, V)
+    return Response(F.flatten(0, 1), G.sum(1) @ u, V)
 
 
 def on_diagonal(block: Tensor, n: int) -> Tensor:
@@ -59,5 +58,5 @@ def _after(B: Tensor, A: Tensor, n: int) -> Tensor:
     after, step = B.unsqueeze(0), A
     while len(after) < n:
         after = torch.cat([after, after @ step])
-        step = step @ step
+        step = step @ step if len(after) < n else step
     return after[:n]
