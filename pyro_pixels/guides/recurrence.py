@@ -51,6 +51,11 @@ def _diagonals(N: int, T: int, B: int) -> Iterator[tuple[int, slice, slice | Non
         yield d, slice(first * B, last * B), slice(max(1, first) * B, last * B) if last > 1 else None
 
 
+def _add_product(to: Tensor, x: Tensor, W: Tensor) -> None:
+    """Computes to += x W in place; torch's counter of operations does not know ``to.addmm_``."""
+    torch.addmm(to, x, W, out=to)
+
+
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
@@ -64,8 +69,9 @@ class _Recurrence(torch.autograd.Function):
         states, before = (part.flatten(1, 2).unbind() for part in (H[:, 1:], H[:, :-1]))
         for (d, cells, later), gate in zip(_diagonals(N, T, B), gates.flatten(1, 2).unbind()):
             if later is not None:
-                gate[later].addmm_(before[d][later], W_object)
-            now, beside = gate[cells].addmm_(states[d][cells], W_time), before[d][cells]
+                _add_product(gate[later], before[d][later], W_object)
+            now, beside = gate[cells], before[d][cells]
+            _add_product(now, states[d][cells], W_time)
             beta, s_hat = now.split(D, 1)
             torch.lerp(beside, s_hat.tanh_(), beta.sigmoid_(), out=states[d + 1][cells])
         ctx.save_for_backward(H, gates, W)
@@ -93,10 +99,10 @@ class _Recurrence(torch.autograd.Function):
         for (d, cells, later), (slope, keep, grad_gate) in reversed(list(zip(_diagonals(N, T, B), by_diagonal))):
             g, now = states[d + 1], grad_gate[cells]
             torch.mul(g[cells].unsqueeze(1), slope[cells], out=now)
-            states[d][cells].addmm_(now.flatten(1), W_time)
+            _add_product(states[d][cells], now.flatten(1), W_time)
             if later is not None:
                 beside = before[d][later].addcmul_(g[later], keep[later])
-                beside.addmm_(grad_gate[later].flatten(1), W_object)
+                _add_product(beside, grad_gate[later].flatten(1), W_object)
         grad_gates = grad_gates.flatten(-2)
         grad_W_time = grad_gates.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
         grad_W_object = grad_gates[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)
