@@ -4,8 +4,9 @@ Without, a step runs through the plain reference that stands beside each, and to
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from benchmarks.steps import OurStep, make_step, with_objects
@@ -13,6 +14,7 @@ from benchmarks.timing import Stopwatch
 from pyro_pixels.guides import recurrence, structured
 from pyro_pixels.lgssm import distributions
 from pyro_pixels.presets import PRESETS
+from pyro_pixels.training.step_runners import WARM_UP
 
 PIECES: dict[str, tuple[Any, str, Any]] = {
     "recur": (recurrence, "_Recurrence", recurrence.recur_reference),
@@ -41,8 +43,21 @@ def plain(name: str) -> Iterator[None]:
         setattr(module, attribute, by_hand)
 
 
+@contextmanager
+def fused() -> Iterator[None]:
+    """Within it the recursion's elementwise work is done by Triton's kernels, where they can be used."""
+    before, recurrence.FUSED = recurrence.FUSED, True
+    try:
+        yield
+    finally:
+        recurrence.FUSED = before
+
+
 def measure(watch: Stopwatch) -> dict[str, Any]:
-    """Seconds of a step, N = 3, as it is and without each piece: the quick preset's, and the paper's guide's."""
+    """Seconds of a step, N = 3, as it is and without each piece: the quick preset's, and the paper's guide's.
+
+    On CUDA with fused kernels, too. Every variant has a step of its own, as one that is recorded stays as it was.
+    """
     quick = with_objects(PRESETS["quick"], 3)
     paper = with_objects(replace(PRESETS["paper"], guide="recurrent"), 3)
     found = {}
@@ -50,13 +65,20 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
         ("structured, quick", quick, ["recur", "log_normal", "solve_sum"]),
         ("recurrent, paper", paper, ["recur", "log_normal"]),
     ):
-        step = make_step(OurStep, config, watch.device)
-
-        def without(piece: str, step: Callable[[], None] = step) -> None:
-            with plain(piece):
-                step()
-
-        calls: dict[str, Callable[[], object]] = {"as it is": step}
-        calls |= {f"without {piece}": (lambda piece=piece: without(piece)) for piece in pieces}
+        variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"as it is": nullcontext}
+        variants |= {f"without {piece}": partial(plain, piece) for piece in pieces}
+        if watch.device.type == "cuda":
+            variants["with fused gates"] = fused
+        calls = {key: _within(variant, make_step(OurStep, config, watch.device)) for key, variant in variants.items()}
+        for call in (call for call in calls.values() for _ in range(WARM_UP + 1) if watch.device.type == "cuda"):
+            call()  # recorded before it is timed
         found[name] = watch.compare(calls)
     return {"seconds": found}
+
+
+def _within(variant: Callable[[], AbstractContextManager[None]], step: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        with variant():
+            step()
+
+    return call

@@ -84,7 +84,17 @@ def count_tests(at: Path, args: Arguments) -> dict[str, Any]:
 
 def bench(args: Arguments) -> list[str]:
     sizes = ["--rounds", "1", "--seconds", "0.1"] if args.tiny else ["--paper"]
-    options = ["--only", "step", "--device", args.device, "--name", "steps", "--out", str(folder(args, "steps"))]
+    options = [
+        "--only",
+        "step",
+        "by_hand",
+        "--device",
+        args.device,
+        "--name",
+        "steps",
+        "--out",
+        str(folder(args, "steps")),
+    ]
     return ["-m", "benchmarks.bench", *options, *sizes]
 
 

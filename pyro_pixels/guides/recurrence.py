@@ -5,10 +5,16 @@ instead of T N. States are stored by diagonal, s_t^n at `H[d + 1, n + 1]` with d
 the cells of a step and their inputs are contiguous rows. The gradient of the weights is one product over all cells at
 the end instead of one per step. The first object has none before it, and no product is spent on it.
 tests/test_guides.py compares states and gradients with the literal double loop.
+
+On CUDA the elementwise work of a diagonal can be one kernel of Triton's, with ``PYRO_PIXELS_FUSED=1`` in the
+environment (`fused_gates`). Not measured on a card yet, and therefore not the default.
 """
 
-from collections.abc import Iterator
-from typing import Any
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +57,83 @@ def _diagonals(N: int, T: int, B: int) -> Iterator[tuple[int, slice, slice | Non
         yield d, slice(first * B, last * B), slice(max(1, first) * B, last * B) if last > 1 else None
 
 
+class Elementwise(NamedTuple):
+    """What is done to the entries of a diagonal, in place."""
+
+    gate: Callable[[Tensor, Tensor, Tensor], None]
+    gate_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
+
+
+def gate(arguments: Tensor, beside: Tensor, to: Tensor) -> None:
+    """Computes the states ``to`` (n, D) of n cells, (1 - beta) s_t^{n-1} + beta s_hat.
+
+    Args:
+        arguments: (n, 2 D), the arguments of sigm and tanh, which become beta and s_hat.
+        beside: (n, D), s_t^{n-1}.
+        to: (n, D).
+    """
+    beta, s_hat = arguments.chunk(2, 1)
+    torch.lerp(beside, s_hat.tanh_(), beta.sigmoid_(), out=to)
+
+
+def gate_backward(g: Tensor, slope: Tensor, keep: Tensor, grad_gate: Tensor, before: Tensor, first_later: int) -> None:
+    """Computes the gradient of the arguments, and adds to that of s_t^{n-1} what comes to it directly.
+
+    Args:
+        g: (n, D), the gradient of the states.
+        slope: (n, 2, D), ds / d(arguments).
+        keep: (n, D), 1 - beta.
+        grad_gate: (n, 2, D), the gradient of the arguments.
+        before: (n, D), the gradient of s_t^{n-1}.
+        first_later: the first cell with n > 0; the cells before have no object before theirs.
+    """
+    torch.mul(g.unsqueeze(1), slope, out=grad_gate)
+    if first_later < len(g):
+        before[first_later:].addcmul_(g[first_later:], keep[first_later:])
+
+
+PLAIN = Elementwise(gate, gate_backward)
+FUSED = os.environ.get("PYRO_PIXELS_FUSED", "0") == "1"
+"""Whether Triton's kernels are used where they can be: on CUDA, in float32."""
+
+
+def _elementwise(x: Tensor) -> Elementwise:
+    """The kernels for tensors such as x."""
+    return _fused(x.device) if FUSED and x.device.type == "cuda" and x.dtype == torch.float32 else PLAIN
+
+
+@cache
+def _fused(device: torch.device) -> Elementwise:
+    """Triton's kernels if they compute what the plain ones do, else these, and a warning that says why."""
+    try:
+        from pyro_pixels.guides import fused_gates
+
+        found = Elementwise(fused_gates.gate, fused_gates.gate_backward)
+        difference = largest_difference(found, device)
+    except Exception as error:  # whatever a compiler may raise
+        difference, why = float("inf"), f"{type(error).__name__}: {error}"
+    else:
+        why = f"they differ by {difference:.1g} from the plain ones"
+    if difference < 1e-5:
+        return found
+    warnings.warn(f"fused kernels are not used, as {why}; steps are as exact, and slower", stacklevel=2)
+    return PLAIN
+
+
+def largest_difference(found: Elementwise, device: torch.device) -> float:
+    """The largest difference of values of order 1 between kernels and the plain ones."""
+    n, D, first_later, results = 5, 70, 2, []
+    for kernels in (PLAIN, found):
+        generator = torch.Generator().manual_seed(0)  # the same numbers for both, and no others anywhere are touched
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: B023, E731
+        arguments, beside, to, before = draw(n, 2 * D), draw(n, D), draw(n, D), draw(n, D)
+        g, slope, keep, grad_gate = draw(n, D), draw(n, 2, D), draw(n, D), draw(n, 2, D)
+        kernels.gate(arguments, beside, to)
+        kernels.gate_backward(g, slope, keep, grad_gate, before, first_later)
+        results.append(torch.cat([x.flatten() for x in (arguments, to, grad_gate, before)]))
+    return float((results[0] - results[1]).abs().max())
+
+
 def _add_product(to: Tensor, x: Tensor, W: Tensor) -> None:
     """Computes to += x W in place; torch's counter of operations does not know ``to.addmm_``."""
     torch.addmm(to, x, W, out=to)
@@ -66,14 +149,13 @@ class _Recurrence(torch.autograd.Function):
             H[: n + 1, n + 1] = s_0[n]
             gates[n : n + T, n] = from_image
         W_time, W_object = (part.mT.contiguous() for part in W.split(D, 1))
+        kernels = _elementwise(H)
         states, before = (part.flatten(1, 2).unbind() for part in (H[:, 1:], H[:, :-1]))
-        for (d, cells, later), gate in zip(_diagonals(N, T, B), gates.flatten(1, 2).unbind()):
+        for (d, cells, later), arguments in zip(_diagonals(N, T, B), gates.flatten(1, 2).unbind()):
             if later is not None:
-                _add_product(gate[later], before[d][later], W_object)
-            now, beside = gate[cells], before[d][cells]
-            _add_product(now, states[d][cells], W_time)
-            beta, s_hat = now.split(D, 1)
-            torch.lerp(beside, s_hat.tanh_(), beta.sigmoid_(), out=states[d + 1][cells])
+                _add_product(arguments[later], before[d][later], W_object)
+            _add_product(arguments[cells], states[d][cells], W_time)
+            kernels.gate(arguments[cells], before[d][cells], states[d + 1][cells])
         ctx.save_for_backward(H, gates, W)
         return torch.stack([H[n + 1 : n + 1 + T, n + 1] for n in range(N)])
 
@@ -86,6 +168,7 @@ class _Recurrence(torch.autograd.Function):
         for n in range(N):
             G[n + 1 : n + 1 + T, n + 1] = grad_s[n]
         W_time, W_object = (part.contiguous() for part in W.split(D, 1))
+        kernels = _elementwise(H)
         # ds / d(arguments of sigm and tanh), and 1 - beta = ds_t^n / ds_t^{n-1} directly, of every cell.
         beta, s_hat = gates.chunk(2, -1)
         kept, slopes = 1 - beta, gates.new_empty(*beta.shape[:-1], 2, D)
@@ -97,12 +180,11 @@ class _Recurrence(torch.autograd.Function):
         states, before = (part.flatten(1, 2).unbind() for part in (G[:, 1:], G[:, :-1]))
         by_diagonal = zip(*(x.flatten(1, 2).unbind() for x in (slopes, kept, grad_gates)))
         for (d, cells, later), (slope, keep, grad_gate) in reversed(list(zip(_diagonals(N, T, B), by_diagonal))):
-            g, now = states[d + 1], grad_gate[cells]
-            torch.mul(g[cells].unsqueeze(1), slope[cells], out=now)
+            now, first_later = grad_gate[cells], (cells.stop if later is None else later.start) - cells.start
+            kernels.gate_backward(states[d + 1][cells], slope[cells], keep[cells], now, before[d][cells], first_later)
             _add_product(states[d][cells], now.flatten(1), W_time)
             if later is not None:
-                beside = before[d][later].addcmul_(g[later], keep[later])
-                _add_product(beside, grad_gate[later].flatten(1), W_object)
+                _add_product(before[d][later], grad_gate[later].flatten(1), W_object)
         grad_gates = grad_gates.flatten(-2)
         grad_W_time = grad_gates.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
         grad_W_object = grad_gates[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)
