@@ -16,6 +16,7 @@ from rehearsal import RehearsedSteps, record, rehearse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_pixels._batch import Known, knowing
+from pyro_pixels.guides import recurrence
 from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.training.checkpoints import load_checkpoint
 from pyro_pixels.training.elbo import AnnealedELBO
@@ -242,10 +243,12 @@ def test_log_likelihoods_are_near_those_in_float64(precision, device, tolerance,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["recurrent", "structured"])
-def test_replayed_steps_learn_as_plain_ones_do(kind, small_data):
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_replayed_steps_learn_as_plain_ones_do(kind, fused, small_data, monkeypatch):
     """A deterministic loss would be needed for equal numbers; the same seed draws others in a graph. So: the bound."""
     bounds = []
     for steps_of in (Steps, CapturedSteps):
+        monkeypatch.setattr(recurrence, "FUSED", fused and steps_of is CapturedSteps)
         model, guide = (module.cuda() for module in pair(kind))
         elbo = AnnealedELBO()
         loss = elbo(model, guide)
@@ -264,3 +267,5 @@ def test_replayed_steps_learn_as_plain_ones_do(kind, small_data):
         log_likelihood, kl = steps.read_totals()
         bounds.append(float(log_likelihood - kl) / 50)
     assert bounds[1] == pytest.approx(bounds[0], rel=0.1)
+    if fused:
+        assert recurrence._fused(next(loss.parameters()).device) is not recurrence.PLAIN
