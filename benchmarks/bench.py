@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks import against, asking, by_hand, densities, growth, memory, report, steps
+from benchmarks import against, asking, by_hand, densities, growth, memory, parts_of_step, report, steps
 from benchmarks.timing import Stopwatch
 from pyro_pixels._checks import check_name
 from pyro_pixels._files import atomic_write
@@ -31,6 +31,7 @@ PARTS: dict[str, Callable[[Stopwatch], dict[str, Any]]] = {
     "step": partial(steps.measure, preset="quick"),
     "against": against.measure,
     "by_hand": by_hand.measure,
+    "parts_of_step": parts_of_step.measure,
     "density": densities.measure,
     "queries": asking.measure,
     "memory": partial(memory.measure, preset="quick"),
@@ -43,6 +44,7 @@ Part = Literal[
     "step",
     "against",
     "by_hand",
+    "parts_of_step",
     "density",
     "queries",
     "memory",

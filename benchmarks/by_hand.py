@@ -9,10 +9,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
+from benchmarks.densities import METHODS, TRACKS, value_and_gradients
 from benchmarks.steps import OurStep, make_step, with_objects
 from benchmarks.timing import Stopwatch
 from pyro_pixels.guides import recurrence, structured
 from pyro_pixels.lgssm import distributions
+from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.training.step_runners import WARM_UP
 
@@ -22,6 +26,7 @@ PIECES: dict[str, tuple[Any, str, Any]] = {
     "solve_sum": (structured, "_SolveSum", structured.solve_sum_reference),
 }
 """What is written by hand, where it is looked up, and its plain reference."""
+HMM = "Pyro's GaussianHMM"
 
 
 class _Plain:
@@ -56,7 +61,8 @@ def fused() -> Iterator[None]:
 def measure(watch: Stopwatch) -> dict[str, Any]:
     """Seconds of a step, N = 3, as it is and without each piece: the quick preset's, and the paper's guide's.
 
-    On CUDA with fused kernels, too. Every variant has a step of its own, as one that is recorded stays as it was.
+    On CUDA with fused kernels, too. Every variant has a step of its own, as one that is recorded stays as it was. Last
+    the density of positions by itself, beside Pyro's `GaussianHMM`.
     """
     quick = with_objects(PRESETS["quick"], 3)
     paper = with_objects(replace(PRESETS["paper"], guide="recurrent"), 3)
@@ -73,10 +79,15 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
         for call in (call for call in calls.values() for _ in range(WARM_UP + 1) if watch.device.type == "cuda"):
             call()  # recorded before it is timed
         found[name] = watch.compare(calls)
+    dynamics = Dynamics(PRESETS["quick"].dynamics).to(watch.device)
+    a = torch.randn(*TRACKS, 30, 2, device=watch.device)
+    dense, hmm = (partial(value_and_gradients, METHODS[name], dynamics, a) for name in ("dense Gaussian", HMM))
+    calls = {"as it is": dense, "without log_normal": _within(partial(plain, "log_normal"), dense), HMM: hmm}
+    found["p(a) and gradients, T = 30"] = watch.compare(calls)
     return {"seconds": found}
 
 
-def _within(variant: Callable[[], AbstractContextManager[None]], step: Callable[[], None]) -> Callable[[], None]:
+def _within(variant: Callable[[], AbstractContextManager[None]], step: Callable[[], object]) -> Callable[[], None]:
     def call() -> None:
         with variant():
             step()

@@ -119,12 +119,17 @@ def by_hand(r: Results) -> str:
         for piece, without in times.items():
             more = "-" if piece == "as it is" else f"{100 * (ratio(whole, without) - 1):+.0f} %"
             rows.append([name, piece, milliseconds(without), more])
-    return markdown(["step, N = 3", "", "ms", "longer by"], rows)
+    return markdown(["step, N = 3, or density", "variant", "ms", "longer by"], rows)
+
+
+def parts_of_step(r: Results) -> str:
+    rows = [[part, *(f"{1e3 * s:.1f}" if s else "-" for s in of.values())] for part, of in r["seconds"].items()]
+    return markdown(["part, ms on one thread", "N = 1", "N = 2", "N = 3"], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "step": step, "against": against, "by_hand": by_hand, "density": density, "queries": queries,
-    "memory": memory, "growth": growth, "memory_growth": memory_growth, "paper_step": step, "paper_memory": memory,
+    "step": step, "against": against, "by_hand": by_hand, "parts_of_step": parts_of_step, "density": density,
+    "queries": queries, "memory": memory, "growth": growth, "memory_growth": memory_growth, "paper_step": step, "paper_memory": memory,
 }  # fmt: skip
 
 

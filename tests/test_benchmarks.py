@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import SMALL, make_guide, make_model
 
-from benchmarks import asking, bench, densities, growth, memory, report
+from benchmarks import asking, bench, densities, growth, memory, parts_of_step, report
 from benchmarks.paper_weights import in_paper_names
 from benchmarks.steps import KL_WEIGHT, LITERAL, OURS, PRODUCT, STRUCTURED, LiteralStep, OurStep, make_step
 from benchmarks.timing import MatrixProduct, Stopwatch, exponent, product_flops, ratio
@@ -146,6 +146,16 @@ def test_ratio_and_exponent():
 
 def test_operations_of_a_matrix_product():
     assert product_flops(MatrixProduct(CPU)) == 2 * 1536**3
+
+
+def test_parts_of_a_step_lie_within_it_and_nothing_stays_patched():
+    before = [vars(owner).get(name) for part in parts_of_step.PARTS.values() for owner, name in part]
+    config = replace(tiny(n_objects=(2,)), guide="structured")
+    seconds = parts_of_step.seconds_of(make_step(OurStep, config, CPU), rounds=2)
+    assert seconds.keys() == {"step", *parts_of_step.PARTS}
+    for part, times in seconds.items():
+        assert all(0 < t <= whole for t, whole in zip(times, seconds["step"], strict=True)), part
+    assert [vars(owner).get(name) for part in parts_of_step.PARTS.values() for owner, name in part] == before
 
 
 def test_queries_are_asked():
