@@ -129,7 +129,8 @@ def parts_of_step(r: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "step": step, "against": against, "by_hand": by_hand, "parts_of_step": parts_of_step, "density": density,
-    "queries": queries, "memory": memory, "growth": growth, "memory_growth": memory_growth, "paper_step": step, "paper_memory": memory,
+    "queries": queries, "memory": memory, "growth": growth, "memory_growth": memory_growth, "paper_step": step,
+    "paper_memory": memory,
 }  # fmt: skip
 
 
