@@ -130,6 +130,13 @@ def test_what_is_larger_than_objects_is_subtracted_where_it_is_asked_for(tmp_pat
         load_video(tmp_path / "a.npy", n_objects=1, background="mean")
 
 
+@pytest.mark.parametrize("zoom, lost", [(1, False), (6, True)])
+def test_a_film_that_is_shrunk_until_objects_are_lost_says_so(tmp_path, zoom, lost):
+    np.save(tmp_path / "a.npy", film().repeat(zoom, 1).repeat(zoom, 2).astype(np.float32))
+    notes = prepare_video(tmp_path / "a.npy", n_objects=1).notes
+    assert any(f"a pixel stands for {2 * zoom} x {2 * zoom} of the film's" in note for note in notes) == lost
+
+
 def test_objects_are_counted_film_by_film_and_long_films_cut(tmp_path):
     for n in (1, 2):
         np.save(tmp_path / f"{n}.npy", film(n))

@@ -19,6 +19,7 @@ from pyro_pixels.video.check import count_components
 from pyro_pixels.video.read import Film, Origin, optional, read_films, read_with_origins
 
 Background = Literal["keep", "median", "local"]
+COARSE = 1 / 8  # of the film's resolution
 LONG, CUT = 60, 30  # a film of more frames than LONG is cut into sequences of CUT, half overlapping
 
 
@@ -131,6 +132,9 @@ def prepare_video(
     shrunk, scale = _shrink(cropped, size)
     notes.append(f"{len(films)} film(s) of {[len(f) for f in films][:6]} frames, {shape[0]} x {shape[1]} pixels, "
                  f"shrunk to {shrunk[0].shape[1]} x {shrunk[0].shape[2]}")  # fmt: skip
+    if scale < COARSE:
+        notes.append(f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, and objects of fewer are lost: "
+                     "crop to where they are (--crop), or keep more (--size)")  # fmt: skip
     excess = [f - np.median(f) for f in shrunk]
     everything = np.concatenate([x.ravel() for x in excess])
     low, high = np.quantile(everything, (0.002, 0.998))
