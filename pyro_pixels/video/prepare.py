@@ -133,8 +133,10 @@ def prepare_video(
     notes.append(f"{len(films)} film(s) of {[len(f) for f in films][:6]} frames, {shape[0]} x {shape[1]} pixels, "
                  f"shrunk to {shrunk[0].shape[1]} x {shrunk[0].shape[2]}")  # fmt: skip
     if scale < COARSE:
-        notes.append(f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, and objects of fewer are lost: "
-                     "crop to where they are (--crop), or keep more (--size)")  # fmt: skip
+        notes.append(
+            f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, and objects of fewer are lost: crop to "
+            "where they are (--crop), or keep more (--size)"
+        )
     excess = [f - np.median(f) for f in shrunk]
     everything = np.concatenate([x.ravel() for x in excess])
     low, high = np.quantile(everything, (0.002, 0.998))
