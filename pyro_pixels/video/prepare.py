@@ -134,8 +134,8 @@ def prepare_video(
                  f"shrunk to {shrunk[0].shape[1]} x {shrunk[0].shape[2]}")  # fmt: skip
     if scale < COARSE:
         notes.append(
-            f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, and objects of fewer are lost: crop to "
-            "where they are (--crop), or keep more (--size)"
+            f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, and objects of fewer are lost: "
+            "crop to where they are (--crop), or keep more (--size)"
         )
     excess = [f - np.median(f) for f in shrunk]
     everything = np.concatenate([x.ravel() for x in excess])
