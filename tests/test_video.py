@@ -148,6 +148,16 @@ def test_objects_are_counted_film_by_film_and_long_films_cut(tmp_path):
     assert given.n_objects.tolist() == [1, 1, 1, 3, 3, 3]
 
 
+def test_numbers_of_objects_beside_the_images_are_kept(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.stack([film(1), film(2)]), n_objects=np.array([3, 2]))
+    prepared = prepare_video(tmp_path / "a.npz")
+    assert prepared.data.n_objects.tolist() == [3, 2]
+    assert any("n_objects are those of the file" in note for note in prepared.notes)
+    assert load_video(tmp_path / "a.npz", n_objects=1).n_objects.tolist() == [1, 1]
+    np.savez(tmp_path / "b.npz", images=np.stack([film(1), film(2)]), n_objects=np.array([[3, 2]]))
+    assert load_video(tmp_path / "b.npz").n_objects.tolist() == [1, 2]  # what is no number a film is not taken for it
+
+
 def test_films_of_unequal_length_are_padded(tmp_path):
     np.save(tmp_path / "a.npy", film())
     np.save(tmp_path / "b.npy", film()[:9])

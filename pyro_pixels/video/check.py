@@ -55,14 +55,16 @@ def check_film(data: ImageSequences) -> list[str]:
     if empty > 0.02:
         warnings.append(f"{empty:.0%} of the frames show no object: cut them off, or give fewer frames (--frames)")
     more, fewer = float((found > counts).mean()), float((found < counts - 1).mean())
+    others = evidence.statistics.others
     if more > 0.2:
         warnings.append(
             f"{more:.0%} of the frames show more objects than n_objects says: objects come and go, or the background "
             "shows (prepare.py --n-objects, --threshold, --background median, or --background local where it moves)"
+            + ("; what remains of it is allowed for" if others else "")
         )
-    elif evidence.statistics.others:
+    elif others:
         warnings.append(
-            f"{evidence.statistics.others * H * W:.0f} pixels a frame show things that are none of the objects. "
+            f"{others * H * W:.0f} pixels a frame show things that are none of the objects. "
             "They are allowed for; what is blurred, and uneven light, can be taken off (prepare.py --background local)"
         )
     if fewer > 0.2:

@@ -96,7 +96,8 @@ def prepare_video(
 
     Args:
         paths, axes: as `read_films`.
-        n_objects: of every sequence, or one a film or a sequence; default: connected components are counted.
+        n_objects: of every sequence, or one a film or a sequence; default: those in an .npz beside the images, else
+            connected components are counted.
         size: films are shrunk, by area averaging and with their aspect kept, until the longer side is ``size`` pixels,
             and made square with black. Smaller films stay as they are.
         frames: T of the sequences that each film is cut into; default: films of up to 60 frames are left whole.
@@ -115,6 +116,9 @@ def prepare_video(
     """
     read, notes = read_with_origins(paths, axes=axes), []
     films = [film for film, _ in read]
+    if n_objects is None:
+        n_objects = _numbers_beside([origin for _, origin in read])
+        notes += [] if n_objects is None else ["n_objects are those of the file; --n-objects says otherwise"]
     shape = films[0].shape[1:]
     if any(f.shape[1:] != shape for f in films):
         raise ValueError(f"films differ in size, {sorted({f.shape[1:] for f in films})}; prepare those of one size")
@@ -287,6 +291,22 @@ def _per_film(n_objects: int | Sequence[int] | None, n_films: int) -> list[float
     if isinstance(n_objects, int):
         return [float(n_objects)] * n_films
     return [float(x) for x in n_objects] if len(n_objects) == n_films else None
+
+
+def _numbers_beside(origins: list[Origin]) -> list[int] | None:
+    """N of each film, if all are from .npz files with an ``n_objects`` for each, as every ``--data`` has it."""
+    in_file: dict[str, NDArray[Any] | None] = {}
+    numbers = []
+    for path, i in origins:
+        if Path(path).suffix.lower() != ".npz":
+            return None
+        if path not in in_file:
+            in_file[path] = read_arrays(path, names=("n_objects",)).get("n_objects")
+        n = in_file[path]
+        if n is None or n.ndim != 1 or n.dtype.kind not in "iu" or i >= len(n):
+            return None
+        numbers.append(int(n[i]))
+    return numbers
 
 
 def _numbers(
