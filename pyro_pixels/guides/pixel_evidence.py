@@ -35,7 +35,7 @@ FRAMES_LEAST = 30  # in fewer an object that is slow looks like background
 Z_STEP, Z_BINS = 0.25, 80  # the grid on which the probability of an object is kept, in standard deviations of the noise
 Z_LEAST = 2.0  # below it the noise explains a pixel
 WORSE = 0.1  # objects a frame
-COUNTED = 500  # frames whose components are counted at every height
+COUNTED = 2**19  # pixels, about so many, of frames whose components are counted at every height
 OTHERS_LEAST = 1.0  # pixels in a frame; fewer are left over from noise
 CLUTTER_LEAST = 0.05  # white pixels of nobody in a frame; fewer are not looked for
 BACKGROUND_LEAST = 0.02  # grey value; a background below it is black
@@ -257,7 +257,7 @@ def _without_fainter(found: _Evidence, counts: NDArray[np.int64]) -> _Evidence:
     """
     if not found.null.noise:
         return found
-    few = slice(None, None, max(1, len(counts) // COUNTED))
+    few = slice(None, None, max(1, found.weights.size // COUNTED))
     shown, wanted = np.where(found.weights[few] > 0, found.bins[few], -1), counts[few]
     lowest = int((found.table > 0).argmax())
     heights = np.arange(lowest, Z_BINS, 2)
