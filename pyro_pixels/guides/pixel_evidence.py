@@ -154,8 +154,9 @@ class PixelEvidence(nn.Module):
         self.by_neighbours = torch.from_numpy(by_neighbours).float()
         self.scalars = torch.tensor([noise, clutter, contrast, centre, spread])
         self._persist()
-        weights = self(torch.from_numpy(frames).unsqueeze(0)).squeeze(0).numpy()
-        self.others = torch.tensor(_others(weights, counts))
+        few = _few(frames)
+        weights = self(torch.from_numpy(frames[few]).unsqueeze(0)).squeeze(0).numpy()
+        self.others = torch.tensor(_others(weights, counts[few]))
         if has_background or noise or clutter or float(self.others):
             self._persist()
         else:
@@ -249,6 +250,11 @@ def _evidence(excess: Floats) -> _Evidence:
     return _Evidence(table, null, contrast, bins, np.clip(excess / contrast, 0, 1) * table[bins])
 
 
+def _few(frames: Floats) -> slice:
+    """Some of the frames (F, H, W), evenly, of `COUNTED` pixels in all."""
+    return slice(None, None, max(1, frames.size // COUNTED))
+
+
 def _without_fainter(found: _Evidence, counts: NDArray[np.int64]) -> _Evidence:
     """The evidence with P(object) = 0 below the height from which on there are not more components than objects.
 
@@ -257,7 +263,7 @@ def _without_fainter(found: _Evidence, counts: NDArray[np.int64]) -> _Evidence:
     """
     if not found.null.noise:
         return found
-    few = slice(None, None, max(1, found.weights.size // COUNTED))
+    few = _few(found.weights)
     shown, wanted = np.where(found.weights[few] > 0, found.bins[few], -1), counts[few]
     lowest = int((found.table > 0).argmax())
     heights = np.arange(lowest, Z_BINS, 2)
@@ -288,9 +294,8 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
         return 0.0, all_objects
     observed = np.bincount(neighbours[white], minlength=9).astype(float)
     k = np.arange(9)
-    expected = (
-        rate * scipy.special.comb(8, k) * rate**k * (1 - rate) ** (8 - k) * white.size
-    )  # a binomial number of neighbours
+    binomial = scipy.special.comb(8, k) * rate**k * (1 - rate) ** (8 - k)  # of the numbers of neighbours
+    expected = rate * binomial * white.size
     table = 1 - np.divide(expected, observed, out=np.zeros(9), where=observed > 0)
     table = np.maximum.accumulate(np.clip(table, 0, 1))
     table[table < OBJECT_LEAST] = 0.0
