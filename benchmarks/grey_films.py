@@ -1,4 +1,4 @@
-"""Errors on films with sensor noise, salt and pepper, and still backgrounds, without options (docs/other_worlds.md).
+"""Errors on films with sensor noise, salt and pepper, and still backgrounds, without options (docs/your_own_video.md).
 
 Each film is 600 sequences of discs of constant velocity; the quick preset, shortened to 300 steps, learns from it, and
 is measured on 150 fresh ones. ``python benchmarks/grey_films.py noise_05 salt --seeds 0 1 2`` writes
@@ -57,9 +57,11 @@ def measure(kind: str, seed: int = 0) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", choices=(*KINDS, []), help="default: all")
+    parser.add_argument("kinds", nargs="*", help=f"some of {', '.join(KINDS)}; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
+    if unknown := sorted(set(args.kinds) - set(KINDS)):
+        parser.error(f"there is no film '{unknown[0]}'; wanted some of {', '.join(KINDS)}")
     torch.set_num_threads(1)
     for seed in args.seeds:
         for kind in args.kinds or KINDS:
