@@ -82,20 +82,15 @@ def count_tests(at: Path, args: Arguments) -> dict[str, Any]:
     return {**found, "failed": failed}
 
 
-def bench(args: Arguments) -> list[str]:
-    sizes = ["--rounds", "1", "--seconds", "0.1"] if args.tiny else ["--paper"]
-    options = [
-        "--only",
-        "step",
-        "by_hand",
-        "--device",
-        args.device,
-        "--name",
-        "steps",
-        "--out",
-        str(folder(args, "steps")),
-    ]
-    return ["-m", "benchmarks.bench", *options, *sizes]
+def bench(name: str, part: str, *, paper: bool = False) -> Callable[[Arguments], list[str]]:
+    """A part of ``make bench``, in a process of its own: a recording that fails may spoil what comes after it."""
+
+    def command(args: Arguments) -> list[str]:
+        few = ["--rounds", "1", "--seconds", "0.1"] if args.tiny else ["--paper"] if paper else []
+        options = ["--only", part, "--device", args.device, "--name", name, "--out", str(folder(args, name))]
+        return ["-m", "benchmarks.bench", *options, *few]
+
+    return command
 
 
 def training(name: str, *options: str) -> Callable[[Arguments], list[str]]:
@@ -163,8 +158,9 @@ def trained(name: str, *options: str, least: float = 60) -> Job:
 
 JOBS = (
     Job("tests", tests, count_tests, 60),
-    Job("steps", bench, lambda at, args: read(at / "steps.json"), 60),
+    Job("steps", bench("steps", "step", paper=True), lambda at, args: read(at / "steps.json"), 60),
     Job("quickstart", quickstart, learned, 40),
+    Job("by_hand", bench("by_hand", "by_hand"), lambda at, args: read(at / "by_hand.json"), 60),
     trained("paper_learned", "--preset", "paper_learned", "--precision", "high"),
     Job("seeds", seeds, rates, 60),
     trained("paper", "--preset", "paper", "--precision", "high"),

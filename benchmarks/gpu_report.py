@@ -49,19 +49,19 @@ def speed(results: dict[str, Found]) -> str:
             rows.append(
                 ["gpu tests", f"{t['tests'] - wrong - t['skipped']} pass, {wrong} fail", seconds(results["tests"])]
             )
-    steps = dict(results.get("steps", {}).get("found") or {})
-    for of, times in steps.pop("by_hand", {"seconds": {}})["seconds"].items():
-        as_it_is = statistics.median(times.pop("as it is"))
-        rows += [
-            [f"{of}, {variant}", f"{1e3 * statistics.median(each):.2f} ms", f"as it is {1e3 * as_it_is:.2f} ms"]
-            for variant, each in times.items()
-        ]
-    for part, r in steps.items():
+    for part, r in (results.get("steps", {}).get("found") or {}).items():
         literal = statistics.median(r["seconds"]["literal Pyro"]) if "literal Pyro" in r.get("seconds", {}) else None
         for name, times in r.get("seconds", {}).items():
             ms = 1e3 * statistics.median(times)
             ratio = f"{1e3 * literal / ms:.1f} x literal" if literal and name != "literal Pyro" else "-"
             rows.append([f"{part}: {name}", f"{ms:.2f} ms", ratio])
+    by_hand = results.get("by_hand", {}).get("found") or {}
+    for of, times in by_hand.get("by_hand", {}).get("seconds", {}).items():
+        as_it_is = statistics.median(times.pop("as it is"))
+        rows += [
+            [f"{of}, {variant}", f"{1e3 * statistics.median(each):.2f} ms", f"as it is {1e3 * as_it_is:.2f} ms"]
+            for variant, each in times.items()
+        ]
     for row in (results.get("probe", {}).get("found") or {}).get("rows", []):
         rows.append([row["what"], row["value"], row.get("beside", "-")])
     if "quickstart" in results:

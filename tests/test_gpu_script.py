@@ -79,8 +79,10 @@ def test_what_is_wrong_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-def test_the_options_of_the_steps_are_accepted(tmp_path, tiny):
-    options = gpu.bench(gpu.Arguments(runs=tmp_path, device="cpu", tiny=tiny))[2:]
+@pytest.mark.parametrize("name", ["steps", "by_hand"])
+def test_the_options_of_the_benchmarks_are_accepted(tmp_path, name, tiny):
+    (job,) = (job for job in gpu.JOBS if job.name == name)
+    options = job.command(gpu.Arguments(runs=tmp_path, device="cpu", tiny=tiny))[2:]
     check_options(tyro.cli(bench.Arguments, args=options))
 
 
