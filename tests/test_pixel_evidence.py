@@ -98,6 +98,15 @@ def test_what_is_found_is_what_was_put_in():
     assert told.contrast == pytest.approx(0.68, abs=0.05)
 
 
+def test_noise_is_found_where_a_background_was_subtracted():
+    """Then more than half of the pixels are exactly black, as in a film without noise."""
+    data = film(noise=0.05)
+    images = (data.images - 0.015).clip(0, 1)
+    assert 0.58 < float((images == 0).float().mean()) < 0.7
+    told = PixelEvidence().estimate(images, data.n_objects)
+    assert 0.015 < told.noise < 0.05
+
+
 def test_objects_that_rest_are_no_background():
     """Beads that hardly move are bright in the median of all frames; without them nothing would be left."""
     rng, y, x = np.random.default_rng(0), *np.mgrid[:20, :20]
