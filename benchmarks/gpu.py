@@ -187,7 +187,8 @@ def measured_with(device: torch.device) -> dict[str, Any]:
 
 def run(command: Sequence[str], left: float, log: Path) -> tuple[int, bool]:
     """Runs a script until it ends or time is up; returns its exit code, and whether it was stopped."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages may be elsewhere
+    environment = {**os.environ, "PYTHONPATH": path}
     with (
         log.open("a") as out,
         subprocess.Popen(

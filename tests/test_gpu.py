@@ -291,7 +291,8 @@ def train_command(device, *options):
     return [str(ROOT / "examples/train.py"), "--n-sequences", "60", "--device", device.type, "--no-progress", *options]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+PATH = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages may be elsewhere
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH}
 
 
 @on_a_card
