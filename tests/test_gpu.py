@@ -148,6 +148,15 @@ def looking(config, device):
     return steps_module.CapturedSteps(elbo, loss, 1e-3, {1.0: list(loss.parameters())})
 
 
+def test_other_sequences_are_recorded_apart(device):
+    """A recording reads the memory of the sequences it was made with, whatever is there by then."""
+    config = small("recurrent")
+    steps = steps_of(*made(config, device), device)
+    for _ in range(2):  # each time with tensors of its own
+        assert bool(take(steps, config, device, WARM_UP + 2).isfinite().all())
+    assert len({id(batch.images) for _, batch in steps._recorded.values()}) == 2
+
+
 def test_where_a_recording_fails_steps_go_on_and_other_trainings_do_not_notice(device):
     config = small("structured")
     before, fails, after = (

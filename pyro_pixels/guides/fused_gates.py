@@ -5,8 +5,6 @@ these to them, on a CPU by Triton's interpreter (tests/test_fused_gates.py). Imp
 comes with torch for CUDA and with no other.
 """
 
-from typing import Any
-
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
@@ -15,7 +13,7 @@ BLOCK = 1024  # entries of a row that a program works on
 
 
 @triton.jit
-def _forward(gate: Any, beside: Any, to: Any, D: Any, BLOCK: tl.constexpr) -> None:
+def _forward(gate, beside, to, D, BLOCK: tl.constexpr):
     row, j = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = j < D
     at_beta, at_s_hat, at = gate + row * 2 * D + j, gate + row * 2 * D + D + j, row * D + j
@@ -28,9 +26,7 @@ def _forward(gate: Any, beside: Any, to: Any, D: Any, BLOCK: tl.constexpr) -> No
 
 
 @triton.jit
-def _backward(
-    g: Any, slope: Any, keep: Any, grad_gate: Any, before: Any, first_later: Any, D: Any, BLOCK: tl.constexpr
-) -> None:
+def _backward(g, slope, keep, grad_gate, before, first_later, D, BLOCK: tl.constexpr):
     row, j = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = j < D
     at, at_beta, at_s_hat = row * D + j, row * 2 * D + j, row * 2 * D + D + j

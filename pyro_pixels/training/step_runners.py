@@ -185,7 +185,8 @@ class CapturedSteps(Steps):
 
     What changes from step to step - the sequences, the KL weight, the learning rate - is read from tensors that are
     written to before a replay. What changes the program - which parameters learn, the number of sequences, the largest
-    N - asks for a recording of its own.
+    N - asks for a recording of its own, and so do other tensors that hold all sequences: a recording reads the memory
+    of those it was made with, and keeps them.
 
     The random numbers are these steps' own. A failed recording leaves the state of the generator that it was made with
     unusable, and every other recording with it that was made with the same state; so no two trainings share one.
@@ -199,7 +200,7 @@ class CapturedSteps(Steps):
         self._stream = torch.cuda.Stream(self.totals.device)
         self._memory = torch.cuda.graph_pool_handle()  # of all recordings: no two are replayed at once
         self._taken: dict[Hashable, int] = {}
-        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self._random = self._generator().clone_state()
 
     def _adam_options(self) -> dict[str, Any]:
@@ -249,12 +250,13 @@ class CapturedSteps(Steps):
 
     def take(self, batch: Batch) -> None:
         settings = tuple(getattr(self.elbo, name) for name in self.elbo.settings)
-        kind = (len(batch.index), batch.known, self._learning(), settings)
+        held = tuple(id(x) for x in (batch.images, batch.n_objects, batch.tracks))
+        kind = (len(batch.index), batch.known, self._learning(), settings, held)
         if self.refused is None and kind not in self._recorded and self._taken.get(kind, 0) >= WARM_UP:
             self._record(kind, batch)
         if kind in self._recorded:
-            graph, index = self._recorded[kind]
-            index.copy_(batch.index, non_blocking=True)
+            graph, recorded = self._recorded[kind]
+            recorded.index.copy_(batch.index, non_blocking=True)
             graph.replay()
             return
         self._taken[kind] = self._taken.get(kind, 0) + 1
@@ -266,16 +268,16 @@ class CapturedSteps(Steps):
             super().take(batch)
 
     def _record(self, kind: Hashable, batch: Batch) -> None:
-        graph, index = torch.cuda.CUDAGraph(), batch.index.to(self.totals.device)
+        graph, batch = torch.cuda.CUDAGraph(), batch._replace(index=batch.index.to(self.totals.device))
         kept = self._generator().clone_state()
         torch.cuda.synchronize(self.totals.device)
         try:
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
-                self._take_as_recorded(batch._replace(index=index))
+                self._take_as_recorded(batch)
         except Exception as error:  # whatever model, guide or driver object to
             self.refused = (str(error).splitlines() or [type(error).__name__])[0]
         else:
-            self._recorded[kind] = graph, index
+            self._recorded[kind] = graph, batch
             return
         self._recover(graph, kept)
         warnings.warn(
