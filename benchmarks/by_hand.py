@@ -15,14 +15,12 @@ from benchmarks.densities import METHODS, TRACKS, value_and_gradients
 from benchmarks.steps import OurStep, make_step, with_objects
 from benchmarks.timing import Stopwatch
 from pyro_pixels.guides import recurrence, structured
-from pyro_pixels.lgssm import distributions
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.training.step_runners import WARM_UP
 
 PIECES: dict[str, tuple[Any, str, Any]] = {
     "recur": (recurrence, "_Recurrence", recurrence.recur_reference),
-    "log_normal": (distributions, "_LogNormal", distributions.log_normal_reference),
     "solve_sum": (structured, "_SolveSum", structured.solve_sum_reference),
 }
 """What is written by hand, where it is looked up, and its plain reference."""
@@ -68,8 +66,8 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
     paper = with_objects(replace(PRESETS["paper"], guide="recurrent"), 3)
     found = {}
     for name, config, pieces in (
-        ("structured, quick", quick, ["recur", "log_normal", "solve_sum"]),
-        ("recurrent, paper", paper, ["recur", "log_normal"]),
+        ("structured, quick", quick, ["recur", "solve_sum"]),
+        ("recurrent, paper", paper, ["recur"]),
     ):
         variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"as it is": nullcontext}
         variants |= {f"without {piece}": partial(plain, piece) for piece in pieces}
@@ -82,8 +80,7 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
     dynamics = Dynamics(PRESETS["quick"].dynamics).to(watch.device)
     a = torch.randn(*TRACKS, 30, 2, device=watch.device)
     dense, hmm = (partial(value_and_gradients, METHODS[name], dynamics, a) for name in ("dense Gaussian", HMM))
-    calls = {"as it is": dense, "without log_normal": _within(partial(plain, "log_normal"), dense), HMM: hmm}
-    found["p(a) and gradients, T = 30"] = watch.compare(calls)
+    found["p(a) and gradients, T = 30"] = watch.compare({"as it is": dense, HMM: hmm})
     return {"seconds": found}
 
 

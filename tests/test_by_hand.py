@@ -9,7 +9,6 @@ from test_census import small
 from benchmarks.by_hand import PIECES, plain
 from pyro_pixels.guides.recurrence import recur, recur_reference
 from pyro_pixels.guides.structured import factor_sum, solve_sum, solve_sum_reference
-from pyro_pixels.lgssm.distributions import log_normal, log_normal_reference
 from pyro_pixels.runs import build
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.worlds.base import simulate
@@ -39,15 +38,6 @@ def test_recurrence(N, T):
     torch.manual_seed(0)
     shapes = ((T, 2, 6), (N, 2, 3), (6, 6))
     same(recur, recur_reference, *(torch.randn(*shape, dtype=torch.float64) for shape in shapes))
-
-
-def test_log_normal():
-    torch.manual_seed(0)
-    e, C = torch.randn(5, 3, 2, 6, dtype=torch.float64), spd(2, 6)
-    same(
-        lambda e, C: log_normal(e, (C + C.mT) / 2, torch.linalg.cholesky(C.detach())),
-        lambda e, C: log_normal_reference(e, (C + C.mT) / 2, torch.linalg.cholesky(C.detach())), e, C,
-    )  # fmt: skip
 
 
 def test_solve_sum():

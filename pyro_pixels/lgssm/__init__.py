@@ -7,6 +7,7 @@ that exact inference does not need Pyro.
 
 from pyro_pixels.lgssm.kalman import (
     LGSSM,
+    ConstantVelocity,
     Filtered,
     Gaussians,
     check_observations,
@@ -30,6 +31,7 @@ from pyro_pixels.lgssm.marginal import Response, marginal_moments, on_diagonal, 
 
 __all__ = [
     "LGSSM",
+    "ConstantVelocity",
     "Filtered",
     "Gaussians",
     "Response",

@@ -8,14 +8,13 @@ Departures from the paper: none.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM
@@ -68,7 +67,12 @@ class DenseTracks(TorchDistribution):
         return variance.unflatten(-1, self.event_shape).expand(self.batch_shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return log_normal(value.flatten(-2) - self._mean, self._cov, self._L.detach())
+        e = value.flatten(-2) - self._mean  # (..., K, 2T)
+        columns = e.reshape(-1, *self._mean.shape).permute(1, 2, 0)  # (K, 2T, n), of all sequences and objects
+        white = torch.linalg.solve_triangular(self._L, columns, upper=False)
+        log_det = self._L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_prob = -0.5 * white.square().sum(-2).mT - (log_det + 0.5 * e.shape[-1] * math.log(2 * math.pi))
+        return log_prob.view(e.shape[:-1])
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape + self._mean.shape[-1:]
@@ -175,44 +179,3 @@ class StatePath(TorchDistribution):
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         return kalman.sample(self._lgssm, self.event_shape[0], tuple(sample_shape))[0]
-
-
-def log_normal(e: Tensor, C: Tensor, L: Tensor) -> Tensor:
-    """Returns log N(e; 0, C) (..., K) of e (..., K, d), for C (K, d, d) and its Cholesky factor L."""
-    return _LogNormal.apply(e, C, L)  # type: ignore[no-any-return]
-
-
-def log_normal_reference(e: Tensor, C: Tensor, _: Tensor) -> Tensor:
-    """What `log_normal` computes, its gradient torch's."""
-    L = torch.linalg.cholesky_ex(C).L
-    return dist.MultivariateNormal(torch.zeros_like(C[..., 0]), scale_tril=L, validate_args=False).log_prob(e)
-
-
-class _LogNormal(torch.autograd.Function):
-    """The function log N(e; 0, C) (..., K) of e (..., K, d), C (K, d, d) and its Cholesky factor L.
-
-    With x = C^-1 e the gradients are -x and (x x' - C^-1) / 2, summed over sequences, without differentiating through
-    the Cholesky factor.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, e: Tensor, C: Tensor, L: Tensor) -> Tensor:
-        K, d = e.shape[-2:]
-        whiten = inverse_lower(L)
-        white = e.reshape(-1, K, d).transpose(0, 1) @ whiten.mT  # (K, n, d)
-        ctx.save_for_backward(whiten, white)
-        log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        log_prob = -0.5 * white.square().sum(-1).mT - (log_det + 0.5 * d * math.log(2 * math.pi))
-        return log_prob.view(e.shape[:-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        whiten, white = ctx.saved_tensors
-        K, _, d = white.shape
-        each = grad.reshape(-1, K).mT  # (K, n)
-        weighed = each.unsqueeze(-1) * white
-        excess = weighed.mT @ white
-        excess.diagonal(dim1=-2, dim2=-1).sub_(each.sum(-1, keepdim=True))
-        grad_e = (weighed @ whiten).neg_().transpose(0, 1).reshape(*grad.shape, d)
-        return grad_e, 0.5 * (whiten.mT @ excess @ whiten), None

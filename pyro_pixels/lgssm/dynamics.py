@@ -21,13 +21,14 @@ from typing import Annotated
 
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from pyro_pixels._checks import Bounds, check_fields
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import BlockTracks, DenseTracks
-from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.lgssm.kalman import LGSSM, ConstantVelocity
 from pyro_pixels.lgssm.marginal import marginal_moments
 from pyro_pixels.lgssm.sharing import once
 
@@ -191,16 +192,17 @@ class Dynamics(nn.Module):
         dtype, device = kalman.exact_dtype(self.mu.device), self.mu.device
         I = torch.eye(4, dtype=dtype, device=device)
         delta = self.log_delta.to(dtype).exp()
-        Sigmas = _covariance(torch.cat([self.root_Sigma_H.unsqueeze(0), self.root_Sigma]).to(dtype))  # one batched call
-        Sigma_A = _covariance(self.root_Sigma_A.to(dtype)) + self.config.position_noise_floor * I[:2, :2]
-        return LGSSM(
+        root_Sigma_A = F.pad(self.root_Sigma_A, (0, 2, 0, 2))  # as large as the others, so that all are one call
+        roots = torch.cat([root_Sigma_A.unsqueeze(0), self.root_Sigma_H.unsqueeze(0), self.root_Sigma])
+        Sigma_A, Sigma_H, Sigma = _covariance(roots.to(dtype)).split((1, 1, len(self.root_Sigma)))
+        return ConstantVelocity(
             A=I + delta * torch.ones(2, dtype=dtype, device=device).diag(2),
             B=I[:2],
             u=self.u.to(dtype),
-            Sigma_H=Sigmas[0],
-            Sigma_A=Sigma_A,
+            Sigma_H=Sigma_H.squeeze(0),
+            Sigma_A=Sigma_A.squeeze(0)[:2, :2] + self.config.position_noise_floor * I[:2, :2],
             mu=self.mu.to(dtype),
-            Sigma=Sigmas[1:],
+            Sigma=Sigma,
         )
 
     def positions(self, n_frames: int) -> TrackMixture:

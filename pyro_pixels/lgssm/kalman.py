@@ -34,6 +34,15 @@ class LGSSM(NamedTuple):
     Sigma: Tensor  # (..., d, d), covariance of h_1, may be singular
 
 
+class ConstantVelocity(LGSSM):
+    """An `LGSSM` whose transition A = I + N has N N = 0, such as that of positions and velocities, so A^j = I + j N.
+
+    The results are those of an `LGSSM`; the moments of whole paths take fewer operations. It is not checked.
+    """
+
+    __slots__ = ()
+
+
 class Gaussians(NamedTuple):
     """Gaussian marginals of one time step (...) or of a sequence (..., T)."""
 

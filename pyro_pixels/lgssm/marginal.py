@@ -1,11 +1,12 @@
 """The joint Gaussian over the positions in all frames: Eq (3) with the states integrated out."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_pixels.lgssm.kalman import LGSSM
+from pyro_pixels.lgssm.kalman import LGSSM, ConstantVelocity
 from pyro_pixels.lgssm.sharing import once
 
 
@@ -20,14 +21,16 @@ class Response(NamedTuple):
 def response(lgssm: LGSSM, n_steps: int) -> Response:
     """Returns a_{1:T} given h_1, Eq (3) with all later states integrated out, without a loop over T.
 
-    With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise. So V is G Sigma_H G' plus Sigma_A on the
-    diagonal blocks, where G is the block-Toeplitz matrix of the F_j. The distribution of h_1 in ``lgssm`` is not used.
+    With F_j = B A^j: a_t = F_{t-1} h_1 + sum_{j < t-1} F_j (u + eta) + noise. The distribution of h_1 in ``lgssm`` is
+    not used.
     """
     A, B, u, Sigma_H, Sigma_A, _, _ = lgssm
-    return once("response", lambda: _response(A, B, u, Sigma_H, Sigma_A, n_steps), A, u, Sigma_H, Sigma_A, n_steps)
+    make = _uniform_response if isinstance(lgssm, ConstantVelocity) else _response
+    return once("response", lambda: make(A, B, u, Sigma_H, Sigma_A, n_steps), A, u, Sigma_H, Sigma_A, n_steps)
 
 
 def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor, n_steps: int) -> Response:
+    """V is G Sigma_H G' plus Sigma_A on the diagonal blocks, where G is the block-Toeplitz matrix of the F_j."""
     F = _after(B, A, n_steps)  # (T, p, d)
     T, p, d = F.shape
     falling = torch.cat([F.flip(0), torch.zeros_like(F)])  # F_{T-1}, ..., F_0, 0, ..., 0
@@ -35,6 +38,39 @@ def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor,
     G = falling.unfold(0, T - 1, 1)[1 : T + 1].flip(0).movedim(-1, 2).reshape(T * p, T - 1, d)
     V = (G @ Sigma_H).flatten(1) @ G.flatten(1).mT + on_diagonal(Sigma_A, T)
     return Response(F.flatten(0, 1), G.sum(1) @ u, V)
+
+
+def _uniform_response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor, n_steps: int) -> Response:
+    """The same for A^j = I + j N: F_j = B + j B N is linear in j, and sums over j are numbers that depend on T alone.
+
+    With R = [B; B N], the block of V for frames t and t' is sum_{xy} (sum_j j^x j'^y) (R Sigma_H R')_{xy}, where the
+    inner sum is over the noises that have acted on both, j and j' steps before, and x, y are 0 or 1.
+    """
+    T, (p, d) = n_steps, B.shape
+    one_and_j, sums, products = _sums_over_steps(T, A.dtype, A.device)
+    R = torch.cat([B, B @ A - B])  # (2 p, d)
+    F = (one_and_j @ R.view(2, p * d)).view(T * p, d)
+    drift = (sums @ (R @ u).view(2, p)).flatten()
+    blocks = (R @ Sigma_H @ R.mT).view(2, p, 2, p).transpose(1, 2).reshape(4, p * p)
+    V = products @ torch.cat([blocks, Sigma_A.reshape(1, p * p)])  # (T^2, p^2)
+    return Response(F, drift, V.view(T, T, p, p).transpose(1, 2).reshape(T * p, T * p))
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _sums_over_steps(T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns [1, j] (T, 2), its sums over j < t (T, 2), and what `_uniform_response` multiplies, (T^2, 5).
+
+    The last has the sums of the products j^x j'^y over noises that act on both of two frames, for the four pairs of x
+    and y, and whether the two are the same frame.
+    """
+    j = torch.arange(T, dtype=dtype, device=device)
+    one_and_j = torch.stack([torch.ones_like(j), j], 1)
+    since = j.unsqueeze(1) - j[1:]  # (T, T - 1), steps since each noise
+    acted = torch.stack([(since >= 0).to(dtype), since.clamp(min=0)], -1)  # (T, T - 1, 2)
+    products = torch.einsum("tsx,usy->tuxy", acted, acted).flatten(2)
+    same = torch.eye(T, dtype=dtype, device=device).unsqueeze(-1)
+    return one_and_j, acted.sum(1), torch.cat([products, same], -1).flatten(0, 1)
 
 
 def on_diagonal(block: Tensor, n: int) -> Tensor:
