@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_pixels.guides import recurrence
-from pyro_pixels.guides.recurrence import PLAIN, Elementwise, largest_difference
+from pyro_pixels.guides.recurrence import PLAIN, Elementwise, Later, largest_difference
 
 CPU = torch.device("cpu")
 INTERPRETED = """
@@ -48,11 +48,11 @@ def test_kernels_that_cannot_run_are_replaced(monkeypatch):
 def test_kernels_that_compute_something_else_are_found_out():
     assert largest_difference(PLAIN, CPU) == 0
 
-    def without_slope(g, slope, keep, grad_gate, before, first_later):
-        PLAIN.gate_backward(g, torch.ones_like(slope), keep, grad_gate, before, first_later)
+    def without_slope(g, slope, grad_gate, later):
+        PLAIN.gate_backward(g, torch.ones_like(slope), grad_gate, later)
 
-    def for_all(g, slope, keep, grad_gate, before, first_later):
-        PLAIN.gate_backward(g, slope, keep, grad_gate, before, 0)
+    def nothing_directly(g, slope, grad_gate, later):
+        PLAIN.gate_backward(g, slope, grad_gate, Later(*(x[:0] for x in later)))
 
-    for wrong in (without_slope, for_all):
+    for wrong in (without_slope, nothing_directly):
         assert largest_difference(Elementwise(PLAIN.gate, wrong), CPU) > 0.1

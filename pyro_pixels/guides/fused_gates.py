@@ -9,6 +9,8 @@ import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
+from pyro_pixels.guides.recurrence import Later
+
 BLOCK = 1024  # entries of a row that a program works on
 
 
@@ -26,16 +28,16 @@ def _forward(gate, beside, to, D, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(g, slope, keep, grad_gate, before, first_later, D, BLOCK: tl.constexpr):
+def _backward(g, slope, grad_gate, keep, before, first_later, D, BLOCK: tl.constexpr):
     row, j = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     within = j < D
     at, at_beta, at_s_hat = row * D + j, row * 2 * D + j, row * 2 * D + D + j
     gradient = tl.load(g + at, within)
     tl.store(grad_gate + at_beta, gradient * tl.load(slope + at_beta, within), within)
     tl.store(grad_gate + at_s_hat, gradient * tl.load(slope + at_s_hat, within), within)
-    later = j < tl.where(row >= first_later, D, 0)
-    kept = tl.load(before + at, later) + gradient * tl.load(keep + at, later)
-    tl.store(before + at, kept, later)
+    later, at_later = j < tl.where(row >= first_later, D, 0), at - first_later * D
+    kept = tl.load(before + at_later, later) + gradient * tl.load(keep + at_later, later)
+    tl.store(before + at_later, kept, later)
 
 
 def gate(arguments: Tensor, beside: Tensor, to: Tensor) -> None:
@@ -45,9 +47,11 @@ def gate(arguments: Tensor, beside: Tensor, to: Tensor) -> None:
     _forward[(n, triton.cdiv(D, block))](arguments, beside, to, D, BLOCK=block)  # type: ignore[index]
 
 
-def gate_backward(g: Tensor, slope: Tensor, keep: Tensor, grad_gate: Tensor, before: Tensor, first_later: int) -> None:
+def gate_backward(g: Tensor, slope: Tensor, grad_gate: Tensor, later: Later) -> None:
     """As `recurrence.gate_backward`."""
     n, D = g.shape
     block = min(BLOCK, triton.next_power_of_2(D))
-    grid = (n, triton.cdiv(D, block))
-    _backward[grid](g, slope, keep, grad_gate, before, first_later, D, BLOCK=block)  # type: ignore[index]
+    first_later = n - len(later.g)
+    _backward[(n, triton.cdiv(D, block))](  # type: ignore[index]
+        g, slope, grad_gate, later.keep, later.before, first_later, D, BLOCK=block
+    )

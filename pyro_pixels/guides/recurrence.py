@@ -12,7 +12,7 @@ environment (`fused_gates`): 7 to 14 % of a step on an H100. No whole training w
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -50,18 +50,33 @@ def recur_reference(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
     return torch.stack([torch.stack(row) for row in states])
 
 
-def _diagonals(N: int, T: int, B: int) -> Iterator[tuple[int, slice, slice | None]]:
-    """Yields d, the rows of its cells, and the rows of its cells with n > 0, if there are any, for every diagonal."""
-    for d in range(T + N - 1):
-        first, last = max(0, d - T + 1), min(N - 1, d) + 1
-        yield d, slice(first * B, last * B), slice(max(1, first) * B, last * B) if last > 1 else None
+def _cells(x: Tensor, T: int, after: int = 0) -> list[Tensor]:
+    """The rows of x (T + N - 1, N, B, ...) of each diagonal's cells with n >= ``after``; most diagonals have them all.
+
+    Returns:
+        For each diagonal d, (cells B, ...), those with n = max(after, d - T + 1), ..., min(N - 1, d).
+    """
+    _, N, B, *_ = x.shape
+    found = []
+    for d, rows in enumerate(x[:, after:].flatten(1, 2).unbind()):
+        first, last = max(0, d - T + 1 - after), min(N, d + 1) - after
+        found.append(rows if last - first == N - after else rows[first * B : max(first, last) * B])
+    return found
+
+
+class Later(NamedTuple):
+    """Cells with an object before theirs, to whose cells of the same frame a part of the gradient goes directly."""
+
+    g: Tensor  # (n, D), the gradient of the states
+    keep: Tensor  # (n, D), 1 - beta
+    before: Tensor  # (n, D), the gradient of s_t^{n-1}
 
 
 class Elementwise(NamedTuple):
     """What is done to the entries of a diagonal, in place."""
 
     gate: Callable[[Tensor, Tensor, Tensor], None]
-    gate_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], None]
+    gate_backward: Callable[[Tensor, Tensor, Tensor, Later], None]
 
 
 def gate(arguments: Tensor, beside: Tensor, to: Tensor) -> None:
@@ -76,20 +91,18 @@ def gate(arguments: Tensor, beside: Tensor, to: Tensor) -> None:
     torch.lerp(beside, s_hat.tanh_(), beta.sigmoid_(), out=to)
 
 
-def gate_backward(g: Tensor, slope: Tensor, keep: Tensor, grad_gate: Tensor, before: Tensor, first_later: int) -> None:
+def gate_backward(g: Tensor, slope: Tensor, grad_gate: Tensor, later: Later) -> None:
     """Computes the gradient of the arguments, and adds to that of s_t^{n-1} what comes to it directly.
 
     Args:
         g: (n, D), the gradient of the states.
         slope: (n, 2, D), ds / d(arguments).
-        keep: (n, D), 1 - beta.
         grad_gate: (n, 2, D), the gradient of the arguments.
-        before: (n, D), the gradient of s_t^{n-1}.
-        first_later: the first cell with n > 0; the cells before have no object before theirs.
+        later: of the last of these cells, those with an object before theirs.
     """
     torch.mul(g.unsqueeze(1), slope, out=grad_gate)
-    if first_later < len(g):
-        before[first_later:].addcmul_(g[first_later:], keep[first_later:])
+    if len(later.g):
+        later.before.addcmul_(later.g, later.keep)
 
 
 PLAIN = Elementwise(gate, gate_backward)
@@ -129,7 +142,7 @@ def largest_difference(found: Elementwise, device: torch.device) -> float:
         arguments, beside, to, before = draw(n, 2 * D), draw(n, D), draw(n, D), draw(n, D)
         g, slope, keep, grad_gate = draw(n, D), draw(n, 2, D), draw(n, D), draw(n, 2, D)
         kernels.gate(arguments, beside, to)
-        kernels.gate_backward(g, slope, keep, grad_gate, before, first_later)
+        kernels.gate_backward(g, slope, grad_gate, Later(*(x[first_later:] for x in (g, keep, before))))
         results.append(torch.cat([x.flatten() for x in (arguments, to, grad_gate, before)]))
     return float((results[0] - results[1]).abs().max())
 
@@ -149,13 +162,14 @@ class _Recurrence(torch.autograd.Function):
             H[: n + 1, n + 1] = s_0[n]
             gates[n : n + T, n] = from_image
         W_time, W_object = (part.mT.contiguous() for part in W.split(D, 1))
-        kernels = _elementwise(H)
-        states, before = (part.flatten(1, 2).unbind() for part in (H[:, 1:], H[:, :-1]))
-        for (d, cells, later), arguments in zip(_diagonals(N, T, B), gates.flatten(1, 2).unbind()):
-            if later is not None:
-                _add_product(arguments[later], before[d][later], W_object)
-            _add_product(arguments[cells], states[d][cells], W_time)
-            kernels.gate(arguments[cells], before[d][cells], states[d + 1][cells])
+        kernels, beside = _elementwise(H), H[:-1, :-1]
+        every = (_cells(x, T) for x in (gates, H[:-1, 1:], beside, H[1:, 1:]))
+        later = (_cells(x, T, 1) for x in (gates, beside))
+        for now, state, before, to, now_later, before_later in zip(*every, *later):
+            if len(now_later):
+                _add_product(now_later, before_later, W_object)
+            _add_product(now, state, W_time)
+            kernels.gate(now, before, to)
         ctx.save_for_backward(H, gates, W)
         return torch.stack([H[n + 1 : n + 1 + T, n + 1] for n in range(N)])
 
@@ -177,17 +191,16 @@ class _Recurrence(torch.autograd.Function):
         grad_gates = torch.empty_like(slopes)
         for n in range(N):
             grad_gates[:n, n], grad_gates[n + T :, n] = 0.0, 0.0
-        states, before = (part.flatten(1, 2).unbind() for part in (G[:, 1:], G[:, :-1]))
-        by_diagonal = zip(*(x.flatten(1, 2).unbind() for x in (slopes, kept, grad_gates)))
-        for (d, cells, later), (slope, keep, grad_gate) in reversed(list(zip(_diagonals(N, T, B), by_diagonal))):
-            now, first_later = grad_gate[cells], (cells.stop if later is None else later.start) - cells.start
-            kernels.gate_backward(states[d + 1][cells], slope[cells], keep[cells], now, before[d][cells], first_later)
-            _add_product(states[d][cells], now.flatten(1), W_time)
-            if later is not None:
-                _add_product(before[d][later], grad_gate[later].flatten(1), W_object)
-        grad_gates = grad_gates.flatten(-2)
-        grad_W_time = grad_gates.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
-        grad_W_object = grad_gates[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)
-        grad_image = sum((grad_gates[n : n + T, n] for n in range(1, N)), grad_gates[:T, 0])
+        flat = grad_gates.flatten(-2)
+        every = (_cells(x, T) for x in (G[1:, 1:], slopes, grad_gates, flat, G[:-1, 1:]))
+        later = (_cells(x, T, 1) for x in (G[1:, 1:], kept, G[:-1, :-1], flat))
+        for g, slope, grad_gate, now, to, *direct, now_later in reversed(list(zip(*every, *later))):
+            kernels.gate_backward(g, slope, grad_gate, Later(*direct))
+            _add_product(to, now, W_time)
+            if len(now_later):
+                _add_product(direct[-1], now_later, W_object)
+        grad_W_time = flat.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
+        grad_W_object = flat[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)
+        grad_image = sum((flat[n : n + T, n] for n in range(1, N)), flat[:T, 0])
         grad_s_0 = torch.stack([G[: n + 1, n + 1].sum(0) for n in range(N)])
         return grad_image, grad_s_0, torch.cat([grad_W_time, grad_W_object], 1)
