@@ -48,7 +48,7 @@ def plain(name: str) -> Iterator[None]:
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Within it the recursion's elementwise work is done by Triton's kernels, where they can be used."""
+    """Within it the recursion is done by Triton's kernels, where they can be used."""
     before, recurrence.FUSED = recurrence.FUSED, True
     try:
         yield
@@ -72,7 +72,7 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
         variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"as it is": nullcontext}
         variants |= {f"without {piece}": partial(plain, piece) for piece in pieces}
         if watch.device.type == "cuda":
-            variants["with fused gates"] = fused
+            variants["with the fused recursion"] = fused
         calls = {key: _within(variant, make_step(OurStep, config, watch.device)) for key, variant in variants.items()}
         for call in (call for call in calls.values() for _ in range(WARM_UP + 1) if watch.device.type == "cuda"):
             call()  # recorded before it is timed

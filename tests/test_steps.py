@@ -268,4 +268,4 @@ def test_replayed_steps_learn_as_plain_ones_do(kind, fused, small_data, monkeypa
         bounds.append(float(log_likelihood - kl) / 50)
     assert bounds[1] == pytest.approx(bounds[0], rel=0.1)
     if fused:
-        assert recurrence._fused(next(loss.parameters()).device) is not recurrence.PLAIN
+        assert recurrence._fused(next(loss.parameters()).device) is not recurrence._Recurrence

@@ -6,15 +6,16 @@ the cells of a step and their inputs are contiguous rows. The gradient of the we
 the end instead of one per step. The first object has none before it, and no product is spent on it.
 tests/test_guides.py compares states and gradients with the literal double loop.
 
-On CUDA the elementwise work of a diagonal can be one kernel of Triton's, with ``PYRO_PIXELS_FUSED=1`` in the
-environment (`fused_gates`): 7 to 14 % of a step on an H100. No whole training was run with it yet, so it is off.
+On CUDA a diagonal can be one product and one kernel of Triton's, with ``PYRO_PIXELS_FUSED=1`` in the environment
+(`fused_recurrence`). No whole training was run with it yet, so it is off.
 """
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
     Returns:
         The states s (N, T, B, D).
     """
-    return _Recurrence.apply(from_image, s_0, W)  # type: ignore[no-any-return]
+    return _function(from_image).apply(from_image, s_0, W)  # type: ignore[no-any-return]
 
 
 def recur_reference(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
@@ -64,87 +65,58 @@ def _cells(x: Tensor, T: int, after: int = 0) -> list[Tensor]:
     return found
 
 
-class Later(NamedTuple):
-    """Cells with an object before theirs, to whose cells of the same frame a part of the gradient goes directly."""
-
-    g: Tensor  # (n, D), the gradient of the states
-    keep: Tensor  # (n, D), 1 - beta
-    before: Tensor  # (n, D), the gradient of s_t^{n-1}
-
-
-class Elementwise(NamedTuple):
-    """What is done to the entries of a diagonal, in place."""
-
-    gate: Callable[[Tensor, Tensor, Tensor], None]
-    gate_backward: Callable[[Tensor, Tensor, Tensor, Later], None]
-
-
-def gate(arguments: Tensor, beside: Tensor, to: Tensor) -> None:
-    """Computes the states ``to`` (n, D) of n cells, (1 - beta) s_t^{n-1} + beta s_hat.
-
-    Args:
-        arguments: (n, 2 D), the arguments of sigm and tanh, which become beta and s_hat.
-        beside: (n, D), s_t^{n-1}.
-        to: (n, D).
-    """
-    beta, s_hat = arguments.chunk(2, 1)
-    torch.lerp(beside, s_hat.tanh_(), beta.sigmoid_(), out=to)
-
-
-def gate_backward(g: Tensor, slope: Tensor, grad_gate: Tensor, later: Later) -> None:
-    """Computes the gradient of the arguments, and adds to that of s_t^{n-1} what comes to it directly.
-
-    Args:
-        g: (n, D), the gradient of the states.
-        slope: (n, 2, D), ds / d(arguments).
-        grad_gate: (n, 2, D), the gradient of the arguments.
-        later: of the last of these cells, those with an object before theirs.
-    """
-    torch.mul(g.unsqueeze(1), slope, out=grad_gate)
-    if len(later.g):
-        later.before.addcmul_(later.g, later.keep)
-
-
-PLAIN = Elementwise(gate, gate_backward)
 FUSED = os.environ.get("PYRO_PIXELS_FUSED", "0") == "1"
 """Whether Triton's kernels are used where they can be: on CUDA, in float32."""
 
 
-def _elementwise(x: Tensor) -> Elementwise:
-    """The kernels for tensors such as x."""
-    return _fused(x.device) if FUSED and x.device.type == "cuda" and x.dtype == torch.float32 else PLAIN
+def _function(x: Tensor) -> Any:
+    """The autograd function for tensors such as x."""
+    return _fused(x.device) if FUSED and x.device.type == "cuda" and x.dtype == torch.float32 else _Recurrence
 
 
 @cache
-def _fused(device: torch.device) -> Elementwise:
-    """Triton's kernels if they compute what the plain ones do, else these, and a warning that says why."""
+def _fused(device: torch.device) -> Any:
+    """`FusedRecurrence` if it computes what the plain one does, else the plain one, and a warning that says why."""
     try:
-        from pyro_pixels.guides import fused_gates
+        from pyro_pixels.guides.fused_recurrence import FusedRecurrence
 
-        found = Elementwise(fused_gates.gate, fused_gates.gate_backward)
-        difference = largest_difference(found, device)
+        difference = largest_difference(FusedRecurrence, device)
     except Exception as error:  # whatever a compiler may raise
         difference, why = float("inf"), f"{type(error).__name__}: {error}"
     else:
         why = f"they differ by {difference:.1g} from the plain ones"
-    if difference < 1e-5:
-        return found
+    if difference < 1e-4:
+        return FusedRecurrence
     warnings.warn(f"fused kernels are not used, as {why}; steps are as exact, and slower", stacklevel=2)
-    return PLAIN
+    return _Recurrence
 
 
-def largest_difference(found: Elementwise, device: torch.device) -> float:
-    """The largest difference of values of order 1 between kernels and the plain ones."""
-    n, D, first_later, results = 5, 70, 2, []
-    for kernels in (PLAIN, found):
-        generator = torch.Generator().manual_seed(0)  # the same numbers for both, and no others anywhere are touched
-        draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: B023, E731
-        arguments, beside, to, before = draw(n, 2 * D), draw(n, D), draw(n, D), draw(n, D)
-        g, slope, keep, grad_gate = draw(n, D), draw(n, 2, D), draw(n, D), draw(n, 2, D)
-        kernels.gate(arguments, beside, to)
-        kernels.gate_backward(g, slope, grad_gate, Later(*(x[first_later:] for x in (g, keep, before))))
-        results.append(torch.cat([x.flatten() for x in (arguments, to, grad_gate, before)]))
-    return float((results[0] - results[1]).abs().max())
+def largest_difference(found: Any, device: torch.device) -> float:
+    """The largest difference of states and gradients, of order 1, between an autograd function and the plain one."""
+    differences = []
+    for N in (1, 3):
+        with torch.inference_mode(False), torch.enable_grad(), _full_precision():
+            generator = torch.Generator().manual_seed(0)  # no other random numbers are touched
+            shapes = (4, 2, 140), (N, 2, 70), (140, 140)
+            drawn = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
+            results = []
+            for function in (_Recurrence, found):
+                inputs = [x.to(device).requires_grad_() for x in drawn]
+                s = function.apply(*inputs)
+                results.append((s, *torch.autograd.grad(s.square().sum(), inputs)))
+        differences += [float((actual - wanted).detach().abs().max()) for actual, wanted in zip(*results)]
+    return max(differences)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Within it products of float32 matrices are not rounded to TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _add_product(to: Tensor, x: Tensor, W: Tensor) -> None:
@@ -162,14 +134,15 @@ class _Recurrence(torch.autograd.Function):
             H[: n + 1, n + 1] = s_0[n]
             gates[n : n + T, n] = from_image
         W_time, W_object = (part.mT.contiguous() for part in W.split(D, 1))
-        kernels, beside = _elementwise(H), H[:-1, :-1]
+        beside = H[:-1, :-1]
         every = (_cells(x, T) for x in (gates, H[:-1, 1:], beside, H[1:, 1:]))
         later = (_cells(x, T, 1) for x in (gates, beside))
         for now, state, before, to, now_later, before_later in zip(*every, *later):
             if len(now_later):
                 _add_product(now_later, before_later, W_object)
             _add_product(now, state, W_time)
-            kernels.gate(now, before, to)
+            beta, s_hat = now.chunk(2, 1)
+            torch.lerp(before, s_hat.tanh_(), beta.sigmoid_(), out=to)
         ctx.save_for_backward(H, gates, W)
         return torch.stack([H[n + 1 : n + 1 + T, n + 1] for n in range(N)])
 
@@ -177,12 +150,11 @@ class _Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         H, gates, W = ctx.saved_tensors
-        N, T, B, D = grad_s.shape
+        N, T, _, D = grad_s.shape
         G = torch.zeros_like(H)  # gradient of H
         for n in range(N):
             G[n + 1 : n + 1 + T, n + 1] = grad_s[n]
         W_time, W_object = (part.contiguous() for part in W.split(D, 1))
-        kernels = _elementwise(H)
         # ds / d(arguments of sigm and tanh), and 1 - beta = ds_t^n / ds_t^{n-1} directly, of every cell.
         beta, s_hat = gates.chunk(2, -1)
         kept, slopes = 1 - beta, gates.new_empty(*beta.shape[:-1], 2, D)
@@ -194,11 +166,12 @@ class _Recurrence(torch.autograd.Function):
         flat = grad_gates.flatten(-2)
         every = (_cells(x, T) for x in (G[1:, 1:], slopes, grad_gates, flat, G[:-1, 1:]))
         later = (_cells(x, T, 1) for x in (G[1:, 1:], kept, G[:-1, :-1], flat))
-        for g, slope, grad_gate, now, to, *direct, now_later in reversed(list(zip(*every, *later))):
-            kernels.gate_backward(g, slope, grad_gate, Later(*direct))
+        for g, slope, grad_gate, now, to, g_later, keep, to_later, now_later in reversed(list(zip(*every, *later))):
+            torch.mul(g.unsqueeze(1), slope, out=grad_gate)
             _add_product(to, now, W_time)
             if len(now_later):
-                _add_product(direct[-1], now_later, W_object)
+                to_later.addcmul_(g_later, keep)
+                _add_product(to_later, now_later, W_object)
         grad_W_time = flat.view(-1, 2 * D).mT @ H[:-1, 1:].reshape(-1, D)
         grad_W_object = flat[:, 1:].reshape(-1, 2 * D).mT @ H[:-1, 1:-1].reshape(-1, D)
         grad_image = sum((flat[n : n + T, n] for n in range(1, N)), flat[:T, 0])

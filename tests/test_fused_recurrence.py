@@ -1,0 +1,64 @@
+"""The recursion's kernels in Triton: run by its interpreter, and replaced where they cannot be used."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pyro_pixels.guides import recurrence
+from pyro_pixels.guides.recurrence import _Recurrence, largest_difference, recur_reference
+
+CPU = torch.device("cpu")
+INTERPRETED = """
+import torch
+from pyro_pixels.guides import recurrence
+from pyro_pixels.guides.fused_recurrence import FusedRecurrence
+print(recurrence.largest_difference(FusedRecurrence, torch.device("cpu")))
+for N, T, B, D in ((1, 1, 1, 3), (1, 4, 2, 6), (2, 1, 3, 5), (3, 5, 2, 6), (4, 2, 1, 1025)):
+    torch.manual_seed(0)
+    scale = D ** -0.5
+    inputs = [(torch.randn(shape) * scale).requires_grad_() for shape in ((T, B, 2 * D), (N, B, D), (2 * D, 2 * D))]
+    found = []
+    for function in (FusedRecurrence.apply, recurrence.recur_reference):
+        s = function(*inputs)
+        found.append([s, *torch.autograd.grad((3 * s).cos().sum(), inputs)])
+    print(max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found)))
+"""
+
+
+def test_triton_computes_what_torch_does():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert max(map(float, done.stdout.split())) < 1e-5
+
+
+def test_kernels_that_cannot_run_are_replaced(monkeypatch):
+    """On a CPU there is no Triton, or it cannot compile: one warning, and the plain ones."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.warns(UserWarning, match="fused kernels are not used"):
+        assert recurrence._fused.__wrapped__(CPU) is _Recurrence
+
+
+def test_kernels_that_compute_something_else_are_found_out():
+    assert largest_difference(_Recurrence, CPU) == 0
+
+    class ForgetsTheGradientOfImages(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            with torch.enable_grad():
+                ctx.inputs = [x.detach().requires_grad_() for x in inputs]
+                ctx.states = recur_reference(*ctx.inputs)
+            return ctx.states.detach()
+
+        @staticmethod
+        def backward(ctx, grad_s):
+            from_image, s_0, W = torch.autograd.grad(ctx.states, ctx.inputs, grad_s)
+            return 0.9 * from_image, s_0, W
+
+    assert largest_difference(ForgetsTheGradientOfImages, CPU) > 0.01
