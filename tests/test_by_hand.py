@@ -42,7 +42,7 @@ def test_recurrence(N, T):
 
 def test_solve_sum():
     torch.manual_seed(0)
-    C, R, b = spd(2, 6), torch.rand(5, 3, 6, dtype=torch.float64) + 0.1, torch.randn(4, 5, 3, 2, 6, dtype=torch.float64)
+    C, R, b = spd(6), torch.rand(5, 3, 6, dtype=torch.float64) + 0.1, torch.randn(5, 3, 6, 4, dtype=torch.float64)
     symmetric = lambda C: (C + C.mT) / 2  # noqa: E731
     same(
         lambda C, R, b: solve_sum(symmetric(C), R, b, factor_sum(symmetric(C), R)),

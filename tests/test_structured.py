@@ -124,9 +124,9 @@ def test_covariances_of_frames_by_sampling(measured):
 
 def test_gradients_of_the_solver():
     torch.manual_seed(5)
-    root = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    R = (torch.rand(4, 3, dtype=torch.float64) + 0.1).requires_grad_()
-    b = torch.randn(5, 4, 2, 3, dtype=torch.float64, requires_grad=True)
+    root = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    R = (torch.rand(2, 4, 3, dtype=torch.float64) + 0.1).requires_grad_()
+    b = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
 
     def solved(root, R, b):
         C = root @ root.mT

@@ -1,6 +1,6 @@
 """The distribution p(a_{1:T} | y) of long sequences in O(T) time and memory, by Kalman filter and smoother.
 
-`structured.ConditionedTracks` factorises a (2 T, 2 T) matrix for every sequence, object and component. That is the
+`structured.ConditionedTracks` factorises a (2 T, 2 T) matrix for every sequence and object. That is the
 fastest way for short sequences, but infeasible for long ones, as it takes O(T^3). Here the same distribution is that of
 a linear-Gaussian state-space model whose observation noise is Sigma_A + R_t:
 

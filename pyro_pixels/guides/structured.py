@@ -29,8 +29,9 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import StateNetwork
 from pyro_pixels.guides.long_tracks import FilteredTracks
 from pyro_pixels.guides.tracking_head import TrackingHead
-from pyro_pixels.lgssm.distributions import DenseTracks
-from pyro_pixels.lgssm.dynamics import Dynamics, dense_components
+from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.lgssm.kalman import Gaussians, mixture_moments
+from pyro_pixels.lgssm.marginal import response
 from pyro_pixels.lgssm.small_matrices import categorical_sample, cholesky_inverse, cholesky_solve
 
 DENSE_FRAMES = 128  # up to this many frames p(a | y) is one dense Gaussian a component; beyond, a filter
@@ -39,6 +40,10 @@ UNSEEN = 1e8  # variance of the potentials of unobserved frames, which makes the
 
 class ConditionedTracks(TorchDistribution):
     """The posterior p(a_{1:T} | y) given measurements y = a + N(0, R), with event shape (T, 2), exact in float64.
+
+    Given h_1 the positions are F h_1 + drift + N(0, V) whatever the component (`marginal.Response`). So everything of
+    size 2 T is done once for all components, with S = V + diag R, and what is left of each is a Gaussian over the four
+    coordinates of h_1 = mu_k + U_k eps: a posteriori eps has precision Q_k = I + U_k' F' S^-1 F U_k.
 
     Args:
         dynamics: the dynamics, whose p(a) of Eq (10) is the prior.
@@ -52,55 +57,74 @@ class ConditionedTracks(TorchDistribution):
 
     def __init__(self, dynamics: Dynamics, y: Tensor, R: Tensor) -> None:
         super().__init__(y.shape[:-2], y.shape[-2:], validate_args=False)
+        lgssm = dynamics.lgssm()
         self._prior = dynamics.positions(y.shape[-2])
-        z, components = self._prior.mixture_distribution, self._prior.component_distribution
-        if not isinstance(components, DenseTracks):
-            components = dense_components(dynamics.lgssm(), y.shape[-2])
-        self._m, self._C, self._prior_L = components.stacked_moments  # (K, 2T), (K, 2T, 2T), (K, 2T, 2T)
-        self._y, self._R = (x.to(self._m.dtype).flatten(-2) for x in (y, R))  # (..., 2T)
-        e = self._y.unsqueeze(-2) - self._m  # (..., K, 2T)
-        self._L = factor_sum(self._C, self._R)
-        W_e, log_det = solve_sum(self._C, self._R, e, self._L)
-        log_evidence = -0.5 * ((e * W_e).sum(-1) + log_det + e.shape[-1] * math.log(2 * math.pi))
-        log_joint = log_evidence + z.logits
+        self._F, self._drift, self._V = response(lgssm, y.shape[-2])  # (2T, d), (2T,), (2T, 2T)
+        self._y, self._R = (x.to(self._V.dtype).flatten(-2) for x in (y, R))  # (..., 2T)
+        self._L = factor_sum(self._V, self._R)
+        e, d = self._y - self._drift, self._F.shape[-1]
+        columns = torch.cat([self._F.expand(*e.shape, d), e.unsqueeze(-1)], -1)
+        self._solved, log_det = solve_sum(self._V, self._R, columns, self._L)  # S^-1 [F, e], log det S
+        M, g = (self._F.mT @ self._solved).split((d, 1), -1)  # F' S^-1 F, F' S^-1 e
+        self._mu, self._U = lgssm.mu, torch.linalg.cholesky_ex(lgssm.Sigma).L  # (K, d), (K, d, d)
+        left = g.mT - self._mu @ M  # (..., K, d), F' S^-1 (e - F mu_k)
+        identity = torch.eye(d, dtype=M.dtype, device=M.device)
+        self._root_Q = torch.linalg.cholesky_ex(identity + self._U.mT @ (M.unsqueeze(-3) @ self._U)).L  # (..., K, d, d)
+        self._white = torch.linalg.solve_triangular(self._root_Q, self._U.mT @ left.unsqueeze(-1), upper=False)
+        of_starts = (self._mu * (g.mT + left)).sum(-1) + self._white.square().sum((-2, -1))
+        log_det_Q = 2 * self._root_Q.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        of_all = (e * self._solved[..., d]).sum(-1) + log_det + e.shape[-1] * math.log(2 * math.pi)
+        log_joint = 0.5 * (of_starts - log_det_Q - of_all.unsqueeze(-1)) + self._prior.mixture_distribution.logits
         self.component = dist.Categorical(logits=log_joint, validate_args=False)  # p(z | y), (..., K)
         self.log_evidence = log_joint.logsumexp(-1)  # log Z, (...)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        a = value.to(self._m.dtype)
+        a = value.to(self._V.dtype)
         potentials = dist.Normal(a.flatten(-2), self._R.sqrt(), validate_args=False).log_prob(self._y).sum(-1)
         return self._prior.log_prob(a) + potentials - self.log_evidence
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draws a prior path with measurements, corrects it by the actual measurements, and selects a component z."""
-        shape = torch.Size(sample_shape) + self.batch_shape + self._m.shape  # (S, ..., K, 2T)
-        a = self._m + torch.einsum("kij,...kj->...ki", self._prior_L, self._m.new_empty(shape).normal_())
-        a = self._updated(a, a + self._R.sqrt().unsqueeze(-2) * torch.randn_like(a))
-        z = categorical_sample(self.component.probs.expand(*shape[:-1])).view(*shape[:-2], 1, 1)
-        return a.gather(-2, z.expand(*z.shape[:-1], a.shape[-1])).squeeze(-2).unflatten(-1, self.event_shape)
+        """Draws z, h_1, then a path from h_1 with measurements of it, and moves it by the actual measurements."""
+        n, K = torch.Size(sample_shape).numel(), len(self._mu)
+        z = categorical_sample(self.component.probs.unsqueeze(-2).expand(*self.batch_shape, n, K))  # (..., n)
+        eps = self._white + self._normal(*self._white.shape[:-1], n)
+        h = self._start(eps).take_along_dim(z[..., None, None, :], -3).squeeze(-3)  # (..., d, n)
+        noise = torch.linalg.cholesky_ex(self._V).L @ self._normal(*self._y.shape, n)  # (..., 2T, n), of N(0, V)
+        measured = noise + self._R.sqrt().unsqueeze(-1) * self._normal(*self._y.shape, n)
+        moved, _ = solve_sum(self._V, self._R, measured, self._L)
+        a = self._given(h) + noise - self._V @ moved
+        return a.movedim(-1, 0).reshape(*sample_shape, *self.batch_shape, *self.event_shape)
 
-    def _updated(self, a: Tensor, y: Tensor) -> Tensor:
-        """Returns a + C (C + R)^-1 (y observed - y), (..., K, 2T)."""
-        W_d, _ = solve_sum(self._C, self._R, self._y.unsqueeze(-2) - y, self._L)
-        return a + torch.einsum("kij,...kj->...ki", self._C, W_d)
+    def _normal(self, *shape: int) -> Tensor:
+        return self._V.new_empty(shape).normal_()
+
+    def _start(self, eps: Tensor) -> Tensor:
+        """The first states h_1 (..., K, d, n) of draws root(Q_k)' eps (..., K, d, n)."""
+        eps = torch.linalg.solve_triangular(self._root_Q.mT, eps, upper=True)
+        return self._mu.unsqueeze(-1) + self._U @ eps
+
+    def _given(self, h: Tensor) -> Tensor:
+        """E[a | h_1, y] (..., 2T, n) for first states h (..., d, n)."""
+        S_inv_rest = self._solved @ torch.cat([-h, torch.ones_like(h[..., :1, :])], -2)  # S^-1 (e - F h)
+        return self._drift.unsqueeze(-1) + self._F @ h + self._V @ S_inv_rest
 
     @property
     def mean(self) -> Tensor:
-        means = self._updated(self._m, self._m)
-        return (self.component.probs.unsqueeze(-1) * means).sum(-2).unflatten(-1, self.event_shape)
+        h = (self.component.probs[..., None, None] * self._start(self._white)).sum(-3)  # (..., d, 1)
+        return self._given(h).squeeze(-1).unflatten(-1, self.event_shape)
 
     @property
     def frame_covariance(self) -> Tensor:
         """The covariance of a_t in each frame, (..., T, 2, 2)."""
-        means, w = self._updated(self._m, self._m), self.component.probs  # (..., K, 2T), (..., K)
-        white = torch.linalg.solve_triangular(self._L, self._C.expand_as(self._L), upper=False)  # C S^-1 C = W' W
-        x, y = white.unflatten(-1, self.event_shape).unbind(-1)  # (..., K, 2T, T) each
+        root = torch.linalg.solve_triangular(self._root_Q, self._U.mT.expand_as(self._root_Q), upper=False)
+        starts = Gaussians(self._start(self._white).squeeze(-1), root.mT @ root)  # of h_1 given y and z
+        start = mixture_moments(self.component.probs, starts).cov  # (..., d, d)
+        by_start = (self._F - self._V @ self._solved[..., :-1]).unflatten(-2, self.event_shape)  # (..., T, 2, d), da_t / dh_1
+        white = torch.linalg.solve_triangular(self._L, self._V.expand_as(self._L), upper=False)  # V S^-1 V = W' W
+        x, y = white.unflatten(-1, self.event_shape).unbind(-1)  # (..., 2T, T) each
         xy = (x * y).sum(-2)
         explained = torch.stack([x.square().sum(-2), xy, xy, y.square().sum(-2)], -1).unflatten(-1, (2, 2))
-        within = _frame_blocks(self._C) - explained  # (..., K, T, 2, 2)
-        spread = (means - (w.unsqueeze(-1) * means).sum(-2, keepdim=True)).unflatten(-1, self.event_shape)
-        between = spread.unsqueeze(-1) * spread.unsqueeze(-2)
-        return (w[..., None, None, None] * (within + between)).sum(-4)
+        return by_start @ start.unsqueeze(-3) @ by_start.mT + _frame_blocks(self._V) - explained
 
     @property
     def variance(self) -> Tensor:
@@ -156,9 +180,9 @@ def _tracks_given(dynamics: Dynamics, y: Tensor, R: Tensor) -> ConditionedTracks
 
 @torch.no_grad()
 def factor_sum(C: Tensor, R: Tensor) -> Tensor:
-    """Returns the Cholesky factors (..., K, d, d) of C + diag R for all pairs of C (K, d, d) and R (..., d)."""
-    S = C.expand(*R.shape[:-1], *C.shape).clone()
-    S.diagonal(dim1=-2, dim2=-1).add_(R.unsqueeze(-2))
+    """Returns the Cholesky factors (..., d, d) of C + diag R for one C (d, d) and every R (..., d)."""
+    S = C.expand(*R.shape, -1).clone()
+    S.diagonal(dim1=-2, dim2=-1).add_(R)
     return torch.linalg.cholesky_ex(S).L
 
 
@@ -169,27 +193,27 @@ def solve_sum(C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tenso
     several times faster than autograd for many small matrices.
 
     Args:
-        C: (K, d, d), symmetric positive definite.
+        C: (d, d), symmetric positive definite.
         R: (..., d), above 0.
-        b: (*S, ..., K, d).
-        L: the Cholesky factors from `factor_sum`.
+        b: (..., d, m).
+        L: the Cholesky factors (..., d, d) from `factor_sum`.
 
     Returns:
-        (*S, ..., K, d) and (..., K).
+        (..., d, m) and (...).
     """
     return _SolveSum.apply(C, R, b, L)  # type: ignore[no-any-return]
 
 
 def solve_sum_reference(C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     """What `solve_sum` computes, through Cholesky factors of its own, its gradient torch's."""
-    L = torch.linalg.cholesky_ex(C + torch.diag_embed(R).unsqueeze(-3)).L
-    return cholesky_solve(b.unsqueeze(-1), L).squeeze(-1), 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    L = torch.linalg.cholesky_ex(C + torch.diag_embed(R)).L
+    return cholesky_solve(b, L), 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 class _SolveSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-        x = cholesky_solve(b.unsqueeze(-1), L).squeeze(-1)
+        x = cholesky_solve(b, L)
         ctx.save_for_backward(L, x)
         ctx.set_materialize_grads(False)
         return x, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -198,14 +222,15 @@ class _SolveSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         L, x = ctx.saved_tensors
-        K, d = L.shape[-3], L.shape[-1]
-        grad_b = torch.zeros_like(x) if grad_x is None else cholesky_solve(grad_x.unsqueeze(-1), L).squeeze(-1)
-        grad_C = -torch.einsum("rki,rkj->kij", grad_b.reshape(-1, K, d), x.reshape(-1, K, d))
-        grad_R = -(grad_b * x).sum(-2).reshape(-1, *L.shape[:-3], d).sum(0)
+        d = L.shape[-1]
+        grad_b = torch.zeros_like(x) if grad_x is None else cholesky_solve(grad_x, L)
+        grad_R = -(grad_b * x).sum(-1)
+        grad_C = -torch.einsum("rim,rjm->ij", grad_b.flatten(0, -3), x.flatten(0, -3))
         if grad_log_det is not None:
             W = cholesky_inverse(L)
-            grad_C = grad_C + torch.einsum("rk,rkij->kij", grad_log_det.reshape(-1, K), W.reshape(-1, K, d, d))
-            grad_R = grad_R + (grad_log_det.unsqueeze(-1) * W.diagonal(dim1=-2, dim2=-1)).sum(-2)
+            W = W if W.is_contiguous() else W.mT  # the same: it is symmetric
+            grad_R = grad_R + grad_log_det.unsqueeze(-1) * W.diagonal(dim1=-2, dim2=-1)
+            grad_C = grad_C + (grad_log_det.reshape(1, -1) @ W.reshape(-1, d * d)).view(d, d)
         return grad_C, grad_R, grad_b, None
 
 
