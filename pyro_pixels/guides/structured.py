@@ -119,7 +119,8 @@ class ConditionedTracks(TorchDistribution):
         root = torch.linalg.solve_triangular(self._root_Q, self._U.mT.expand_as(self._root_Q), upper=False)
         starts = Gaussians(self._start(self._white).squeeze(-1), root.mT @ root)  # of h_1 given y and z
         start = mixture_moments(self.component.probs, starts).cov  # (..., d, d)
-        by_start = (self._F - self._V @ self._solved[..., :-1]).unflatten(-2, self.event_shape)  # (..., T, 2, d), da_t / dh_1
+        by_start = self._F - self._V @ self._solved[..., :-1]  # da / dh_1
+        by_start = by_start.unflatten(-2, self.event_shape)  # (..., T, 2, d)
         white = torch.linalg.solve_triangular(self._L, self._V.expand_as(self._L), upper=False)  # V S^-1 V = W' W
         x, y = white.unflatten(-1, self.event_shape).unbind(-1)  # (..., 2T, T) each
         xy = (x * y).sum(-2)
