@@ -118,7 +118,7 @@ def first_step(inference: Any, h: xr.DataArray, to_pixels: ToPixels) -> xr.DataA
 TITLES = {
     "launches": "Steps from frame 1 to 2: of the balls seen (dots), and the learned prior of each component (lines)",
     "first_steps": "Steps from frame 1 to 2, ball by ball, and the true ones (bars)",
-    "futures": "Positions seen and ahead, 95 % regions and the truth (dots)",
+    "futures": "Positions seen and ahead, 90 % regions and the truth (dots)",
     "white_pixels": "White pixels of a frame: observed, and drawn from the model",
     "pareto_k": "How far importance weights can be trusted",
     "calibration": "Where the truth lies among the draws",
