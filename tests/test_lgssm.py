@@ -303,6 +303,25 @@ def test_the_hand_written_gradients_of_the_response(name, T):
     assert torch.autograd.gradcheck(value, [x.clone().requires_grad_() for x in parts])
 
 
+@pytest.mark.parametrize("T", [1, 2, 3, 30, 130])
+@pytest.mark.parametrize("d, p", [(4, 2), (5, 3)])
+def test_the_closed_form_for_constant_velocities_is_the_general_one(T, d, p):
+    """Values, and gradients in all parameters and in N, for an A = I + N that is no multiple of the paper's."""
+    system, half, found = to_torch(oracles.random_system(0, d=d, p=p)), d // 2, []
+    N = torch.tensor(np.random.default_rng(0).standard_normal((half, d - half)))
+    for kind in (kalman.ConstantVelocity, LGSSM):
+        leaves = [x.clone().requires_grad_() for x in (N, *system[1:])]
+        A = torch.eye(d, dtype=torch.float64) + torch.nn.functional.pad(leaves[0], (half, 0, 0, d - half))
+        lgssm = kind(A, *leaves[1:])
+        moments = (*response(lgssm, T), *marginal_moments(lgssm._replace(mu=2 * lgssm.mu), T))
+        torch.manual_seed(1)
+        total = sum((x * torch.randn_like(x)).sum() for x in moments)
+        found.append([*moments, *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)])
+    for actual, wanted in zip(*found, strict=True):
+        scale = max(float(wanted.detach().abs().max()), 1.0)
+        assert float((actual - wanted).detach().abs().max()) < 1e-11 * scale
+
+
 def test_marginal_moments_of_a_batch_of_components_equal_separate_ones():
     model = to_torch(SYSTEMS["regular"])
     batch = model._replace(mu=torch.stack([model.mu, -model.mu]), Sigma=torch.stack([model.Sigma, 3 * model.Sigma]))

@@ -1,6 +1,6 @@
 """The joint Gaussian over the positions in all frames: Eq (3) with the states integrated out."""
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from pyro_pixels.lgssm.kalman import LGSSM, ConstantVelocity
 from pyro_pixels.lgssm.sharing import once
+
+KEPT_FRAMES = 128  # constants of sequences up to this length are kept: at most 0.7 MB each
 
 
 class Response(NamedTuple):
@@ -56,9 +58,13 @@ def _uniform_response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A:
     return Response(F, drift, V.view(T, T, p, p).transpose(1, 2).reshape(T * p, T * p))
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
 def _sums_over_steps(T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what `_sums` does; for short sequences it is computed once, and kept for recorded steps to read."""
+    return (_kept_sums if T <= KEPT_FRAMES else _sums)(T, dtype, device)
+
+
+@torch.inference_mode(False)
+def _sums(T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Returns [1, j] (T, 2), its sums over j < t (T, 2), and what `_uniform_response` multiplies, (T^2, 5).
 
     The last has the sums of the products j^x j'^y over noises that act on both of two frames, for the four pairs of x
@@ -71,6 +77,9 @@ def _sums_over_steps(T: int, dtype: torch.dtype, device: torch.device) -> tuple[
     products = torch.einsum("tsx,usy->tuxy", acted, acted).flatten(2)
     same = torch.eye(T, dtype=dtype, device=device).unsqueeze(-1)
     return one_and_j, acted.sum(1), torch.cat([products, same], -1).flatten(0, 1)
+
+
+_kept_sums = cache(_sums)
 
 
 def on_diagonal(block: Tensor, n: int) -> Tensor:
