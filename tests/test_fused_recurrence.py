@@ -13,8 +13,8 @@ from pyro_pixels.guides.recurrence import _Recurrence, largest_difference, recur
 CPU = torch.device("cpu")
 INTERPRETED = """
 import torch
-from pyro_pixels.guides import recurrence
-from pyro_pixels.guides.fused_recurrence import FusedRecurrence
+from pyro_pixels.guides import fused_recurrence, recurrence
+FusedRecurrence = fused_recurrence.FusedRecurrence
 print(recurrence.largest_difference(FusedRecurrence, torch.device("cpu")))
 for N, T, B, D in ((1, 1, 1, 3), (1, 4, 2, 6), (2, 1, 3, 5), (3, 5, 2, 6), (4, 2, 1, 1025)):
     torch.manual_seed(0)

@@ -78,15 +78,15 @@ def _function(x: Tensor) -> Any:
 def _fused(device: torch.device) -> Any:
     """`FusedRecurrence` if it computes what the plain one does, else the plain one, and a warning that says why."""
     try:
-        from pyro_pixels.guides.fused_recurrence import FusedRecurrence
+        from pyro_pixels.guides import fused_recurrence  # imports Triton
 
-        difference = largest_difference(FusedRecurrence, device)
+        difference = largest_difference(fused_recurrence.FusedRecurrence, device)
     except Exception as error:  # whatever a compiler may raise
         difference, why = float("inf"), f"{type(error).__name__}: {error}"
     else:
         why = f"they differ by {difference:.1g} from the plain ones"
     if difference < 1e-4:
-        return FusedRecurrence
+        return fused_recurrence.FusedRecurrence
     warnings.warn(f"fused kernels are not used, as {why}; steps are as exact, and slower", stacklevel=2)
     return _Recurrence
 
