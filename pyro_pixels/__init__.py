@@ -1,9 +1,9 @@
 """Unsupervised separation of dynamics from pixels (Chiappa and Paquet) in Pyro.
 
-Shapes, everywhere: B sequences, N objects, K components, T time steps, H x W pixels, S samples.
+Shapes throughout: B sequences, N objects, K components, T time steps, H x W pixels, S samples.
 
     v, images   (B, T, H, W)   binary images
-    n_objects   (B,)           number of objects of each sequence, at most N
+    n_objects   (B,)           number of objects in each sequence, at most N
     a           (B, N, T, 2)   positions in latent units; ``positions`` and ``paths`` are in pixels, (column, row)
     h           (B, N, T, 4)   states (x, y, vx, vy)
     z           (B, N)         mixture component of the start

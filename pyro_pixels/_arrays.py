@@ -1,7 +1,7 @@
-"""Arrays from an .npz, nothing of which is unpacked before its size is known and allowed.
+"""Safe reading of .npz files: no array is unpacked before its size is known and within a limit.
 
-A few megabytes can claim terabytes in a header, or unpack to gigabytes. So the header of every array is read first; its
-shape and type must agree with the size of its entry, and all together must stay below a limit.
+A file of a few megabytes can claim terabytes in a header, or unpack to gigabytes. So the header of every array is read
+first. Its shape and type must agree with the size of its entry, and the total size must stay below a limit.
 """
 
 import io
@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BYTES = 32 * 2**30
-"""Of all arrays of a file together, unpacked, and of the images that are simulated at once: 32 GiB."""
+"""The largest total size of the arrays in a file, unpacked, and of the images simulated at once: 32 GiB."""
 MAX_ENTRIES = 10_000
-_KINDS = "biufcSUMm"  # booleans, integers, floats, complex numbers, texts, times; no objects, no records
+_KINDS = "biufcSUMm"  # booleans, integers, floats, complex numbers, strings, times; no objects or records
 
 
 class Header(NamedTuple):
-    """What an array says of itself before it is read."""
+    """The header of an array, read before its data."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -35,14 +35,14 @@ class Header(NamedTuple):
 def read_arrays(
     path: str | Path, content: bytes | None = None, *, max_bytes: int = MAX_BYTES, names: Collection[str] | None = None
 ) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz, or those of ``names`` that it has.
+    """Returns the arrays of an .npz, or those listed in ``names`` that it has.
 
     Args:
-        path: where it lies, for messages, and to read from if there is no ``content``.
-        max_bytes: of the arrays that are read, unpacked.
+        path: the path of the file, for messages, and to read from if ``content`` is not given.
+        max_bytes: the largest total size of the arrays that are read, unpacked.
 
     Raises:
-        ValueError: if it is not an .npz of arrays, is damaged, or larger than ``max_bytes``.
+        ValueError: if the file is not an .npz of arrays, is damaged, or is larger than ``max_bytes``.
         FileNotFoundError: if there is no such file.
     """
     try:
@@ -60,7 +60,7 @@ def read_arrays(
         raise
     except MemoryError:
         raise ValueError(f"{path} holds more than there is memory for; wanted a smaller file") from None
-    except Exception as error:  # whatever a damaged file makes of the readers
+    except Exception as error:  # a damaged file can make the readers raise anything
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as an .npz of arrays ({reason}); write it with numpy.savez_compressed"
@@ -108,7 +108,7 @@ def _read_header(file: IO[bytes], name: str) -> Header:
 
 
 def _array(archive: zipfile.ZipFile, name: str, header: Header) -> NDArray[Any]:
-    """Reads an array whose header is known, and with its end the checksum that the archive has of it."""
+    """Reads an array with a known header, up to its end, so that zipfile verifies its checksum."""
     array = np.empty(math.prod(header.shape), header.dtype)
     with archive.open(f"{name}.npy") as file:
         _read_header(file, name)

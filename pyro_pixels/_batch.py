@@ -17,12 +17,12 @@ def object_mask(n_objects: Tensor, max_objects: int) -> Tensor:
 def counts(
     n_objects: Tensor | int | Sequence[int], n_sequences: int | None = None, like: Tensor | None = None
 ) -> Tensor:
-    """Returns ``n_objects`` as a tensor (B,); one number stands for every sequence, and lists are converted.
+    """Returns ``n_objects`` as a tensor (B,); a single number applies to every sequence, and lists are converted.
 
     Args:
         n_objects: a tensor, a number or a list.
         n_sequences: B, if it is known.
-        like: a tensor on the wanted device.
+        like: a tensor on the target device.
     """
     if isinstance(n_objects, Tensor) and n_objects.dim() > 0:
         return n_objects
@@ -42,10 +42,11 @@ def unseen_frames(images: Tensor) -> Tensor:
 
 
 def check_values(images: Tensor, observed: Tensor | None = None, what: str = "images") -> None:
-    """Raises ValueError unless pixels lie within [0, 1]; frames may be NaN as a whole, which means not seen.
+    """Raises ValueError unless pixels lie within [0, 1]; entire frames may be NaN, which means unobserved.
 
     Args:
-        images: (B, T, H, W); observed: broadcastable to (B, T), frames that are looked at; default all.
+        images: (B, T, H, W).
+        observed: broadcastable to (B, T), the frames to check; by default all.
     """
     if images.dtype == torch.bool or images.dim() != 4 or _KNOWN.get() is not None:
         return

@@ -1,4 +1,4 @@
-"""One place that checks configurations: types, bounds, whole and finite numbers, declared beside each field.
+"""Checks of configurations: types and bounds, whole and finite numbers, as declared in the annotation of each field.
 
     @dataclass(frozen=True)
     class Schedule:
@@ -8,8 +8,8 @@
             check_fields(self)
 
 The library's dataclasses and the scripts' command lines use the same check, and tests/faults generates bad values from
-the same bounds: a new field is covered as soon as it is declared. What a field's annotation says is checked with or
-without bounds: a float is finite, an int is whole and no bool, a Literal has one of its values.
+the same bounds, so a new field is covered as soon as it is declared. Types are checked with or without bounds: a float
+must be finite, an int whole and not a bool, and a Literal one of its values.
 """
 
 import dataclasses
@@ -31,27 +31,27 @@ MAX_SEED = 10**12
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a number may be; of a tuple or a mapping, each of its numbers."""
+    """Bounds of a number, or of each number in a tuple or a mapping."""
 
     low: float | None = None
     high: float | None = None
     above: bool = False
-    """Whether ``low`` itself is too low."""
+    """Whether ``low`` itself is excluded."""
     below: bool = False
-    """Whether ``high`` itself is too high."""
+    """Whether ``high`` itself is excluded."""
     ordered: bool = False
-    """Of a pair: the smaller first."""
+    """Whether the numbers of a tuple must be in ascending order."""
     words: str | None = None
-    """What to say is wanted, such as "a probability", in place of its type; the limits are said in any case."""
+    """The wording for what is wanted in messages, such as "a probability", instead of the type; limits are added."""
 
     def hold(self, x: float) -> bool:
-        """Whether a number is within them; NaN is not."""
+        """Tells whether a number is within the bounds; NaN is not."""
         over = self.low is None or (x > self.low if self.above else x >= self.low)
         under = self.high is None or (x < self.high if self.below else x <= self.high)
         return over and under
 
     def describe(self) -> str:
-        """Such as " of at least 1" or " above 0, at most 10"; nothing where there are none."""
+        """Returns a text such as " of at least 1" or " above 0, at most 10"; empty if there are no bounds."""
         low = "" if self.low is None else f" above {self.low:g}" if self.above else f" of at least {_number(self.low)}"
         if self.high is None:
             return low
@@ -64,7 +64,7 @@ SEED = Bounds(0, MAX_SEED)
 
 
 def check_fields(instance: Any) -> None:
-    """Checks every field of a dataclass against its annotation; numbers of numpy and lists become Python's and tuples.
+    """Checks each field of a dataclass against its annotation; NumPy numbers become Python's, and lists tuples.
 
     Raises:
         ValueError: names the first field that does not fit, its value, and what was wanted.
@@ -79,12 +79,12 @@ def check_fields(instance: Any) -> None:
 
 @lru_cache(maxsize=256)
 def fields_of(kind: type) -> Mapping[str, Any]:
-    """The annotations of a dataclass, `Bounds` included."""
+    """Returns the annotations of a dataclass, `Bounds` included."""
     return get_type_hints(kind, include_extras=True)
 
 
 def check_value(name: str, value: Any, hint: Any, bounds: Bounds = ANY) -> Any:
-    """The value, in Python's own types, if it is what the annotation says; else a ValueError."""
+    """Returns the value, in Python's own types; raises ValueError if it does not fit the annotation."""
     hint, bounds = unwrap(hint, bounds)
     origin, arguments = get_origin(hint), get_args(hint)
     if isinstance(value, np.generic):
@@ -114,19 +114,19 @@ def check_value(name: str, value: Any, hint: Any, bounds: Bounds = ANY) -> Any:
 
 
 def check_number(name: str, value: Any, low: float | None = None, high: float | None = None) -> int:
-    """A whole number that was given to a function, within bounds, as an int; else a ValueError."""
+    """Returns an argument of a function as an int; raises ValueError unless it is whole and within bounds."""
     return check_value(name, value, int, Bounds(low, high))
 
 
 def check_name(option: str, name: str) -> str:
-    """A name that is to become a folder's: letters, digits, ``_``, ``-`` and inner dots; else a ValueError."""
+    """Returns a folder's name; raises ValueError unless it has only letters, digits, ``_``, ``-`` and inner dots."""
     if not re.fullmatch(r"\w[\w.-]*", name) or len(name) > 100 or ".." in name:
         raise ValueError(f"{option} is {_shortened(name)}; wanted a plain name of letters, digits, '_', '-' and '.'")
     return name
 
 
 def unwrap(hint: Any, bounds: Bounds = ANY) -> tuple[Any, Bounds]:
-    """The type within an Annotated, and its bounds."""
+    """Returns the type within an Annotated, and its bounds."""
     while get_origin(hint) is Annotated:
         hint, *extras = get_args(hint)
         bounds = next((extra for extra in extras if isinstance(extra, Bounds)), bounds)

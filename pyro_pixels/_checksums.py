@@ -1,9 +1,9 @@
-"""SHA-256 of the files of a folder, in its checksums.json: a file that was damaged is refused before it is used.
+"""SHA-256 checksums of the files in a folder, in its checksums.json: damaged files are refused before they are used.
 
-A checksum is noted before its file takes its name, beside that of the file which is there until then, so that whenever
-the process is killed the file that is there is one of those noted. Processes that write different files of one folder,
-as a training and an evaluation do, note them in turn. Files that are not noted, as those of version 0.1, are read with
-a warning.
+The checksum of a new file is recorded before the file gets its name, alongside that of the file it replaces. So
+whenever the process is killed, the file on disk matches a recorded checksum. Processes that write different files of
+one folder, such as a training and an evaluation, take turns to record them. Files without a checksum, such as those of
+version 0.1, are read with a warning.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import IO, Any
 from pyro_pixels._files import atomic_write, fcntl
 
 NAME = "checksums.json"
-TRIES = 5  # a file may be replaced while it is read
+TRIES = 5  # a file may be replaced while it is being read
 _ABOUT = "SHA-256 of the files beside this one: what each may have. Delete this file to use them unchecked."
 
 
@@ -28,7 +28,7 @@ def digest(content: bytes) -> str:
 
 @contextmanager
 def checked_write(path: str | Path) -> Iterator[IO[bytes]]:
-    """`atomic_write` of a file whose checksum is noted beside it."""
+    """Like `atomic_write`, but also records the checksum of the file."""
     path = Path(path)
 
     def note(part: Path) -> None:
@@ -44,11 +44,11 @@ def checked_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def read_checked(path: str | Path) -> bytes:
-    """The content of a file, its checksum verified where there is one.
+    """Returns the content of a file after verifying its checksum, if there is one.
 
     Raises:
-        ValueError: if it is not what was written.
-        OSError: if it cannot be read.
+        ValueError: if the checksum does not match.
+        OSError: if the file cannot be read.
     """
     path = Path(path)
     for _ in range(TRIES):
@@ -63,16 +63,16 @@ def read_checked(path: str | Path) -> bytes:
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
-    """Writes JSON; an older file stays until the new one is whole. In the folder of a run its checksum is noted."""
+    """Writes JSON; an older file stays until the new one is complete. In a run's folder the checksum is recorded."""
     with (checked_write if _is_of_a_run(path) else atomic_write)(path) as file:
         file.write(json.dumps(content, indent=indent).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+    """Returns what `write_json` wrote.
 
     Raises:
-        ValueError: if there is no such file, it is no JSON, or it is not what was written.
+        ValueError: if the file does not exist, is not JSON, or does not match its checksum.
     """
     try:
         return json.loads(read_checked(path) if _is_of_a_run(path) else path.read_bytes())
@@ -82,10 +82,10 @@ def read_json(path: Path) -> Any:
 
 
 def noted(folder: Path) -> dict[str, list[str]]:
-    """The checksums of a folder, by the names of its files; none where nothing was noted.
+    """Returns the recorded checksums of a folder by file name; empty if there are none.
 
     Raises:
-        ValueError: if they are damaged themselves.
+        ValueError: if the record itself is damaged.
     """
     path = folder / NAME
     try:
@@ -102,7 +102,7 @@ def noted(folder: Path) -> dict[str, list[str]]:
 
 
 def note_all(folder: Path, names: list[str]) -> None:
-    """Notes the checksums of files as they are, and of no others."""
+    """Records the checksums of the named files as they are, and drops all others."""
     _write(folder, {name: [digest((folder / name).read_bytes())] for name in names})
 
 
@@ -114,7 +114,7 @@ def damaged(path: Path) -> str:
 
 
 def warn_unchecked(path: Path) -> None:
-    """Warns once in a process of a folder without checksums, and of each file that others beside it have noted."""
+    """Warns of a folder without checksums, or of a file without one in a folder that has some, once in a process."""
     what = path if (path.parent / NAME).exists() else path.parent
     warnings.warn(f"{what} has no checksum, as in earlier versions: damage would go unnoticed", stacklevel=1)
 
@@ -125,7 +125,7 @@ def _is_of_a_run(path: Path) -> bool:
 
 @contextmanager
 def _in_turn(folder: Path) -> Iterator[None]:
-    """Only one process at a time has it for a folder, where the system has such locks."""
+    """Locks a folder, so that one process at a time is inside, if the system supports such locks."""
     with ExitStack() as stack:
         if fcntl is not None:
             with suppress(OSError):  # some network file systems have no locks
@@ -143,7 +143,7 @@ def _noted_or_none(folder: Path) -> dict[str, list[str]]:
 
 
 def _of_what_is_there(path: Path, files: dict[str, list[str]]) -> list[str]:
-    """The checksum of the file that is to be replaced, if it is a good one."""
+    """Returns the checksum of the file to be replaced, if the file exists and matches its record."""
     try:
         present = digest(path.read_bytes())
     except OSError:

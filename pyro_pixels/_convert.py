@@ -1,4 +1,4 @@
-"""Images and numbers of objects as people have them, as the tensors that are meant; in one line what cannot be told."""
+"""Conversion of images and numbers of objects in common formats to tensors; ambiguous ones raise a clear error."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,13 +13,13 @@ PREPARE = "examples/prepare.py, or pyro_pixels.load_video, reads such films"
 
 
 def as_images(images: Any) -> Tensor:
-    """Images (n, T, H, W), uint8 0 or 1, or float32 within [0, 1] with NaN in frames that were not seen.
+    """Returns images (n, T, H, W), uint8 0 or 1, or float32 within [0, 1] with NaN in unobserved frames.
 
-    Converted are: numpy arrays; bool; any type whose values are 0 and 1, or 0 and 255; float64 within [0, 1]; a last
-    axis of length 1; and a list of sequences (T, H, W), where shorter ones are padded with frames that were not seen.
+    Accepted are: NumPy arrays; bool; any type whose values are 0 and 1, or 0 and 255; float64 within [0, 1]; a last
+    axis of length 1; and a list of sequences (T, H, W), where shorter ones are padded with unobserved frames.
 
     Raises:
-        ValueError: for anything else, as the meaning of the values or of the axes is not certain.
+        ValueError: for anything else, as the meaning of the values or axes would be ambiguous.
     """
     if isinstance(images, np.ndarray) and images.dtype == object:
         images = list(images)
@@ -38,7 +38,7 @@ def as_images(images: Any) -> Tensor:
 
 
 def as_values(found: Tensor) -> Tensor:
-    """Pixels of any type as uint8 0 or 1, or float32 within [0, 1]; errors as `as_images`."""
+    """Returns pixels of any type as uint8 0 or 1, or float32 within [0, 1]; errors as in `as_images`."""
     if found.dtype == torch.bool:
         return found.to(torch.uint8)
     if found.is_complex():
@@ -62,10 +62,10 @@ def as_values(found: Tensor) -> Tensor:
 
 
 def as_counts(n_objects: Any, n_sequences: int) -> Tensor:
-    """``n_objects`` (n,) int64, from a tensor, an array, a list, or one number for all.
+    """Returns ``n_objects`` (n,) int64, from a tensor, an array, a list, or one number for all.
 
     Raises:
-        ValueError: if they are no whole numbers of at least 1, one a sequence.
+        ValueError: unless they are whole numbers of at least 1, one per sequence.
     """
     try:
         found = torch.as_tensor(np.asarray(n_objects) if isinstance(n_objects, list | tuple) else n_objects)
@@ -84,10 +84,10 @@ def as_counts(n_objects: Any, n_sequences: int) -> Tensor:
 
 
 def as_positions(name: str, positions: Any, images: Tensor, n_objects: Tensor) -> Tensor:
-    """True positions (n, N_max, T, 2) float64, NaN where there is no object, or, padded, in frames that were not seen.
+    """Returns true positions (n, N_max, T, 2) float64, NaN for absent objects and, as padding, in unobserved frames.
 
     Raises:
-        ValueError: if their shape or type is another, or a position of an object in a seen frame is not finite.
+        ValueError: if the shape or type is wrong, or a position of an object in an observed frame is not finite.
     """
     wanted = (len(images), int(n_objects.max()), images.shape[1], 2)
     if isinstance(positions, list | tuple):
@@ -125,7 +125,7 @@ def _as_tensor(x: Any) -> Tensor:
 
 
 def _padded(sequences: Sequence[Tensor]) -> Tensor:
-    """Sequences (T_i, H, W) as one tensor; where their lengths differ, NaN fills the shorter ones."""
+    """Returns sequences (T_i, H, W) as one tensor, the shorter ones padded with NaN."""
     if not sequences:
         raise ValueError("there are no images; wanted at least one sequence (T, H, W)")
     sequences = [x.squeeze(-1) if x.dim() == 4 and x.shape[-1] == 1 else x for x in sequences]
@@ -146,12 +146,12 @@ def _padded(sequences: Sequence[Tensor]) -> Tensor:
 
 
 def as_batch(images: Any, n_objects: Any) -> tuple[Tensor, Any]:
-    """A batch that a query is asked about, as tensors where it is of numpy.
+    """Returns the batch of a query, with NumPy arrays converted to tensors.
 
-    Shapes, values, and other numbers of objects are left to `_batch`.
+    Shapes, values, and other types of ``n_objects`` are left to `_batch`.
 
     Raises:
-        ValueError: if they are neither tensors nor arrays, or complex.
+        ValueError: if the images are neither a tensor nor an array, or are complex.
     """
     if isinstance(images, np.ndarray) and images.dtype.kind in "biuf":
         images = _as_tensor(images)

@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all.
+"""Atomic writing of files.
 
-What is not whole yet has an unpredictable name, ``.NAME.<16 hex digits>.part``, in the folder of the file, and is
-opened with O_EXCL: it follows no symbolic link and takes nobody's place. Its writer holds a lock on it, where the
-system has such locks, so that parts whose writers were killed are recognised, and removed when the folder is next
-written to.
+An unfinished file has an unpredictable name, ``.NAME.<16 hex digits>.part``, in the folder of the final file. It is
+opened with O_EXCL, so it follows no symbolic link and overwrites nothing. Its writer holds a lock on it, if the system
+supports such locks, so that the parts of killed writers are recognised and removed the next time a process writes to
+the folder.
 """
 
 import os
@@ -19,23 +19,23 @@ try:
 except ImportError:  # pragma: no cover  # Windows
     fcntl = None
 
-_PART = re.compile(r"\..+\.(?:(?P<token>[0-9a-f]{16})|(?P<pid>\d{1,10}))\.part")  # the latter by version 0.1
+_PART = re.compile(r"\..+\.(?:(?P<token>[0-9a-f]{16})|(?P<pid>\d{1,10}))\.part")  # the latter from version 0.1
 _swept: set[Path] = set()
 
 
 class CannotWrite(OSError, ValueError):
-    """A file could not be written: no such folder, no permission, or no room. An older file there is as it was."""
+    """A file could not be written: no such folder, no permission, or a full disk; an older file is left unchanged."""
 
 
 @contextmanager
 def atomic_write(path: str | Path, *, before: Callable[[Path], None] | None = None) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name ``path`` only once it is whole; until then an older file there stays.
+    """Opens a binary file that replaces ``path`` only once it is complete; until then an older file there stays.
 
     Args:
-        before: called with the whole file, under its temporary name, before it takes its own.
+        before: called with the temporary path of the complete file, before it is renamed.
 
     Raises:
-        CannotWrite: if the folder cannot be made or written to, or there is no room. It is a ValueError.
+        CannotWrite: if the folder cannot be created or written to, or the disk is full. It is a ValueError.
     """
     path = Path(path)
     try:
@@ -44,7 +44,7 @@ def atomic_write(path: str | Path, *, before: Callable[[Path], None] | None = No
         part, file = _new_part(path)
     except OSError as error:
         raise CannotWrite(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from None
-    held = None if fcntl is None else os.dup(file.fileno())  # the lock, until the part has its own name
+    held = None if fcntl is None else os.dup(file.fileno())  # holds the lock until the part is renamed
     try:
         try:
             with file:
@@ -69,7 +69,7 @@ def atomic_write(path: str | Path, *, before: Callable[[Path], None] | None = No
 
 
 def sweep(folder: str | Path, again: bool = False) -> list[Path]:
-    """Removes the parts in a folder whose writers are gone, once in a process or ``again``; says which."""
+    """Removes parts of dead writers from a folder and returns their paths; once per process unless ``again`` is set."""
     folder = Path(folder).absolute()
     if folder in _swept and not again:
         return []
@@ -85,7 +85,7 @@ def sweep(folder: str | Path, again: bool = False) -> list[Path]:
 
 
 def _new_part(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside ``path``, locked by this process."""
+    """Returns a new file in the folder of ``path``, locked by this process."""
     while True:
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
         try:
@@ -103,7 +103,7 @@ def _new_part(path: Path) -> tuple[Path, IO[bytes]]:
 
 
 def _is_alone(part: Path) -> bool:
-    """Whether no process is writing a part."""
+    """Tells whether no process is writing a part, which is then removed."""
     if fcntl is None:  # pragma: no cover
         return False
     try:
@@ -112,7 +112,7 @@ def _is_alone(part: Path) -> bool:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        part.unlink(missing_ok=True)  # while it is locked: its writer, if it is only about to lock it, makes another
+        part.unlink(missing_ok=True)  # while locked: a writer that was about to lock it makes another
         return True
     except OSError:
         return False

@@ -1,10 +1,10 @@
-"""Starting weights (Sec 3.2)."""
+"""Initialisation of weights (Sec 3.2)."""
 
 from torch import nn
 
 
 def init_as_paper(layer: nn.Linear) -> None:
-    """Weights from N(0, 1 / sqrt(d)), d the number of elements, biases zero (Sec 3.2).
+    """Draws weights from N(0, 1 / sqrt(d)), with d the number of elements, and sets biases to zero (Sec 3.2).
 
     1 / sqrt(d) is read as a variance, as everywhere in the paper's notation N(.; mean, covariance).
     """

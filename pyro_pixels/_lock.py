@@ -1,7 +1,7 @@
-"""Folders that one process writes to: a second training in the same folder is refused before it has written anything.
+"""Locks of folders: a second training in the same folder is refused before it has written anything.
 
-The lock is the operating system's, on the file ``.lock`` in the folder, and goes when its process ends, however it
-ends: there are no stale ones. Within a thread it may be taken again.
+The operating system holds the lock, on the file ``.lock`` in the folder, and releases it however the process ends, so
+there are no stale locks. Within a thread the lock is reentrant.
 """
 
 import os
@@ -14,19 +14,19 @@ from filelock import FileLock, Timeout
 from pyro_pixels._files import CannotWrite
 
 NAME = ".lock"
-_inodes: dict[Path, int] = {}  # of the locks that this process has, to know a folder that was replaced
+_inodes: dict[Path, int] = {}  # of the locks of this process, to detect replaced folders
 
 
 class FolderGone(CannotWrite):
-    """The folder that this process had for itself was removed, or replaced by another."""
+    """A folder that this process had locked was removed or replaced by another."""
 
 
 @contextmanager
 def locked(*folders: str | Path | None) -> Iterator[None]:
-    """Folders that are this process' alone; they are made if need be. None is none.
+    """Locks folders for this process and creates them if needed; None is skipped.
 
     Raises:
-        ValueError: if another process has one of them, one is given twice, or one cannot be written to.
+        ValueError: if another process has locked one of them, one is given twice, or one cannot be written to.
     """
     paths = [Path(folder).absolute() for folder in folders if folder is not None]
     for path in paths:
@@ -55,7 +55,7 @@ def _locked(folder: Path) -> Iterator[None]:
     outermost = folder not in _inodes
     try:
         if outermost:
-            with suppress(OSError):  # a full disk: the lock counts, not what it says
+            with suppress(OSError):  # on a full disk: the lock matters, not its content
                 path.write_text(f"{os.getpid()}\n")
             _inodes[folder] = path.stat().st_ino
         yield
@@ -66,7 +66,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def check_still_there(folder: str | Path) -> None:
-    """Raises `FolderGone`, a ValueError, where a folder that this process has locked is no longer the one it was."""
+    """Raises `FolderGone`, a ValueError, if a folder that this process has locked was removed or replaced."""
     wanted = _inodes.get(Path(folder).absolute())
     if wanted is None:
         return

@@ -1,4 +1,4 @@
-"""Options of scripts: bounds of their numbers, options that contradict a run, and files to write to."""
+"""Options of scripts: bounds of numbers, options that contradict a run, and output files."""
 
 import os
 from dataclasses import fields
@@ -24,12 +24,12 @@ Workers = Annotated[int, Bounds(1, 1_000)]
 
 
 def option_of(field: str) -> str:
-    """What a field of a script's arguments is called on the command line."""
+    """Returns the command-line option of a field of a script's arguments."""
     return f"--{field.replace('_', '-')}"
 
 
 def check_options(args: Any) -> None:
-    """Checks every option against its annotation and `Bounds`, as `_checks.check_fields`; None is not given.
+    """Checks every option against its annotation and `Bounds`, like `_checks.check_fields`; None means not given.
 
     Raises:
         ValueError: names the first option that does not fit, its value, and what was wanted.
@@ -46,9 +46,9 @@ def check_options(args: Any) -> None:
 
 
 def refuse_changes(args: Any, there: dict[str, Any], folder: Path) -> None:
-    """Raises a ValueError if an option is given that differs from what the run in ``folder`` was trained with.
+    """Raises ValueError if an option differs from the value that the run in ``folder`` was trained with.
 
-    Options that have their default count as not given.
+    Options with their default value count as not given.
     """
     for field in fields(args):
         value = getattr(args, field.name)
@@ -60,7 +60,7 @@ def refuse_changes(args: Any, there: dict[str, Any], folder: Path) -> None:
 
 
 def result_file(path: Path, suffix: str, data: Path | None = None) -> Path:
-    """A path to write results to; a ValueError if it does not end in ``suffix``, or is the ``data`` to be read."""
+    """Returns a path for results; raises ValueError if it does not end in ``suffix`` or is the input file ``data``."""
     if path.suffix != suffix:
         raise ValueError(f"{path} does not end in {suffix}; wanted a name that does")
     if data is not None and path.resolve() == data.resolve():

@@ -1,4 +1,4 @@
-"""What the package does to Pyro's parameter and sample messages."""
+"""Pyro's parameter and sample messages: announcement of parameters, checks of precision, masks and types."""
 
 import sys
 import weakref
@@ -20,7 +20,7 @@ _KNOWN: ContextVar[bool] = ContextVar("parameters_known", default=False)
 
 @contextmanager
 def parameters_known() -> Iterator[None]:
-    """Within it parameters are not announced: whoever trains has them from a module, and the messages take time."""
+    """A context without announcements of parameters, for trainers that get them from a module; it saves time."""
     token = _KNOWN.set(True)
     try:
         yield
@@ -29,13 +29,13 @@ def parameters_known() -> Iterator[None]:
 
 
 def announce_parameters(prefix: str, module: nn.Module) -> None:
-    """Tells Pyro which parameters a program has, so that ``pyro.infer.SVI`` trains them.
+    """Announces the parameters of a program to Pyro, so that ``pyro.infer.SVI`` trains them.
 
-    `pyro.module` would do so through the one parameter store of the process, where models of equal names share values.
-    The store is told names alone, which `pyro.optim` asks for; what model and guide share has the model's name.
+    `pyro.module` would register them in the global parameter store, where models of the same name share values. Here
+    the store receives only names, which `pyro.optim` needs; parameters shared by model and guide have the model's name.
 
     Raises:
-        ValueError: in half precision, under autocast, or while ``torch.jit`` traces: none of these is supported.
+        ValueError: in half precision, under autocast, or in ``torch.jit`` tracing, none of which are supported.
     """
     _check_precision(prefix, module)
     if am_i_wrapped() and not _KNOWN.get():
@@ -45,7 +45,7 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
             if known is None or (known != name and prefix == "model"):
                 names[_WeakKey(parameter, names)] = name  # type: ignore[index]
             alias = parameter.detach()
-            alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # what SVI asks of a param site
+            alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # SVI reads it from param sites
             effectful(lambda *_, value=alias, **__: value, type="param")(
                 name, alias, constraint=constraints.real, event_dim=alias.dim(), name=name
             )
@@ -78,20 +78,20 @@ def check_precision(what: str, x: Tensor) -> None:
 
 
 def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:
-    """p(v) and v (B, T, H, W) for a density in which frames that are NaN count for nothing; other types have none.
+    """Returns p(v) and v (B, T, H, W) with NaN frames masked out; integer images and other distributions unchanged.
 
     Args:
-        p_v: what a likelihood gives, with event shape (T, H, W).
-        images: of any type.
+        p_v: the distribution returned by a likelihood, with event shape (T, H, W).
+        images: images of any type.
     """
     if not (images.is_floating_point() and isinstance(p_v, torch.distributions.Independent)):
         return p_v, images
     seen = ~images.isnan()
-    return p_v.base_dist.mask(seen).to_event(3), images.nan_to_num()  # before the density: its gradient would be NaN
+    return p_v.base_dist.mask(seen).to_event(3), images.nan_to_num()  # a NaN would make the gradient NaN
 
 
 class _WeakKey:
-    """Stands for a parameter in a dict without keeping it alive; goes when it goes."""
+    """A dict key that stands for a parameter without keeping it alive, and is removed along with it."""
 
     def __init__(self, parameter: Tensor, names: dict[Any, str]) -> None:
         self._hash = hash(parameter)
@@ -107,9 +107,9 @@ class _WeakKey:
 
 
 class ExactDensity(TorchDistribution):
-    """A distribution whose log-probabilities are in `lgssm.exact_dtype`: those of all sites are of one type.
+    """A distribution with log-probabilities in `kalman.exact_dtype`, so that those of all sites have the same type.
 
-    Objectives that contract log-probabilities of several sites, such as ``TraceEnum_ELBO``, need that.
+    Objectives that combine log-probabilities of several sites, such as ``TraceEnum_ELBO``, require this.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}

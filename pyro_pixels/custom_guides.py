@@ -1,9 +1,9 @@
 """Guides from outside the package: a Python file that adds to `GUIDES`, or an entry point `pyro_pixels.guides`.
 
-A file is run when it is asked for, and its checksum goes into the configuration of the run that is trained with it: a
-file that has changed since would make another network of the same name. A package announces its guides by an entry
-point, ``[project.entry-points."pyro_pixels.guides"]`` with a line ``mine = "my_package:make_guide"``, where
-``make_guide(config, model)`` returns a `Guide`; it is imported when the name is first asked for.
+A file is only executed on request. Its checksum is stored in the configuration of the run, because a changed file could
+build a different network under the same name. A package registers its guides with an entry point,
+``[project.entry-points."pyro_pixels.guides"]`` with a line ``mine = "my_package:make_guide"``, where
+``make_guide(config, model)`` returns a `Guide`; it is imported when the name is first used.
 """
 
 import importlib.util
@@ -21,20 +21,20 @@ _loaded: dict[tuple[str, str], tuple[str, ...]] = {}
 
 
 class GuideFile(NamedTuple):
-    """A file that was run."""
+    """A Python file that was executed."""
 
     path: Path
-    """Absolute."""
+    """The absolute path."""
     sha256: str
     names: tuple[str, ...]
-    """The guides that it added."""
+    """The names of the guides that it added."""
 
 
 def load_guides(path: str | Path, registry: Registry) -> GuideFile:
-    """Runs a Python file that adds guides to the registry, `GUIDES`; the same file is run once.
+    """Executes a Python file that adds guides to the registry, `GUIDES`, once per process.
 
     Raises:
-        ValueError: if there is no such file, it fails, or adds no guide.
+        ValueError: if there is no such file, it fails, or it adds no guide.
     """
     path = Path(path).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
@@ -43,7 +43,7 @@ def load_guides(path: str | Path, registry: Registry) -> GuideFile:
     key = (str(path), found)
     if key not in _loaded:
         before = dict(registry)
-        name = f"{path.stem}_{found[:12]}"  # its own: a file may be called as another module is
+        name = f"{path.stem}_{found[:12]}"  # unique, as another module may have the same name
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
         assert spec.loader is not None
@@ -60,14 +60,14 @@ def load_guides(path: str | Path, registry: Registry) -> GuideFile:
 
 
 def load_unchanged(path: str | Path, sha256: str, registry: Registry, where: str) -> GuideFile:
-    """`load_guides` of the file that a run was trained with.
+    """Calls `load_guides` if the file is the one that a run was trained with.
 
     Args:
-        sha256: its checksum then.
-        where: the run, for the message.
+        sha256: the file's checksum when the run was trained.
+        where: the run, for messages.
 
     Raises:
-        ValueError: if it is missing or has changed, in one line that says what to do.
+        ValueError: if the file is missing or has changed.
     """
     path = Path(path).expanduser().resolve()
     if not path.is_file():
@@ -83,7 +83,7 @@ def load_unchanged(path: str | Path, sha256: str, registry: Registry, where: str
 
 
 def find_guide(name: str, registry: Registry) -> Callable[..., Any] | None:
-    """The function that makes a guide of that name, from the registry or an installed package; None if there is none.
+    """Returns the factory of a guide by name, from the registry or an installed package; None if there is none.
 
     Raises:
         ValueError: if the package's entry point cannot be imported.
@@ -101,7 +101,7 @@ def find_guide(name: str, registry: Registry) -> Callable[..., Any] | None:
 
 
 def guide_names(registry: Registry) -> list[str]:
-    """The names that are known, entry points included, in order."""
+    """Returns all known names, including entry points, in alphabetical order."""
     return sorted({*registry, *(point.name for point in entry_points(group=GROUP))})
 
 

@@ -1,6 +1,6 @@
-"""Image sequences: what is learned from, and the files that hold them.
+"""Image sequences, the training data, and their files.
 
-`load_sequences` reads and checks an .npz, `pyro_pixels.simulate` draws new ones; both give `ImageSequences`.
+`load_sequences` reads and checks an .npz, and `pyro_pixels.simulate` draws new sequences; both return `ImageSequences`.
 Positions are in pixels, (column, row), with pixel centres at whole numbers and rows counted downwards.
 """
 
@@ -22,12 +22,12 @@ from pyro_pixels._files import atomic_write
 from pyro_pixels.lgssm.kalman import LGSSM
 
 MAX_OBJECTS = 1_000
-"""The largest N of a file: work and memory grow with N times T for every sequence."""
+"""The largest N in a file; computation and memory grow with N times T for every sequence."""
 
 
 @dataclass(frozen=True)
 class TrueDynamics:
-    """The parameters that the data were drawn with, in pixels: what an exact filter needs (the Bayes floors)."""
+    """The parameters that the data were drawn with, in pixels, as an exact filter needs them (the Bayes floors)."""
 
     lgssm: LGSSM  # a batch of K = 2 starts (left, right), the launch distribution's exact first two moments
     pi: Tensor  # (K,)
@@ -35,10 +35,10 @@ class TrueDynamics:
 
 @dataclass(frozen=True)
 class ImageSequences:
-    """A set of image sequences, all of one size. Only the images and the numbers of objects are needed for learning."""
+    """A set of image sequences of the same size; training uses only the images and the numbers of objects."""
 
     images: Tensor
-    """(n, T, H, W) uint8, 0 or 1; or float32 within [0, 1] where pixels are grey, NaN in frames that were not seen."""
+    """(n, T, H, W) uint8, 0 or 1; or float32 within [0, 1] for grey pixels, with NaN in unobserved frames."""
     n_objects: Tensor
     """(n,) int64, at least 1."""
     positions: Tensor | None = None
@@ -46,14 +46,14 @@ class ImageSequences:
     paths: Tensor | None = None
     """(n, N_max, T, 2) float64: the same without the noise, B h_t."""
     sides: Tensor | None = None
-    """(n, N_max) int64: 0 launched from the left, 1 from the right, -1 where there is no object."""
+    """(n, N_max) int64: 0 if launched from the left, 1 from the right, -1 where there is no object."""
     dynamics: TrueDynamics | None = None
 
     def __post_init__(self) -> None:
         """Checks and converts the fields: arrays, lists of sequences of unequal length, and one number for all N.
 
         Raises:
-            ValueError: where values, shapes or types are not certain to mean what is wanted.
+            ValueError: if values, shapes or types are wrong or ambiguous.
         """
         images = as_images(self.images)
         n_objects = as_counts(self.n_objects, len(images))
@@ -108,7 +108,7 @@ class ImageSequences:
 
 
 def _checked(*fields: object) -> ImageSequences:
-    """Makes sequences without checks, as parts of some that were checked."""
+    """Returns `ImageSequences` without checks, from fields that have been checked."""
     new = object.__new__(ImageSequences)
     for field, value in zip(dataclasses.fields(ImageSequences), fields):
         object.__setattr__(new, field.name, value)
@@ -148,7 +148,7 @@ def join_sequences(parts: Sequence[ImageSequences]) -> ImageSequences:
 
 
 def save_sequences(path: str | Path, data: ImageSequences) -> None:
-    """Writes an .npz that `load_sequences` reads; an existing file is replaced only by a whole new one."""
+    """Writes an .npz that `load_sequences` reads; an existing file is replaced only once the new one is complete."""
     arrays = {"images": data.images.numpy(), "n_objects": data.n_objects.numpy()}
     for name in ("positions", "paths", "sides"):
         value = getattr(data, name)
@@ -169,10 +169,10 @@ def load_sequences(path: str | Path, *, max_bytes: int = MAX_BYTES) -> ImageSequ
     writes the noise-free ``paths``, the launch ``sides`` and the ``true_*`` parameters of the dynamics.
 
     Args:
-        max_bytes: of these arrays, unpacked; a larger file is refused before any of it is unpacked.
+        max_bytes: the largest total size of these arrays, unpacked; it is checked before anything is unpacked.
 
     Raises:
-        ValueError: if there is no such file, or its contents are not as above; says what to change.
+        ValueError: if there is no such file, or its contents are not as above.
     """
     path = Path(path)
     true = [f"true_{field}" for field in LGSSM._fields] + ["true_pi"]
@@ -198,7 +198,7 @@ def load_sequences(path: str | Path, *, max_bytes: int = MAX_BYTES) -> ImageSequ
     try:
         given: dict[str, Any] = {name: arrays.get(name) for name in ("images", "n_objects", "positions", "paths")}
         found = ImageSequences(**given)
-    except (ValueError, TypeError, RuntimeError) as error:  # torch has not every operation for every type
+    except (ValueError, TypeError, RuntimeError) as error:  # torch lacks some operations for some types
         raise ValueError(f"{path}: {(str(error).splitlines() or [''])[0]}") from None
     sides = arrays.get("sides")
     if sides is not None:
@@ -212,7 +212,7 @@ def load_sequences(path: str | Path, *, max_bytes: int = MAX_BYTES) -> ImageSequ
 
 
 def _checked_dynamics(path: Path, arrays: list[NDArray[Any]]) -> TrueDynamics:
-    """The ``true_*`` parameters: real and finite, of shapes that fit, probabilities and covariances that are such."""
+    """Returns the ``true_*`` parameters after checking shapes, finiteness, probabilities and covariances."""
     K = arrays[-1].shape[0] if arrays[-1].ndim == 1 else 0
     shapes = [(4, 4), (2, 4), (4,), (4, 4), (2, 2), (K, 4), (K, 4, 4), (K,)]
     for name, x, shape in zip((*LGSSM._fields, "pi"), arrays, shapes):

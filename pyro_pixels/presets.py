@@ -1,5 +1,5 @@
-"""Presets: the paper's configuration, the paper's network with starts and a schedule with which it learns, and the
-structured guide, which learns in minutes."""
+"""Presets: the paper's configuration; the paper's network with an initialisation and a schedule with which it learns;
+and the structured guide, which learns in minutes."""
 
 from dataclasses import replace
 
@@ -9,13 +9,13 @@ from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 NEVER = 10**9
-"""A step that never comes: what is learned from it on is held."""
+"""A step that is never reached: parameters learned from there on stay fixed."""
 _NOISE = ("model.dynamics.root_Sigma_H", "model.dynamics.root_Sigma_A")
 
 
 PRESETS: dict[str, RunConfig] = {
-    "paper": RunConfig(schedule=Schedule(one_n_per_batch=True)),  # the paper does not say what is in a batch
-    # Minutes on two CPU cores. Why each value is what it is: docs/decisions.md.
+    "paper": RunConfig(schedule=Schedule(one_n_per_batch=True)),  # the paper does not specify how batches are composed
+    # Takes minutes on two CPU cores. The reasons for each value are in docs/decisions.md.
     "quick": RunConfig(
         guide="structured",
         state_size=256,
@@ -56,8 +56,8 @@ PRESETS: dict[str, RunConfig] = {
 
 _QUICK = PRESETS["quick"]
 
-# The paper's network and head, Eqs (8)-(9), by the bound, and in the second half from its own draws as well; starting
-# values and schedule depart from Sec 3.2. Why each value is what it is, and what leaving it out does: docs/learning.md.
+# The paper's network and head, Eqs (8)-(9), trained on the bound and later also on its own samples (`OwnTracks`); the
+# initial values and the schedule depart from Sec 3.2. Reasons for each value and ablations are in docs/learning.md.
 PRESETS["recurrent"] = replace(
     _QUICK,
     guide="recurrent",
@@ -82,7 +82,7 @@ PRESETS["recurrent"] = replace(
         evaluate_every=500,
     ),
 )
-# The same, for an hour: the weights that come with the package.
+# The same for an hour; the pretrained `recurrent` weights of the package come from it.
 PRESETS["recurrent_long"] = replace(
     PRESETS["recurrent"],
     schedule=replace(
@@ -95,7 +95,7 @@ PRESETS["recurrent_long"] = replace(
         fit_starts_at=(1_000, 5_000, 20_000, 38_000),
     ),
 )
-# The same at the paper's size, for a GPU. Not measured.
+# The same at the paper's size, for a GPU; not measured.
 PRESETS["paper_learned"] = replace(
     PRESETS["recurrent"],
     state_size=1024,

@@ -1,4 +1,4 @@
-"""Questions about sequences of a trained run, answered and drawn with their uncertainty (docs/queries.md)."""
+"""Figures that answer questions about sequences with a trained run, with uncertainties (docs/queries.md)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,28 +29,28 @@ from pyro_pixels.run_figures import RunView
 from pyro_pixels.runs import Run
 
 CALIBRATION = "How often the truth lies within regions of a stated probability"
-FRAMES_BACK = 10  # before the first, of which `draw_retrodict` tells
+FRAMES_BACK = 10  # before the first frame, in `draw_retrodict`
 
 
 class Answer(NamedTuple):
-    """What a question came to."""
+    """The answer to a question."""
 
     figure: Figure
     title: str
-    """What the figure shows."""
+    """The title of the figure."""
     text: str = ""
-    """What to print beside the figure."""
+    """Text to print along with the figure."""
     numbers: dict[str, Any] = {}  # noqa: RUF012  # never changed
-    """The answer's numbers, for a file beside the figure."""
+    """The numbers of the answer, for a file that accompanies the figure."""
 
 
 class Scene(RunView):
-    """A `RunView` with the sequences that are drawn and Gaussians as they are plotted.
+    """A `RunView` with a selection of sequences to draw, and Gaussians in plotted coordinates.
 
     Attributes:
-        rows: indices of the sequences that are drawn, ``per_n`` of each N, the largest first.
-        drawn: the images, n_objects and inferred means of these, which the questions that are drawn are asked about.
-        n_samples: samples of q(a | v) to average over.
+        rows: indices of the sequences to draw, ``per_n`` of each N, the largest N first.
+        drawn: images, n_objects and inferred means of these sequences, the input of questions that plot tracks.
+        n_samples: the number of samples of q(a | v) to average over.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Scene(RunView):
         self.drawn = (self.images[rows], self.n_objects[rows], self.inference.mean[rows])
 
     def regions(self, found: Gaussians, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Means and covariances of positions, in pixels if the truth is known; ``rows``: of these sequences alone."""
+        """Returns means and covariances of positions as `tracks` plots them, of all sequences or of ``rows``."""
         cov = found.cov.expand(*found.mean.shape, 2).cpu()
         if isinstance(self.to_pixels, metrics.Affine):
             cov = self.to_pixels.covariance(cov)
@@ -74,7 +74,7 @@ class Scene(RunView):
         return metrics.reorder(mean, order), metrics.reorder(cov, order)
 
     def picture(self, found: Gaussians, known: Tensor, truth: Tensor | None = None) -> Figure:
-        """The regions of positions of the sequences that are drawn; ``truth`` is of all sequences."""
+        """Returns a plot of the regions of positions of the drawn sequences; ``truth`` is given for all sequences."""
         mean, cov = self.regions(found, self.rows)
         known = known.expand(mean.shape[:-1]).cpu()
         known = known if self.order is None else metrics.reorder(known, self.order[self.rows])
@@ -86,15 +86,15 @@ class Scene(RunView):
         )  # fmt: skip
 
     def moves(self, h: States, rows: Tensor | None = None) -> Gaussians:
-        """The expected move to the next frame, B (A - I) h + B u, as it is plotted; ``rows`` as in `regions`."""
+        """Returns the move to the next frame, B (A - I) h + B u, as it is plotted; ``rows`` as in `regions`."""
         A, B, u = self.dynamics.lgssm()[:3]
         step_matrix = B @ A - B
         mean, cov = self.regions(Gaussians(h.mean @ step_matrix.mT + B @ u, step_matrix @ h.cov @ step_matrix.mT), rows)
-        offset = self.to_pixels(torch.zeros_like(h.mean[..., :2]).cpu())  # of the map, which a move does not have
+        offset = self.to_pixels(torch.zeros_like(h.mean[..., :2]).cpu())  # of the map to pixels; moves have none
         return Gaussians(mean - offset, cov)
 
     def true_moves(self) -> Tensor | None:
-        """The true moves (B, N, T, 2) in pixels, NaN in the last frame; None if the true paths are unknown."""
+        """Returns the true moves (B, N, T, 2) in pixels, NaN in the last frame; None if the true paths are unknown."""
         paths = self.data.paths
         if self.order is None or paths is None:
             return None
@@ -102,7 +102,7 @@ class Scene(RunView):
 
 
 def draw_filter(scene: Scene) -> Answer:
-    """Velocities of the first object, from the frames so far and from all frames."""
+    """Draws vertical velocities of the first object, given the frames so far and given all frames."""
     a = scene.drawn[2]
     found = {"so far": filter_states(scene.dynamics, a), "in hindsight": smooth(scene.dynamics, a)}
     moves = {name: scene.moves(h, scene.rows) for name, h in found.items()}
@@ -118,7 +118,7 @@ def draw_filter(scene: Scene) -> Answer:
 
 
 def draw_hidden(scene: Scene) -> Answer:
-    """Positions where the first object is not seen in the middle third of the frames."""
+    """Draws positions when the first object is hidden in the middle third of the frames."""
     images, n_objects, means = scene.drawn
     B, N, T = means.shape[:3]
     observed = torch.ones(B, N, T, dtype=torch.bool, device=scene.device)
@@ -130,7 +130,7 @@ def draw_hidden(scene: Scene) -> Answer:
 
 
 def draw_retrodict(scene: Scene) -> Answer:
-    """Paths before the first frame."""
+    """Draws paths, including frames before the first."""
     n = FRAMES_BACK
     after = states(scene.model, scene.guide, *scene.drawn[:2], n_samples=scene.n_samples)
     before = retrodict(scene.dynamics, after, n)
@@ -138,7 +138,7 @@ def draw_retrodict(scene: Scene) -> Answer:
     found = Gaussians(*(torch.cat(x, 2) for x in zip(*each)))
     truth = scene.data.paths
     if truth is not None:
-        for _ in range(n):  # a parabola has no third differences; two points are on many
+        for _ in range(n):  # a parabola has third differences 0; two points do not determine it
             before = 3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3]
             truth = torch.cat([before if before.shape[2] else torch.full_like(truth[:, :, :1], torch.nan), truth], 2)
     figure = scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
@@ -147,7 +147,7 @@ def draw_retrodict(scene: Scene) -> Answer:
 
 
 def draw_what_if(scene: Scene) -> Answer:
-    """One sequence without gravity, with half of it, pushed upwards, and with an object removed, from a frame on."""
+    """Draws one sequence after changes in some frame: half the gravity, none, a push upwards, or one object fewer."""
     row = scene.rows[:1]
     images, n_objects, _ = (x[:1] for x in scene.drawn)
     inferred = infer(scene.guide, images, n_objects, n_samples=scene.n_samples)
@@ -179,7 +179,7 @@ def draw_what_if(scene: Scene) -> Answer:
 
 
 def draw_evidence(scene: Scene) -> Answer:
-    """Draws log p(v) by importance sampling beside the ELBO of Eq (7)."""
+    """Draws log p(v) by importance sampling and the ELBO of Eq (7) for comparison."""
     args, T = (scene.model, scene.guide, scene.images, scene.n_objects), scene.images.shape[1]
     times = scene.progress(range(5), "bound")
     one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in times]).mean(0)
@@ -194,7 +194,7 @@ def draw_evidence(scene: Scene) -> Answer:
 
 
 def draw_count(scene: Scene) -> Answer:
-    """The number of objects, where it is not given."""
+    """Draws the inferred number of objects."""
     most = int(scene.n_objects.max())
     found = count_objects(
         scene.model, scene.guide, scene.images, most,
@@ -209,7 +209,7 @@ def draw_count(scene: Scene) -> Answer:
 
 
 def draw_stream(scene: Scene) -> Answer:
-    """Each position as forecast from the frames before it."""
+    """Draws each position as forecast from the frames before it."""
     lgssm, ahead, text = scene.dynamics.lgssm(), [], ""
     images, n_objects, means = scene.drawn
     try:
@@ -232,10 +232,10 @@ def draw_stream(scene: Scene) -> Answer:
 
 
 def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> Answer:
-    """How often the truth lies within regions of the stated probability.
+    """Draws how often the truth lies within regions of a stated probability.
 
     Args:
-        validation: further sequences to fit a correction of the uncertainties on, which is then shown as well.
+        validation: further sequences to fit a correction of the uncertainties on; its effect is then shown as well.
     """
     n_samples = 0 if scene.run.config.guide == "structured" or validation is None else scene.n_samples
     found = mahalanobis_distances(scene.model, scene.guide, scene.data, n_samples=n_samples)
@@ -278,4 +278,4 @@ QUESTIONS: dict[str, Callable[[Scene], Answer]] = {
     "stream": draw_stream,
     "calibration": draw_calibration,
 }
-"""The functions by the names that examples/ask.py and examples/gallery.py give the questions."""
+"""The functions that draw the answers, by the names of the questions in examples/ask.py and examples/gallery.py."""

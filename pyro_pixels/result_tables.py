@@ -1,4 +1,4 @@
-"""Tables of results in Markdown, what they were measured with, and where they stand in a page of the documentation."""
+"""Markdown tables of results, the environment they were measured in, and their insertion into documentation pages."""
 
 import os
 import platform
@@ -15,34 +15,34 @@ Row = dict[str, Any]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def per_n(result: Row, value: Callable[[Row], float | None], digits: int) -> str:
-    """A value for each N of an evaluation, such as "0.14 / 0.18 / 0.22", without those that do not apply."""
+    """Returns a value for each N of an evaluation, such as "0.14 / 0.18 / 0.22", without those that do not apply."""
     values = [value(row) for row in result["by_n_objects"].values()]
     return " / ".join(f"{v:.{digits}f}" for v in values if v is not None) or "-"
 
 
 def medians(rows: Sequence[Row]) -> Row:
-    """The median of each value over several rows of an evaluation, None where it does not apply."""
+    """Returns the median of each value over several rows of an evaluation, None where it does not apply."""
     return {key: None if rows[0][key] is None else float(np.median([row[key] for row in rows])) for key in rows[0]}
 
 
 def medians_per_n(results: Sequence[Row]) -> Row:
-    """The medians over several evaluations, for each N."""
+    """Returns the medians over several evaluations for each N."""
     return {"by_n_objects": {n: medians([r["by_n_objects"][n] for r in results]) for n in results[0]["by_n_objects"]}}
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share such as "1.6 %", or "-" where there is none."""
+    """Returns a share as text, such as "1.6 %", or "-" for None."""
     return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def environment(device: torch.device) -> dict[str, str | int | None]:
-    """What a number was measured with."""
+    """Returns the hardware and the software versions of a measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
@@ -56,14 +56,14 @@ def environment(device: torch.device) -> dict[str, str | int | None]:
 
 
 def machine(result: Row) -> str:
-    """What the numbers of a result were measured with, as a sentence."""
+    """Returns the hardware and the software versions of a result as a sentence."""
     e = result["environment"]
     where = e["processor"] if e["device"] == "cpu" else e["device"]
     return f"{where}, Python {e['python']}, torch {e['torch']}, pyro {e['pyro']}."
 
 
 def seeds_table(result: Row) -> str:
-    """The table of a sweep: medians over seeds (for N = 1 / 2 / 3 where there are three), and how many succeeded.
+    """Returns the table of a sweep: medians over seeds (for N = 1 / 2 / 3 where there are three) and success counts.
 
     Args:
         result: the summary that examples/experiments/sweep.py writes.
@@ -97,10 +97,10 @@ def _errors(result: Row) -> list[str]:
 
 
 def insert(page: str, part: str, text: str) -> str:
-    """The page with what stands between a part's markers, <!-- begin PART --> and <!-- end PART -->, replaced.
+    """Returns the page with the text between <!-- begin PART --> and <!-- end PART --> replaced.
 
     Raises:
-        ValueError: if the markers are not there.
+        ValueError: if the markers are missing.
     """
     pattern = re.compile(rf"(<!-- begin {part} -->\n).*?(<!-- end {part} -->)", re.DOTALL)
     if not pattern.search(page):

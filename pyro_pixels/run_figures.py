@@ -1,4 +1,4 @@
-"""Figures of a trained run: what it infers, generates and fills in, beside the truth. Each returns its paths."""
+"""Figures of a trained run: inference, generation and interpolation against the truth. Each returns its paths."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -24,18 +24,18 @@ from pyro_pixels.training.checkpoints import read_lines
 
 
 class RunView:
-    """Some sequences with a run's answers about them, in pixels.
+    """A set of sequences with a run's inference and predictions for them, in pixels.
 
     Attributes:
         inference: positions inferred from all frames, in latent units, with ``n_samples`` samples.
-        n_seen: frames that are seen before generation and at either end for interpolation; default: 5, or fewer in
-            short sequences.
-        to_pixels: maps latent positions to pixels: fitted to the true positions of single objects where there are any,
-            else `map_to_pixels`; the identity where the renderer draws nothing yet.
-        size: (H, W), or None where positions are plotted in latent units.
-        order: (B, N), which inferred object is which true one; None where no true positions are known.
-        progress: what items that take long are looped over with, such as a progress bar with a name.
-        shows_progress: whether queries that take long show a progress bar on a terminal.
+        n_seen: the number of observed frames before generation and at either end for interpolation; by default 5, or
+            fewer in short sequences.
+        to_pixels: maps latent positions to pixels. It is fitted to the true positions of single objects if there are
+            any, else it is that of `map_to_pixels`, or the identity if the renderer draws nothing yet.
+        size: (H, W), or None if positions are plotted in latent units.
+        order: (B, N), which inferred object is which true one; None if no true positions are known.
+        progress: wraps the items of long loops, for example in a progress bar with the given name.
+        shows_progress: whether long queries show a progress bar on a terminal.
     """
 
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = staticmethod(lambda items, name: items)
@@ -58,21 +58,21 @@ class RunView:
             self.order = metrics.assign(self.to_pixels(self.inference.mean.cpu()), data.positions, data.n_objects)
             return
         present = self.inference.mean[object_mask(self.n_objects, self.inference.mean.shape[1])]
-        with suppress(ValueError):  # an untrained run draws no objects anywhere: its latent units stay
+        with suppress(ValueError):  # an untrained renderer draws nothing: latent units are kept
             self.to_pixels = map_to_pixels(run.model, run.guide, present).affine
             self.size = data.size
 
     def tracks(self, a: Tensor) -> Tensor:
-        """Latent positions as they are plotted: in pixels and in the true objects' order if there is a truth."""
+        """Returns latent positions as plotted: mapped by `to_pixels`, and in the order of the true objects if known."""
         a = self.to_pixels(a.cpu())
         return a if self.order is None else metrics.reorder(a, self.order)
 
     def in_pixels(self, a: Tensor) -> Tensor | None:
-        """`tracks` where they are in pixels, else None."""
+        """Returns `tracks` if they are in pixels, else None."""
         return None if self.size is None else self.tracks(a)
 
     def generation(self, n_frames: int | None = None, n_samples: int = 0) -> Prediction:
-        """What follows the first ``n_seen`` frames; a ValueError if there are not so many, or nothing follows."""
+        """Generates the frames after the first ``n_seen``; raises ValueError if there are too few or none follow."""
         T = self.images.shape[1]
         n_frames = n_frames or T
         if self.n_seen > T or self.n_seen >= n_frames:
@@ -86,7 +86,7 @@ class RunView:
         )  # fmt: skip
 
     def interpolation(self, n_samples: int = 0) -> Prediction:
-        """What lies between the first and the last ``n_seen`` frames; a ValueError if nothing does."""
+        """Interpolates between the first and the last ``n_seen`` frames; raises ValueError if none lie between."""
         T = self.images.shape[1]
         if 2 * self.n_seen >= T:
             raise ValueError(
@@ -104,26 +104,26 @@ class RunView:
 
     @cached_property
     def states(self) -> States:
-        """Positions and velocities given the inferred positions."""
+        """The states, positions and velocities, given the inferred positions."""
         return smooth(self.run.model.dynamics, self.inference.mean)
 
     def pick(self, per_n: int) -> Tensor:
-        """Indices of the first ``per_n`` sequences of each N, largest N first."""
+        """Returns indices of the first ``per_n`` sequences of each N, largest N first."""
         values = sorted(set(self.data.n_objects.tolist()), reverse=True)
         return torch.cat([(self.data.n_objects == n).nonzero().squeeze(1)[:per_n] for n in values])
 
     def titles(self, rows: Tensor) -> list[str]:
-        """What stands above each of the sequences ``rows``: which one it is, counted from 0, and its N."""
+        """Returns a title for each of the sequences ``rows``: its index, counted from 0, and its N."""
         return [f"sequence {b}, N = {n}" for b, n in zip(rows.tolist(), self.data.n_objects[rows].tolist())]
 
     def truth_and_inferred(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
-        """True positions of the sequences, None where they are not known, and inferred ones."""
+        """Returns the true positions of the sequences ``rows``, None if unknown, and the inferred ones."""
         truth = None if self.order is None or self.data.positions is None else self.data.positions[rows]
         return truth, self.tracks(self.inference.mean)[rows]
 
 
 def draw_sequences(data: ImageSequences, path: Path) -> Path:
-    """Six sequences, each overlaid in time, like Fig 1."""
+    """Draws six sequences, each overlaid in time, like Fig 1."""
     titles = [f"N = {n}" for n in data.n_objects[:6].tolist()]
     figure = plots.plot_sequences(data.images[:6], columns=3, titles=titles)
     plots.save_figure(figure, path, "Sequences, later frames lighter")
@@ -174,7 +174,7 @@ def draw_generation(view: RunView, prediction: Prediction, out: Path) -> list[Pa
 
 
 def draw_forecast(view: RunView, prediction: Prediction, path: Path) -> Path:
-    """A GIF of the truth, the reconstruction, and what was generated after the first frames."""
+    """Writes a GIF of the truth, the reconstruction, and the frames generated after the first ones."""
     rows, T = view.pick(1), min(view.images.shape[1], prediction.images.shape[1])
     panels = {
         "truth": view.data.images[rows, :T],
@@ -204,11 +204,11 @@ def draw_interpolation(view: RunView, generated: Prediction, interpolated: Predi
 
 
 def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Predictions, out: Path) -> list[Path]:
-    """Writes error_over_time.png: mean error in each frame beside the floor; only where the true dynamics are known.
+    """Writes error_over_time.png, the mean error and its floor in each frame, if the true dynamics are known.
 
     Args:
         inferred: latent positions (n, N, T, 2) that the map to pixels is fitted on.
-        predicted: what was generated and interpolated.
+        predicted: the generated and interpolated positions.
     """
     path = out / "error_over_time.png"
     if data.dynamics is None or data.positions is None or not bool((data.n_objects == 1).any()):
@@ -232,10 +232,10 @@ def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Pred
 
 
 class Snapshots:
-    """Inferred means of up to 20 sequences at every evaluation of a training, kept in a file; shown like Fig 5(a)."""
+    """Inferred means of up to 20 sequences at every evaluation of a training, kept in a file; plotted like Fig 5(a)."""
 
     def __init__(self, path: Path, data: ImageSequences, *, resume: bool) -> None:
-        """``resume``: keep the means that are in the file already."""
+        """With ``resume``, keeps the means that are already in the file."""
         two = data.n_objects == min(2, int(data.n_objects.max()))
         self.path, self.shown = path, data[two if bool(two.any()) else slice(None)][:20]
         self.means: dict[str, np.ndarray] = {}
@@ -243,7 +243,7 @@ class Snapshots:
             self.means = dict(_read_means(path))
 
     def take(self, run: Run, metrics: dict[str, float]) -> None:
-        """Adds the means of a run that is being trained; ``metrics`` is the evaluation's line."""
+        """Adds the means of a run in training; ``metrics`` is the line of the evaluation."""
         device = next(run.model.parameters()).device
         inferred = infer(run.guide, self.shown.images.to(device), self.shown.n_objects.to(device))
         self.means[str(int(metrics["step"]))] = inferred.mean.cpu().numpy()
@@ -252,7 +252,7 @@ class Snapshots:
 
 
 def _read_means(path: Path) -> dict[str, np.ndarray]:
-    """The means of `Snapshots` by the names of their steps; a ValueError if the file is damaged."""
+    """Returns the means of `Snapshots` by step; raises ValueError if the file is damaged."""
     try:
         means = read_arrays(path, read_checked(path))
     except OSError as error:
@@ -263,7 +263,7 @@ def _read_means(path: Path) -> dict[str, np.ndarray]:
 
 
 def draw_stages(snapshots: Path, path: Path) -> list[Path]:
-    """Like Fig 5(a), the first, the middle and the last of a training's `Snapshots`; nothing if there are none."""
+    """Draws the first, middle and last of a training's `Snapshots` like Fig 5(a); nothing if there are none."""
     if not snapshots.exists():
         return []
     means = {int(step): x for step, x in _read_means(snapshots).items()}

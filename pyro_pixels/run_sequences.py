@@ -1,4 +1,4 @@
-"""Which sequences a run learns from, which are held out, and which it is asked about."""
+"""The training, held-out and query sequences of a run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,30 +9,30 @@ from pyro_pixels.data import ImageSequences, load_sequences
 from pyro_pixels.worlds.base import simulate
 
 TEST_SEED = 1_000_003
-"""Seed of fresh sequences for figures and tables. Training seeds are small numbers."""
+"""Seed of fresh sequences for figures and tables; training seeds are small numbers."""
 VALIDATION_SEED = TEST_SEED - 1
-"""Seed of the sequences that a run trained on simulated ones is validated on."""
+"""Seed of the validation sequences of runs that are trained on simulated ones."""
 MOST_HELD_OUT = 60
 
 
 class RunSequences(NamedTuple):
-    """The sequences that a configuration names."""
+    """The training and held-out sequences of a configuration."""
 
     training: ImageSequences
     held_out: ImageSequences | None
-    """Sequences of the same kind that are not trained on; None where a file has fewer than 10."""
+    """Sequences of the same kind that are not trained on; by default None if a file has fewer than 10."""
     config: RunConfig
-    """The configuration, with image size, largest N and numbers of sequences taken from the file if there is one."""
+    """The configuration, with image size, largest N and numbers of sequences of the file if there is one."""
 
 
 def run_sequences(config: RunConfig) -> RunSequences:
-    """Loads or simulates what a run learns from, and what is held out.
+    """Loads or simulates the training and held-out sequences of a run.
 
-    Of a file the last tenth is held out, at most 60 sequences, or as many as ``config.n_held_out`` says. Where there is
-    no file 60 further sequences are simulated.
+    The last ``config.n_held_out`` sequences of a file are held out; by default a tenth, at most 60. Without a file, 60
+    further sequences are simulated.
 
     Raises:
-        ValueError: if the file cannot be read.
+        ValueError: if the file cannot be read, or all of its sequences are held out.
     """
     if config.data_file is None:
         training = simulate(config.data, config.n_sequences, seed=config.seed)
@@ -63,22 +63,22 @@ def run_sequences(config: RunConfig) -> RunSequences:
 
 
 def training_sequences(config: RunConfig) -> ImageSequences:
-    """The sequences that a run learned from, without those that were held out."""
+    """Returns the training sequences of a run, without those held out."""
     if config.data_file is None:
         return simulate(config.data, config.n_sequences, seed=config.seed)
     return run_sequences(config).training
 
 
 class AskedSequences(NamedTuple):
-    """Sequences that a run is asked about."""
+    """Sequences to query a run with."""
 
     data: ImageSequences
     source: str
-    """Where they come from, in words."""
+    """A description of their origin."""
     file: Path | None = None
-    """The file that they are in, if any."""
+    """Their file, if any."""
     first: int = 0
-    """Which of its sequences is the first of them."""
+    """The index in the file of the first of these sequences."""
 
 
 def sequences_to_ask(
@@ -90,19 +90,19 @@ def sequences_to_ask(
     simulated: bool = False,
     trained_on_too: bool = True,
 ) -> AskedSequences:
-    """Sequences from a file, those that were held out of the run's own file, or fresh ones of the run's world.
+    """Returns sequences from a file, held-out ones of the run's own file, or fresh ones of the run's world.
 
     Args:
         config: the run's configuration.
-        data: a file, or None for what was held out where the run learned from a file, and else for simulated ones.
-        n_sequences: how many at most, the first ones.
-        seed: of simulated sequences.
-        simulated: simulate also where the run learned from a file.
-        trained_on_too: where ``data`` is the file that the run learned from, take also what it was trained on.
+        data: a file; None for the held-out sequences if the run was trained on a file, else for simulated ones.
+        n_sequences: the largest number of sequences; the first ones are taken.
+        seed: seeds simulated sequences.
+        simulated: without ``data``, simulate sequences even if the run was trained on a file.
+        trained_on_too: if ``data`` is the run's own file, include the sequences that it was trained on.
 
     Raises:
-        ValueError: if the file cannot be read, its images are of another size than the run's, or nothing was held out
-            where it is asked for.
+        ValueError: if the file cannot be read, its image size differs from the run's, or held-out sequences are needed
+            and there are none.
     """
     if data is None and (simulated or config.data_file is None):
         return AskedSequences(

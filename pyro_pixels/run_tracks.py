@@ -1,4 +1,4 @@
-"""What a run found, as files for other programs and over the user's own film: tracks.csv and tracks.gif."""
+"""Inferred tracks as files: tracks.csv for other programs, and tracks.gif, drawn over the user's own film."""
 
 import warnings
 from pathlib import Path
@@ -21,17 +21,19 @@ def write_tracks(
     scale: float | None = None,
     fps: float | None = None,
 ) -> list[Path]:
-    """Writes tracks.csv, all sequences, and tracks.gif, the first of the most objects. Returns their paths.
+    """Writes tracks.csv, with all sequences, and tracks.gif, the first with the largest N, and returns their paths.
 
-    Positions are in the pixels of the film that prepare.py read, where ``data_file`` came from it, and the GIF is drawn
-    over that film; else they are in those of the sequences. In metres with ``scale``, metres in a pixel; with ``fps``
-    there is a time in seconds.
+    If prepare.py made ``data_file``, positions are in pixels of the original film, and the GIF is drawn over that film;
+    otherwise they are in pixels of the sequences.
 
     Args:
-        first: which sequence of ``data_file`` is the first of the view's.
+        data_file: the file of the view's sequences, if any.
+        first: the index in ``data_file`` of the first sequence of the view.
+        scale: metres per pixel; positions are then in metres.
+        fps: frames per second; the table then has a time in seconds.
 
     Raises:
-        ValueError: if ``scale`` or ``fps`` are not above 0, or the map to pixels could not be found.
+        ValueError: if ``scale`` or ``fps`` is not above 0, or the map to pixels is unknown.
     """
     if not isinstance(view.to_pixels, metrics.Affine):
         raise ValueError("positions are in latent units, as the renderer draws nothing yet; train for more steps")
@@ -50,7 +52,7 @@ def write_tracks(
 
 
 def _draw(view: RunView, mean: Tensor, source: Source | None, path: Path) -> None:
-    """Over the film itself, or, where it is not there any more, over what the model saw."""
+    """Writes the GIF over the film itself, or, if that is no longer available, over the images that the model saw."""
     row = int(view.pick(1)[0])
     T, tracks = int(view.data.seen[row].sum()), mean[row, : int(view.data.n_objects[row])]
     frames = None if source is None else source.frames(row, T)

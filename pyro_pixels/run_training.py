@@ -1,4 +1,4 @@
-"""Training a run from its configuration into its folder, by the bound or by another run's guide."""
+"""Training of a run in its folder, from a configuration, on the bound or from another run's guide."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ CANDIDATE_SEEDS_APART = 1_000
 
 
 def build_on(config: RunConfig, device: torch.device | str) -> Run:
-    """The untrained run of a configuration, on a device."""
+    """Returns the untrained run of a configuration, on a device."""
     run = build(config)
     return run._replace(model=run.model.to(device), guide=run.guide.to(device))
 
@@ -35,16 +35,16 @@ def train_run(
     progress: bool = True,
     on_evaluation: Callable[[Run, dict[str, float]], None] | None = None,
 ) -> tuple[Run, FitResult]:
-    """Trains a run in its folder, from its checkpoint on if the folder has one.
+    """Trains a run in its folder, and resumes from its checkpoint if the folder has one.
 
     Args:
-        data: what to learn from.
+        data: the training sequences.
         validation: sequences whose bound is reported at each evaluation.
-        n_starts: number of starting weights, of which the one with the highest bound after 200 steps is trained on.
+        n_starts: the number of initialisations; the one with the highest bound after 200 steps is trained further.
         on_evaluation: called with the run and each line of metrics.
 
     Raises:
-        ValueError: if the folder holds a run of another configuration (other than in its number of steps).
+        ValueError: if the folder holds a run of another configuration, apart from the numbers of steps and parts.
         FloatingPointError: if the loss is no longer finite.
     """
     folder = Path(folder)
@@ -63,9 +63,9 @@ def train_run(
 
 
 def refuse_another(config: RunConfig, folder: Path) -> None:
-    """Raises a ValueError if the folder's run differs from ``config`` in more than its numbers of steps and parts."""
+    """Raises ValueError if the folder's run differs from ``config`` in more than the numbers of steps and parts."""
     there: RunConfig = load_config(folder)
-    if there.n_held_out is None:  # as before there was the field
+    if there.n_held_out is None:  # from before the field existed
         there = replace(there, n_held_out=config.n_held_out)
     schedule = replace(there.schedule, steps=config.schedule.steps, parts=config.schedule.parts)
     there = replace(there, schedule=schedule)
@@ -79,7 +79,7 @@ def refuse_another(config: RunConfig, folder: Path) -> None:
 
 
 def _fitted_as(there: RunConfig, config: RunConfig) -> RunConfig:
-    """A configuration with that of ``there`` in the place of all that is taken from the file of sequences."""
+    """Returns ``config`` with all values that depend on the file of sequences taken from ``there``."""
     steps = there.schedule.single_object_steps
     return replace(
         config, data=there.data, max_objects=there.max_objects, n_sequences=there.n_sequences,
@@ -92,7 +92,7 @@ def _candidate_seeds(seed: int, n_starts: int) -> Sequence[int]:
 
 
 def teaching_schedule(steps: int) -> Schedule:
-    """A schedule that trains the guide alone, with a learning rate that falls in the second half."""
+    """Returns a schedule that trains only the guide, with a learning rate that decays in the second half."""
     return Schedule(
         steps=steps, learning_rate=1e-3, decay_from=steps // 2, learn_from={"model": steps}, anneal_from=steps,
         one_n_per_batch=True, clip_norm=30.0, evaluate_every=max(1, steps // 8),
@@ -108,12 +108,12 @@ def teach_run(
     validation: ImageSequences | None = None,
     progress: bool = True,
 ) -> tuple[Run, FitResult]:
-    """Trains a run of the teacher's model and a guide of its own from the teacher's draws, from a checkpoint if any.
+    """Trains a new guide for the teacher's model on samples of the teacher's guide; resumes from a checkpoint if any.
 
     Args:
-        teacher: the run whose guide is learned from, on the device that is to be used.
-        config: the new run's, with the guide that learns, and a schedule such as `teaching_schedule`.
-        data: images to draw tracks for; nothing in them is labelled.
+        teacher: the run with the guide to learn from, on the device to train on.
+        config: the configuration of the new run, with the new guide and a schedule such as `teaching_schedule`.
+        data: the sequences to draw tracks for; no labels are used.
         validation: sequences whose bound is reported at each evaluation.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Runs: a configuration that says everything, the presets, and a trained model back from its folder.
+"""Runs: building a model and a guide from a configuration, and loading trained ones from a folder.
 
-A run is a folder with config.json (a `RunConfig`), metrics.jsonl (one line an evaluation) and checkpoint.pt. The same
-configuration builds the same model and guide, to the bit, wherever it is read.
+A run is a folder with config.json (a `RunConfig`), metrics.jsonl (one line per evaluation) and checkpoint.pt. The same
+configuration builds bitwise the same model and guide everywhere.
 """
 
 import dataclasses
@@ -39,13 +39,13 @@ from pyro_pixels.worlds.others import WORLDS
 
 
 class Run(NamedTuple):
-    """A model and its guide, as a folder holds them."""
+    """A model and its guide with their configuration."""
 
     config: RunConfig
     model: PixelModel
     guide: Guide
     step: int
-    """Training steps done."""
+    """The number of training steps done."""
 
 
 def _recurrent(config: RunConfig, model: PixelModel) -> Guide:
@@ -87,7 +87,7 @@ def _with_attention(rnn: StateNetwork) -> Guide:
 
 
 MAX_WEIGHTS = 2 * 10**9
-"""Of model and guide together, 8 GB in single precision; the paper's have 30 million."""
+"""The largest number of weights of model and guide, 8 GB in single precision; the paper's have 30 million."""
 
 GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
     "recurrent": _recurrent,  # the paper's
@@ -96,20 +96,20 @@ GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
     "bidirectional": _bidirectional,  # "attentive" in both directions of time
     "structured": _structured,
 }
-"""Guides that a configuration can name; add your own to train and load it by name.
+"""Name -> factory of the guides that a configuration can refer to; add your own to train and load it by name.
 
-Those that installed packages announce as entry points `pyro_pixels.guides` are found as well."""
+Guides that installed packages register as entry points `pyro_pixels.guides` are found as well."""
 
 
 def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
-    """The untrained model and guide of a configuration; the caller's random state is left as it was.
+    """Returns the untrained model and guide of a configuration; the caller's random state is not changed.
 
     Args:
-        max_weights: the limit on the number of weights, checked before any is made.
+        max_weights: the limit on the number of weights, checked before any are created.
 
     Raises:
-        ValueError: if the configuration names a guide or a likelihood that is not in `GUIDES` or `LIKELIHOODS`, or asks
-            for more than ``max_weights``.
+        ValueError: if the configuration names a guide or a likelihood that is not in `GUIDES` or `LIKELIHOODS`, or
+            needs more than ``max_weights``.
     """
     check_config(config, max_weights=max_weights)
     make_guide = find_guide(config.guide, GUIDES)
@@ -128,7 +128,7 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
 
 
 def check_config(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> None:
-    """Raises the ValueError that `build` would, before anything is made or simulated."""
+    """Raises the ValueError that `build` would raise, before anything is built or simulated."""
     if not isinstance(config, RunConfig):
         raise ValueError(f"config is a {type(config).__name__}; wanted a RunConfig, such as PRESETS['quick']")
     if find_guide(config.guide, GUIDES) is None:
@@ -152,9 +152,9 @@ def check_config(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> None:
 
 
 def save_config(folder: str | Path, config: RunConfig) -> None:
-    """Writes config.json into the folder of a run, which is made if need be.
+    """Writes config.json into the folder of a run, which is created if needed.
 
-    Before a training give the configuration to `fit` instead, which writes it once the folder is its own.
+    For a training, pass the configuration to `fit` instead, which writes it once it has locked the folder.
 
     Raises:
         ValueError: if another process trains in the folder, or it cannot be written to.
@@ -164,10 +164,10 @@ def save_config(folder: str | Path, config: RunConfig) -> None:
 
 
 def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
-    """Reads a run's config.json, a dataclass of that kind.
+    """Reads a run's config.json as a dataclass ``kind``.
 
     Raises:
-        ValueError: if it is missing, not JSON, or has fields that this version does not know.
+        ValueError: if it is missing, not JSON, or has fields that are unknown to this version.
     """
     path = Path(folder) / "config.json"
     try:
@@ -182,15 +182,15 @@ def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
 
 
 def use_custom_guide(config: RunConfig, where: str | Path, custom: str | Path | None) -> None:
-    """Makes the guide of a run known that a file of its user's adds to `GUIDES`; does nothing for other guides.
+    """Registers the guide of a run that was trained with a user's Python file; other guides need no file.
 
     Args:
         config: the run's configuration.
         where: its folder, for messages.
-        custom: the file. Reading a run executes no file that is not named here.
+        custom: the file that adds the guide to `GUIDES`. Loading a run executes no file that is not given here.
 
     Raises:
-        ValueError: if it is not given, gone, or not the file that the run was trained with.
+        ValueError: if the file is needed but not given, is missing, or is not the one that the run was trained with.
     """
     if config.custom_file is None or config.custom_sha256 is None:
         if custom is not None:
@@ -205,11 +205,11 @@ def use_custom_guide(config: RunConfig, where: str | Path, custom: str | Path | 
 
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu", *, custom: str | Path | None = None) -> Run:
-    """The model and guide of a folder with their trained weights, on ``device``, ready for queries.
+    """Returns the trained model and guide of a folder, on ``device``, ready for queries.
 
     Args:
-        custom: the Python file that adds the run's guide to `GUIDES`, if it was trained with ``--custom`` and the guide
-            is not there yet.
+        custom: the Python file that adds the run's guide to `GUIDES`, if the run was trained with ``--custom`` and the
+            guide is not registered yet.
 
     Raises:
         ValueError: if the folder holds no run, its checkpoint is damaged or of another configuration, or the file with
@@ -232,14 +232,14 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> Run:
-    """Weights that come with the package: the runs that docs/reproduction.md shows, ready for queries.
+    """Returns a run that comes with the package, as shown in docs/reproduction.md, ready for queries.
 
     Args:
-        name: quick, of 1,000 steps; long, of 15,000; or recurrent, the paper's network by the bound alone: a folder in
-            pyro_pixels/pretrained, whose about.json says what made it, and how good it is.
+        name: a folder in pyro_pixels/pretrained: quick, trained for 1,000 steps; long, for 15,000; or recurrent, with
+            the paper's network. Its about.json records how the run was made and how good it is.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is no such folder.
     """
     folder = PRETRAINED / name
     names = sorted(path.name for path in PRETRAINED.glob("*") if path.is_dir())
@@ -260,7 +260,7 @@ def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> 
 
 
 def export_weights(run: Run, folder: str | Path, about: Mapping[str, Any]) -> None:
-    """Writes config.json, weights.npz (float32, nothing executable) and about.json, what `load_pretrained` reads."""
+    """Writes config.json, weights.npz (float32, nothing executable) and about.json for `load_pretrained`."""
     weights = {
         f"{part}.{key}": x.float().cpu().numpy()
         for part, module in (("model", run.model), ("guide", run.guide))
@@ -277,7 +277,7 @@ def export_weights(run: Run, folder: str | Path, about: Mapping[str, Any]) -> No
 
 
 def _from_dict(kind: type, values: Any, where: str) -> Any:
-    """A dataclass from the nested dicts and lists that JSON makes of it."""
+    """Returns a dataclass from the nested dicts and lists of its JSON form."""
     if kind is WorldConfig:
         kind = _world_of(values, where)
     if not isinstance(values, Mapping):
@@ -300,7 +300,7 @@ def _from_dict(kind: type, values: Any, where: str) -> Any:
 
 
 def _world_of(values: Any, where: str) -> type[WorldConfig]:
-    """The class of a world's configuration; those of version 0.1 are all cannonballs, and do not say so."""
+    """Returns the class of a world's configuration; version 0.1 had only cannonballs and stored no name."""
     name = values.get("world", "cannonballs") if isinstance(values, Mapping) else "cannonballs"
     if name not in WORLDS:
         raise ValueError(f"{where} has the unknown world '{name}'; wanted one of {sorted(WORLDS)}, or add it to WORLDS")

@@ -1,8 +1,8 @@
 """Counterfactual queries: what if, in some frame, objects are moved or removed, or the dynamics change.
 
 `what_if` takes p(h_t, z | v) of one frame, applies a `Change`, and rolls the changed world forward, with means and
-covariances in closed form and samples from jointly drawn states. Dynamics are changed by functions of an `LGSSM`, which
-can be composed::
+covariances in closed form and samples from jointly drawn states. Changes of the dynamics are functions of an `LGSSM`,
+which can be composed::
 
     Change(dynamics=lambda lgssm: scale_period(scale_force(lgssm, 0.5), 2.0))
 
@@ -31,11 +31,11 @@ def unchanged(lgssm: LGSSM) -> LGSSM:
 
 
 def scale_force(lgssm: LGSSM, factor: float) -> LGSSM:
-    """The acceleration times a factor: 0 for no gravity, -1 for gravity upwards.
+    """Returns the dynamics with the acceleration times a factor: 0 for no gravity, -1 for gravity upwards.
 
-    The acceleration is u's part for the velocities, u_v, and the part for the positions that an even force brings with
-    it, delta u_v / 2. Whatever else learning put into the position part is a constant drift, which no image can tell
-    from a velocity (`canonical`); it stays. So objects of constant velocity go on as they were.
+    The acceleration consists of the velocity part of u, u_v, and the position part of a constant force, delta u_v / 2.
+    The rest of the learned position part is a constant drift, which images cannot distinguish from a velocity
+    (`canonical`); it is kept. So objects that move at constant velocity are not affected.
     """
     velocity = factor * lgssm.u[2:]
     _, drift = _acceleration(lgssm)
@@ -43,10 +43,10 @@ def scale_force(lgssm: LGSSM, factor: float) -> LGSSM:
 
 
 def canonical(lgssm: LGSSM) -> LGSSM:
-    """The same distribution of tracks with u = (delta u_v / 2, u_v): what is left of u's position part is velocity.
+    """Returns the same distribution of tracks with u = (delta u_v / 2, u_v): any drift is moved into the velocities.
 
-    A drift d in the position part and velocities that are all d / delta smaller make the same tracks. Here the drift
-    is 0, so that velocities are those that are seen in the middle of a step.
+    A drift d in the position part with all velocities smaller by d / delta yields the same tracks. Here the drift is 0,
+    so that velocities are those observed in the middle of a step.
     """
     _, drift = _acceleration(lgssm)
     shift = torch.cat([torch.zeros_like(drift), torch.linalg.solve(lgssm.A[:2, 2:], drift)])
@@ -54,21 +54,21 @@ def canonical(lgssm: LGSSM) -> LGSSM:
 
 
 def _half(lgssm: LGSSM, velocity: Tensor) -> Tensor:
-    """delta u_v / 2, how far an even force moves an object within the step in which it changes its velocity by u_v."""
+    """Returns delta u_v / 2, how far a constant force moves an object in a step that changes its velocity by u_v."""
     return lgssm.A[:2, 2:] @ velocity / 2
 
 
 def _acceleration(lgssm: LGSSM) -> tuple[Tensor, Tensor]:
-    """u's position part, split into that of the force and the drift that is left."""
+    """Returns the position part of u, split into that of the force and the remaining drift."""
     force = _half(lgssm, lgssm.u[2:])
     return force, lgssm.u[:2] - force
 
 
 def scale_period(lgssm: LGSSM, factor: float) -> LGSSM:
-    """Multiplies the sampling period delta by a factor: slow motion below 1, time lapse above 1.
+    """Returns the dynamics with the sampling period delta times a factor: slow motion below 1, time lapse above 1.
 
-    What happens in one period is scaled with it: the kick that u gives to the velocities and Sigma_H by the factor,
-    the part of u for the positions that belongs to it, which is of second order, by its square, a drift by the factor.
+    The velocity part of u, the drift and Sigma_H are scaled by the factor. The position part of the force, which is of
+    second order in delta, is scaled by its square.
     """
     identity = torch.eye(lgssm.A.shape[-1], dtype=lgssm.A.dtype, device=lgssm.A.device)
     force, drift = _acceleration(lgssm)
@@ -78,20 +78,20 @@ def scale_period(lgssm: LGSSM, factor: float) -> LGSSM:
 
 @dataclass(frozen=True)
 class Change:
-    """A change from some frame on; by default none."""
+    """A change that takes effect after some frame; by default none."""
 
     dynamics: Callable[[LGSSM], LGSSM] = unchanged
-    """A function from the learned dynamics to those that hold from then on; it may leave mu and Sigma alone."""
+    """A function from the learned dynamics to those after the change; mu and Sigma of the result are not used."""
     shift: Tensor | None = None
     """A shift of the states h in that frame, broadcastable to (B, N, 4): positions, then velocities, latent units."""
     removed: Tensor | None = None
-    """A mask, broadcastable to (B, N), of objects that are removed from the next frame on."""
+    """A mask, broadcastable to (B, N), of the objects that are removed, starting with the next frame."""
 
     def of_part(self, part: slice, n_sequences: int, most_objects: int) -> "Change":
-        """The change of some of the sequences, which have at most so many objects."""
+        """Returns the change for the sequences ``part``, which have at most ``most_objects`` objects."""
 
         def pick(x: Tensor | None, last: int) -> Tensor | None:
-            """``x`` broadcasts to (B, N) and ``last`` further dimensions."""
+            """Returns the part of ``x``, which broadcasts to (B, N) and ``last`` further dimensions."""
             if x is None or x.dim() <= last:
                 return x
             objects = x.dim() - last - 1
@@ -118,7 +118,7 @@ def what_if(
     """Returns the first ``frame`` frames as inferred, and the following ones as predicted after a change.
 
     The states in frame ``frame`` are inferred from all given images, also later ones. Pass ``images[:, :frame]`` to
-    infer them from the past alone.
+    infer them from the past only.
 
     Args:
         model: the trained model.
@@ -129,11 +129,11 @@ def what_if(
         frame: the frame after which the world changes, from 1 to T.
         n_frames: the total number of frames, more than ``frame``.
         n_samples: S, at least 1, the number of samples of q(a | v) to average over.
-        inferred: `infer` of these images with samples, if it is there already; they are then averaged over.
+        inferred: the result of `infer` for these images, with samples to average over, if it is already available.
 
     Returns:
         A `Prediction` of ``n_frames`` frames. ``observed`` marks those before the change; removed objects are NaN in
-        the others.
+        the other frames.
 
     Raises:
         ValueError: if ``frame``, ``n_frames`` or ``n_samples`` are out of range, ``inferred`` is of other images or has

@@ -87,7 +87,7 @@ def count_objects(
     """Returns p(N | v) for N = 0, ..., ``max_objects`` from the evidence for each N; that of N = 0 is exact.
 
     A superfluous object can hide behind another and explain the images just as well, but its KL lowers the evidence in
-    every frame. So too large N are rejected by the evidence, not by the reconstruction.
+    every frame. So it is the evidence that rejects too large N, not the reconstruction.
 
     Args:
         model: the trained model.

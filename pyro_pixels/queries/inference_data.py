@@ -8,7 +8,7 @@ Dimensions and their coordinates:
 
     chain, draw     0;  0 .. S - 1
     sequence        0 .. B - 1, the index in ``images``
-    object, time    1 .. N;  1 .. T, as in the paper; in ``predictions`` time goes on at T + 1
+    object, time    1 .. N;  1 .. T, as in the paper; in ``predictions`` time starts at T + 1
     axis, state     "x", "y";  "x", "y", "vx", "vy", in latent units
     component       0 .. K - 1, the values of z
     row, column     0 .. H - 1;  0 .. W - 1, pixels
@@ -63,7 +63,7 @@ DIMENSIONS = {
     "observed_data": {"v": PIXELS},
     "constant_data": CONSTANTS,
 }
-"""The variables of each group with their dimensions, without chain and draw, which all groups but the data have."""
+"""The variables of each group with their dimensions, except chain and draw, which all but the data groups have."""
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -112,8 +112,8 @@ def to_inference_data(
         progress: show a progress bar on a terminal.
 
     Returns:
-        An ``arviz.InferenceData``, which ``arviz.from_netcdf`` reads again, or from arviz 1 on an ``xarray.DataTree``,
-        which ``xarray.open_datatree`` reads again. Both have ``to_netcdf``.
+        An ``arviz.InferenceData``, which ``arviz.from_netcdf`` reads back, or, with arviz 1 or later, an
+        ``xarray.DataTree``, which ``xarray.open_datatree`` reads back. Both have ``to_netcdf``.
 
     Raises:
         ValueError: if the images do not fit the model or the guide, or a number is out of range.
@@ -200,7 +200,7 @@ def _in_parts(draw: Callable[[int], Groups], n_samples: int, batch_size: int, pr
 
 
 def _side_by_side(parts: list[Groups], n_objects: int) -> Groups:
-    """Joins what was drawn for different sequences, on the CPU; NaN where some have fewer objects."""
+    """Joins the samples of different sequences on the CPU, padded with NaN where some have fewer objects."""
     if len(parts) == 1:
         return parts[0]
 

@@ -1,9 +1,9 @@
 """Posterior states h, positions and velocities: filtered, averaged over q(a | v), or before the first frame.
 
-`smooth` answers for given positions, and so does its filtering counterpart `filter_states`. For images, `states`
-averages p(h, z | a) over q(a | v), and `posterior_states` over the samples of any prediction. Given positions all
-is exact; averages over q use S samples, with the Gaussian part given a sample in closed form (Rao-Blackwellised).
-`retrodict` extends states to times before the first frame.
+`smooth` and its filtering counterpart `filter_states` take positions. For images, `states` averages p(h, z | a) over
+q(a | v), and `posterior_states` over the samples of any prediction. Given positions, everything is exact; averages over
+q use S samples, with the Gaussian part given a sample in closed form (Rao-Blackwellised). `retrodict` extends states to
+times before the first frame.
 
 The paper's procedures (Secs 3.4-3.5) plug in the means of q and the likeliest component. `averaged` replaces the mean
 and covariance of such a prediction by those of the whole mixture.
@@ -131,11 +131,11 @@ def retrodict(dynamics: Dynamics, states: States, n_frames: int) -> States:
 
     Args:
         dynamics: the model's dynamics.
-        states: smoothed states, of which the first frame is used; if they have samples, so has the result.
+        states: smoothed states, of which the first frame is used; the result has samples if they do.
         n_frames: the number of frames, at least 1.
 
     Returns:
-        States in the frames before the first, in the order of time: mean (..., n_frames, 4) and so on.
+        States in the frames before the first, in temporal order: mean (..., n_frames, 4) and so on.
 
     Raises:
         ValueError: if ``n_frames`` is below 1.

@@ -1,4 +1,4 @@
-"""Masks of the frames that were observed: checks, the frames in which any object was, and the gaps between them."""
+"""Masks of observed frames: checks, the frames in which any object is observed, and the gaps between them."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
             f"wanted bool, (T,) = ({T},), (B, T) = {(B, T)} or (B, N, T) = {(B, N, T)}"
         )
     observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
-    unknown = unseen_frames(images)  # marked by NaN, whatever the mask says
+    unknown = unseen_frames(images)  # NaN frames are unobserved, whatever the mask
     if bool((unknown & frames_seen_in(observed)).any()):
         observed = observed & ~unknown.unsqueeze(1)
     if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects are never observed

@@ -1,4 +1,4 @@
-"""Mean and variance of a guide's distribution q(a | v), whatever its family, in the precision of exact inference."""
+"""Mean and variance of a guide's distribution q(a | v) of any family, in the precision of exact inference."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Moments(NamedTuple):
 
 
 def mean_of(q_a: dist.TorchDistribution) -> Tensor:
-    """The mean (B, N, T, 2) of q(a | v), from samples if it has no closed form."""
+    """Returns the mean (B, N, T, 2) of q(a | v), from samples if it has no closed form."""
     try:
         mean = q_a.mean
     except NotImplementedError:

@@ -1,7 +1,7 @@
-"""Queries about many sequences, in parts: memory beyond that of the answer does not grow with their number.
+"""Queries for many sequences, in parts: memory, apart from that of the result, does not grow with their number.
 
-A part has at most `PIXELS_AT_ONCE` pixels, over all sequences, frames and samples, or `FEWEST` sequences. Whoever asks
-about fewer gets what a single batch gives; beyond, samples are drawn part by part, and the slots of absent objects may
+A part has at most `PIXELS_AT_ONCE` pixels, over all sequences, frames and samples, or `FEWEST` sequences. A query that
+fits in one part runs as a single batch. Otherwise samples are drawn part by part, and the slots of absent objects may
 hold 0.
 """
 
@@ -26,22 +26,22 @@ Answer = TypeVar("Answer")
 
 @runtime_checkable
 class OfSequences(Protocol):
-    """An argument that says something of each sequence."""
+    """An argument of a query that has values for each sequence."""
 
     def of_part(self, part: slice, n_sequences: int, most_objects: int) -> Any:
-        """What it says of some of the sequences, which have at most so many objects."""
+        """Returns the argument for the sequences ``part``, which have at most ``most_objects`` objects."""
         ...
 
 
 def rows_of_parts(n_sequences: int, pixels: int) -> list[slice]:
-    """Slices of the sequences, as many to a part as there may be with ``pixels`` of each."""
+    """Returns slices of the sequences, one per part, as long as the limits allow with ``pixels`` per sequence."""
     at_once = max(FEWEST, PIXELS_AT_ONCE // max(1, pixels))
     starts = range(0, max(1, n_sequences), at_once)
     return [slice(start, min(start + at_once, n_sequences)) for start in starts]
 
 
 def join(parts: Iterable[Tensor], rows: Sequence[slice], dim: int) -> Tensor:
-    """Tensors joined along ``dim``, counted from the last one, each put into its place as it comes."""
+    """Joins tensors along ``dim``, a negative index, and copies each into the result as it is computed."""
     whole = None
     for part, row in zip(parts, rows):
         if len(rows) == 1:
@@ -54,15 +54,15 @@ def join(parts: Iterable[Tensor], rows: Sequence[slice], dim: int) -> Tensor:
 
 
 def in_parts(*, with_images: bool = False) -> Callable[[Callable[Given, Answer]], Callable[Given, Answer]]:
-    """Makes a query go through many sequences in parts.
+    """Returns a decorator that makes a query process many sequences in parts.
 
-    Its ``images`` (B, T, H, W), ``n_objects``, a mask ``observed`` with sequences, and arguments that are `OfSequences`
-    are cut. Its answer is a named tuple: fields whose names begin with ``sample`` have the sequences in dimension 1,
-    others in dimension 0; those that are called ``...images`` have no objects.
+    The query's ``images`` (B, T, H, W), ``n_objects``, a mask ``observed`` with a sequence dimension, and arguments
+    that are `OfSequences` are split. Its result must be a named tuple. Fields whose names begin with ``sample`` have
+    the sequences in dimension 1, others in dimension 0; fields called ``...images`` have no object dimension.
 
     Args:
-        with_images: whether the answer has images, and as many again of samples. Where they would take more than
-            `MAX_BYTES` the query is refused with a ValueError.
+        with_images: whether the result contains images, and images of each sample. If they would take more than
+            `MAX_BYTES`, the query raises a ValueError.
     """
 
     def decorate(query: Callable[Given, Answer]) -> Callable[Given, Answer]:
@@ -85,7 +85,7 @@ def in_parts(*, with_images: bool = False) -> Callable[[Callable[Given, Answer]]
 
 
 def _parts_of(given: dict[str, Any], with_images: bool) -> list[dict[str, Any]]:
-    """The arguments of each part; none where the query will refuse them."""
+    """Returns the arguments of each part; none if they are invalid, so that the query itself raises."""
     images, n_objects = as_batch(given["images"], given["n_objects"])
     frames, samples, observed = given.get("n_frames"), given.get("n_samples", 0), given.get("observed")
     if images.dim() != 4 or 0 in images.shape or not isinstance(samples, int) or not isinstance(frames, int | None):
@@ -114,7 +114,7 @@ def _parts_of(given: dict[str, Any], with_images: bool) -> list[dict[str, Any]]:
 
 
 def _joined(answers: Iterable[Any], sizes: Sequence[int], most: int) -> Any:
-    """One answer from those about parts of so many sequences, each put into its place as it comes."""
+    """Joins the results for parts of ``sizes`` sequences; each is copied into the whole as it is computed."""
     joined: dict[str, Tensor] = {}
     masks: list[Tensor] = []
     done, last = 0, None
@@ -138,7 +138,7 @@ def _joined(answers: Iterable[Any], sizes: Sequence[int], most: int) -> Any:
 
 
 def _joined_masks(masks: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
-    """One mask from those of parts, (T,) or (b, N or 1, T) each."""
+    """Joins the masks of parts, each (T,) or (b, N or 1, T)."""
     if all(mask.dim() == 1 for mask in masks):
         return masks[0]
     N = max(mask.shape[1] for mask in masks if mask.dim() > 1)

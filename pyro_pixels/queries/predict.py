@@ -1,11 +1,10 @@
 """Inference, generation and interpolation with a trained model (Secs 3.3-3.5).
 
-Every query takes a model, any `Guide`, and images; none of them trains anything. Means follow the paper's procedure.
-Samples propagate the uncertainty of q(a | v), of the component z and of the states h. Given positions a, everything
-about h and z is exact.
+Queries take a model, any `Guide`, and images, and train nothing. Means follow the paper's procedure. Samples propagate
+the uncertainty of q(a | v), of the component z and of the states h. Given positions a, inference of h and z is exact.
 
 Departures from the paper: k* is inferred from all observed frames, also those after a gap; any frames may be missing,
-for all objects or for single ones; and guides that contain the dynamics (`Guide.encode_observed`) return their own
+for all or for single objects; and guides that contain the dynamics (`Guide.encode_observed`) return their own
 posterior instead of passing means to a smoother.
 
 Shapes: B sequences, N objects (the largest of the batch), T frames, S samples; positions are latent, float64.
@@ -38,7 +37,7 @@ class Inference(NamedTuple):
     samples: Tensor | None  # (S, B, N, T, 2)
 
     def of_part(self, part: slice, n_sequences: int, most_objects: int) -> "Inference":
-        """The inference of some of the sequences, which have at most so many objects."""
+        """Returns the inference for the sequences ``part``, which have at most ``most_objects`` objects."""
         mean, std = self.mean[part, :most_objects], self.std[part, :most_objects]
         return Inference(mean, std, None if self.samples is None else self.samples[:, part, :most_objects])
 
@@ -67,11 +66,13 @@ class Prediction(NamedTuple):
 @in_parts()
 @torch.no_grad()
 def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int], *, n_samples: int = 0) -> Inference:
-    """Positions from images (Sec 3.3).
+    """Infers positions from images (Sec 3.3).
 
     Args:
-        images: (B, T, H, W) in [0, 1] or uint8; frames that are NaN as a whole were not seen, here and in every query.
-        n_objects: (B,), or a list, or one number for every sequence; n_samples: S, 0 for none.
+        guide: the trained guide.
+        images: (B, T, H, W) in [0, 1] or uint8; in all queries, frames of NaN count as unobserved.
+        n_objects: (B,), a list, or one number for all sequences.
+        n_samples: S, 0 for no samples.
 
     Raises:
         ValueError: if the images do not fit the guide, or have values outside [0, 1].
@@ -133,8 +134,8 @@ def generate(
     """Generates the frames that follow (Sec 3.4).
 
     a_{1:tau} are the guide's means, k* is the likeliest component given them, and E[h_tau | a_{1:tau}, k*] the filtered
-    mean, which the learned dynamics extend to frame T; each position is then rendered. Samples draw all of these
-    instead. A guide that contains the dynamics returns E[a_{1:T} | v_{1:tau}] itself.
+    mean, which the learned dynamics extend to frame T; each position is then rendered. For samples, a, z and h are
+    drawn instead. A guide that contains the dynamics returns E[a_{1:T} | v_{1:tau}] itself.
 
     Args:
         model: the trained model.
@@ -159,7 +160,7 @@ def generate(
     unseen = images.new_zeros(len(images), n_frames - tau, *images.shape[2:])
     observed = torch.arange(n_frames, device=images.device) < tau
     unknown = unseen_frames(images)
-    if bool(unknown.any()):  # the frames of each sequence that were seen
+    if bool(unknown.any()):  # each sequence has its own observed frames
         observed = (observed & ~F.pad(unknown, (0, n_frames - tau))).unsqueeze(1)
         if not bool(observed.any(-1).all()):
             raise ValueError("a sequence has no frame that was seen, all are NaN; leave it out")
@@ -181,9 +182,9 @@ def interpolate(
     """Infers missing frames (Sec 3.5): between observed ones, before the first or after the last; or hidden objects.
 
     Each gap is first filled with images generated from the frames before it, so that the states of the guide's network
-    are warmed up when it reaches the frames after the gap. The guide's means in the observed frames are then the
-    observations of a smoother that treats the others as missing. In the paper ``observed`` is true in frames 1..5 and
-    26..30. The network starts at the first observed frame.
+    are warmed up when it reaches the frames after the gap. The guide's means in the observed frames then serve as
+    observations of a smoother that treats the other frames as missing. In the paper ``observed`` is true in frames 1..5
+    and 26..30. The network starts at the first observed frame.
 
     An object may be hidden in an observed frame: the guide's position for it is then ignored and inferred from the
     object's other frames.
@@ -233,7 +234,7 @@ def _interpolate(
     covariances: bool,
 ) -> Prediction:
     """Interpolates sequences with the same observed frames (T,)."""
-    filled = torch.where(frames_seen[:, None, None], images, 0.0)  # what is not seen may be NaN
+    filled = torch.where(frames_seen[:, None, None], images, 0.0)  # unobserved frames may be NaN
     for start, stop in gaps_of(frames_seen):
         so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
         prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far, covariances=False)

@@ -1,8 +1,8 @@
 """Online filtering of positions or images, frame by frame at constant cost.
 
-`step` updates the filtering distribution of an object after frame t - 1 with its position in frame t. `step_image` does
-so with an image, for guides whose network runs forward in time (Sec 2.2.1: s_t^n depends only on the past). Both are
-pure functions of immutable states, which can be kept, compared and saved.
+`step` updates the filtering distribution of an object after frame t - 1 with its position in frame t. `step_image`
+updates it with an image, for guides whose network runs forward in time (Sec 2.2.1: s_t^n depends only on the past).
+Both are pure functions of immutable states, which can be kept, compared and saved.
 
 As in Sec 3.4, the guide's means are taken as the observed positions.
 """
@@ -117,7 +117,7 @@ def start_images(model: PixelModel, guide: Guide, n_objects: Tensor) -> ImageStr
 def step_image(model: PixelModel, guide: Guide, stream: ImageStream, image: Tensor | None) -> ImageStream:
     """Updates the state with one more image.
 
-    If the image is missing, positions are forecast, and the network is shown the rendered forecast (Sec 3.5).
+    If the image is missing, positions are forecast, and the network receives the rendered forecast (Sec 3.5).
 
     Args:
         model: the trained model.

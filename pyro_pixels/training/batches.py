@@ -9,15 +9,15 @@ from pyro_pixels.training.schedule import Schedule
 
 
 class Batches:
-    """The batches of a training: a function of the seed and the step alone, so that a resumed run draws the same.
+    """The mini-batches of a training run, determined by seed and step alone, so that a resumed run draws the same ones.
 
     Args:
-        data: the sequences to learn from.
-        schedule: says how large batches are, whether N is the same within each, and how many steps see N = 1 alone.
-        seed: of the order of the sequences.
+        data: the training sequences.
+        schedule: sets the batch size, whether N is the same within a batch, and the number of steps with N = 1 only.
+        seed: seeds the order of the sequences.
 
     Raises:
-        ValueError: if the schedule begins with single objects and no sequence has N = 1.
+        ValueError: if the schedule starts with single objects and no sequence has N = 1.
     """
 
     def __init__(self, data: ImageSequences, schedule: Schedule, seed: int) -> None:
@@ -28,14 +28,14 @@ class Batches:
             raise ValueError("single_object_steps is set but no sequence has N = 1; set it to 0 or add such sequences")
         self._pools = {True: [single], False: by_n if schedule.one_n_per_batch else [torch.arange(len(data))]}
         self.most_white = data.images.shape[2] * data.images.shape[3]
-        """At least as many pixels as are not black in any frame, as the guide sees it (`Known`)."""
+        """An upper bound on the number of non-black pixels in a frame as the guide sees it (`Known`)."""
         self._epoch: tuple[bool, int] | None = None
         self._order: list[Tensor] = []
 
     def index(self, step: int) -> Tensor:
-        """Returns the indices (B,) of the sequences of a step.
+        """Returns the indices (B,) of the sequences used in a step.
 
-        An epoch uses every sequence once, except those that do not fill a batch.
+        An epoch uses every sequence once, except those left over that do not fill a batch.
         """
         alone = step < self.schedule.single_object_steps
         pools, size = self._pools[alone], self.schedule.batch_size
@@ -50,6 +50,6 @@ class Batches:
         return self._order[place]
 
     def known(self, index: Tensor) -> Known:
-        """Returns the sizes that a recorded step may assume of these sequences and of any other batch of this kind."""
+        """Returns the sizes that a recorded step may assume for these sequences and every other batch of this kind."""
         n_objects = self.n_objects[index] if self.schedule.one_n_per_batch else self.n_objects
         return Known(int(n_objects.max()), self.most_white)

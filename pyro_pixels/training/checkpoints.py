@@ -1,7 +1,7 @@
-"""Checkpoints, the file of metrics, and a graceful stop for training loops that may be interrupted at any time.
+"""Checkpoints, the metrics file, and a graceful stop for training loops that may be interrupted at any time.
 
-Files are written whole or not at all, with a checksum beside them, and read without running any code that a file may
-bring. Nothing of a checkpoint is used before all of it was checked (`training.states`).
+Files are written atomically and have a checksum in the same folder. Reading them never executes code that a file may
+contain, and no part of a checkpoint is used before all of it has been checked (`training.states`).
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ FORMAT = 1
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Writes ``state`` (tensors, numbers, strings, lists, dicts); an older file stays until the new one is whole.
+    """Writes ``state`` (tensors, numbers, strings, lists, dicts); an older file stays until the new one is complete.
 
     Raises:
-        CannotWrite: if it cannot be written, or there is no room. It is a ValueError.
+        CannotWrite: if the file cannot be written, or the disk is full. It is a ValueError.
     """
     with checked_write(path) as file:
-        buffer = io.BytesIO()  # torch's writer would make a RuntimeError of a full disk
+        buffer = io.BytesIO()  # torch's own writer turns a full disk into a RuntimeError
         torch.save({"format": FORMAT, **state}, buffer)
         file.write(buffer.getbuffer())
 
@@ -41,7 +41,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     """Reads what `save_checkpoint` wrote. Only tensors and plain containers are accepted (``weights_only``).
 
     Raises:
-        ValueError: if there is no such file, or it was changed, is truncated, of another kind, or holds anything
+        ValueError: if the file does not exist, was changed, is truncated or of another kind, or contains anything
             executable.
     """
     path = Path(path)
@@ -58,7 +58,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise ValueError(
             f"{path} holds more than weights and is not opened; use only checkpoints that this package wrote"
         ) from None
-    except Exception as error:  # whatever a damaged file makes of the reader
+    except Exception as error:  # a damaged file can make the reader raise anything
         raise ValueError(
             f"{path} is not a whole checkpoint ({_first_line(error)}); train again or restore a copy"
         ) from None
@@ -68,7 +68,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
 
 
 def _check_archive(path: Path, content: bytes) -> None:
-    """Raises ValueError unless it is a zip whose entries are stored as they are, with the right CRC-32 each."""
+    """Raises ValueError unless ``content`` is a zip of uncompressed entries, each with the right CRC-32."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
@@ -85,25 +85,25 @@ def _check_archive(path: Path, content: bytes) -> None:
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, Any], path: str | Path) -> None:
-    """`load_state_dict` that first checks names, shapes, types and values (`states.check_weights`).
+    """Calls `load_state_dict` after a check of names, shapes, types and values (`states.check_weights`).
 
     Raises:
-        ValueError: names what does not fit.
+        ValueError: if the weights do not fit the module; the message names the first that does not.
     """
     check_weights(module, weights, path)
     module.load_state_dict(weights)
 
 
 def write_config(run_dir: str | Path, config: Any) -> None:
-    """Writes a dataclass as the config.json of a run, in its folder, which is made if need be."""
+    """Writes a dataclass to config.json in the folder of a run, which is created if needed."""
     with checked_write(Path(run_dir) / "config.json") as file:
         file.write(json.dumps(dataclasses.asdict(config), indent=2).encode() + b"\n")
 
 
 def read_lines(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; none if there is no such file.
+    """Returns the lines of a run's metrics.jsonl; none if there is no such file.
 
-    A last line that is not whole, as a crash may leave it, is dropped with a warning.
+    An incomplete last line, which a crash may leave behind, is dropped with a warning.
 
     Raises:
         ValueError: if the file is damaged elsewhere.
@@ -141,20 +141,20 @@ def read_lines(run_dir: Path) -> list[dict[str, float]]:
 
 
 def write_lines(run_dir: Path, lines: Sequence[dict[str, float]]) -> None:
-    """Writes a run's metrics.jsonl; an older file stays until the new one is whole."""
+    """Writes a run's metrics.jsonl; an older file stays until the new one is complete."""
     with checked_write(run_dir / "metrics.jsonl") as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Yields an event that Ctrl-C and SIGTERM set instead of killing the process; a second Ctrl-C kills it.
+    """Yields an event that Ctrl-C and SIGTERM set; once it is set, another signal raises KeyboardInterrupt.
 
     The previous signal handlers are restored on exit.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may have handlers
+        yield stop  # only the main thread may install handlers
         return
 
     def request_stop(signum: int, _frame: Any) -> None:

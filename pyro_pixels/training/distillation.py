@@ -1,6 +1,6 @@
 """Distillation: a guide learns from the samples of another guide.
 
-With the ELBO alone the paper's network needs very many steps (docs/reproduction.md), because information on the
+With the ELBO alone, the paper's network needs a great many steps (docs/reproduction.md), because information on the
 positions reaches it only through the renderer. A `StructuredGuide` finds objects within minutes. Its samples
 (`draw_tracks`) can serve as targets for the other guide, which then learns q(a | v) by maximum likelihood
 (`GivenTracks`), a regression:
@@ -8,11 +8,11 @@ positions reaches it only through the renderer. A `StructuredGuide` finds object
     minimise  E_{a ~ q_teacher(a | v)} [-log q(a | v)] = KL(q_teacher || q) + const.
 
 Only images are used, no labels. Objects have no order, so the loss uses the order of the teacher's tracks that is
-likeliest under q itself. The result is an ordinary guide of the same model: all queries work, and it can be trained
+most likely under q itself. The result is an ordinary guide of the same model: all queries work, and it can be trained
 further with the ELBO.
 
-Departure from the paper: this is no bound on log p(v). It is the wake-phase objective of Bornschein and Bengio
-(Reweighted wake-sleep, 2015) with a teacher's draws in the place of importance samples.
+Departure from the paper: the objective is not a bound on log p(v). It is the wake-phase objective of Bornschein and
+Bengio (Reweighted wake-sleep, 2015) with a teacher's samples instead of importance samples.
 """
 
 from functools import lru_cache
@@ -30,11 +30,11 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.training.elbo import AnnealedELBO, BoundTerms
 
 MOST_OBJECTS = 6
-"""The largest N, as all N! orders are evaluated: 720 for six objects."""
+"""The largest N, because all N! orders are evaluated: 720 for six objects."""
 
 
 class GivenTracks(AnnealedELBO):
-    """The objective -log q(a | v) of given tracks, for `fit(..., objective=GivenTracks, tracks=...)`, without a model.
+    """The objective -log q(a | v) of given tracks, for `fit(..., objective=GivenTracks, tracks=...)`; needs no model.
 
     `terms` are 0 and -log q, so that the "KL" of metrics.jsonl is -log q per frame.
     """
@@ -43,7 +43,7 @@ class GivenTracks(AnnealedELBO):
         """Returns -log q(a | v), summed over sequences, for images, n_objects and tracks a (B, N, T, 2).
 
         Raises:
-            ValueError: if there are no tracks.
+            ValueError: if no tracks are given.
         """
         if len(args) != 3:
             raise ValueError("GivenTracks needs tracks; give them to fit, such as tracks=draw_tracks(teacher, data)")
@@ -69,11 +69,11 @@ def draw_tracks(guide: Guide, data: ImageSequences, *, batch_size: int = 100, se
 
 
 def log_prob_in_best_order(q_a: dist.TorchDistribution, a: Tensor, n_objects: Tensor) -> Tensor:
-    """Returns log q of each sequence's tracks in their likeliest order; differentiable, and without device syncs.
+    """Returns log q of each sequence's tracks in their most likely order; differentiable, and without device syncs.
 
     Args:
         q_a: batch (B, N), event (T, 2).
-        a: (B, N, T, 2), in any order; absent objects are last, and do not count.
+        a: (B, N, T, 2), in any order; absent objects are last and are ignored.
         n_objects: (B,).
 
     Returns:
@@ -86,9 +86,9 @@ def log_prob_in_best_order(q_a: dist.TorchDistribution, a: Tensor, n_objects: Te
     if N > MOST_OBJECTS:
         raise ValueError(f"there are {N} objects; all their orders can be gone through for at most {MOST_OBJECTS}")
     n = torch.arange(N, device=a.device)
-    rolled = [q_a.log_prob(a.roll(-shift, 1)) for shift in range(N)]  # of object n + shift, as the guide's n
+    rolled = [q_a.log_prob(a.roll(-shift, 1)) for shift in range(N)]  # of track n + shift as the guide's object n
     shift = (n - n.unsqueeze(-1)) % N
-    pairs = torch.stack(rolled, -1).gather(-1, shift.expand(len(a), N, N))  # [b, i, j]: track j as the guide's i
+    pairs = torch.stack(rolled, -1).gather(-1, shift.expand(len(a), N, N))  # [b, i, j]: track j as the guide's object i
     present = object_mask(n_objects, N)
     alone = torch.where(torch.eye(N, dtype=torch.bool, device=a.device), 0.0, -torch.inf)  # absent ones stay in place
     pairs = torch.where(present.unsqueeze(-1) & present.unsqueeze(-2), pairs, alone)
@@ -97,5 +97,5 @@ def log_prob_in_best_order(q_a: dist.TorchDistribution, a: Tensor, n_objects: Te
 
 @lru_cache
 def _orders(N: int, device: torch.device) -> Tensor:
-    """(N!, N); kept, so that a recorded step copies nothing to the device."""
+    """Returns all orders (N!, N); cached, so that a recorded step copies nothing to the device."""
     return torch.tensor(list(permutations(range(N))), device=device)

@@ -1,11 +1,11 @@
-"""The ELBO of Eq (7), and the ELBO with a weighted KL that is maximised (KL annealing, Sec 3.2).
+"""The ELBO of Eq (7), and the ELBO with a weighted KL that training maximises (KL annealing, Sec 3.2).
 
 ``AnnealedELBO()(model, guide)`` is a module whose value is the loss, and `AnnealedELBO` is a `Trace_ELBO`, so
 ``pyro.infer.SVI(model, guide, optim, loss=AnnealedELBO())`` optimises the same objective. The KL weight is applied in
-one place, to every latent site of model and guide, whatever sites a guide has.
+one place, to every latent site of the model and of any guide.
 
 Departures from the paper: <log q> is estimated with the same sample as the rest of the bound instead of in closed
-form, which has the same gradient for Eq (9)'s guide and holds for every other guide.
+form. The gradient for the guide of Eq (9) is the same, and the estimate applies to every other guide.
 """
 
 from typing import Any, NamedTuple
@@ -48,10 +48,10 @@ class AnnealedELBO(Trace_ELBO):
     """The ELBO of Eq (7) with its KL multiplied by ``kl_weight`` (beta in Sec 3.2), a number or 0-dimensional tensor.
 
     With ``random_order`` the renderer draws the objects of each sequence in random order (`drawing_in_random_order`).
-    After each evaluation `terms` holds the terms of the unweighted ELBO (of the last particle).
+    After each evaluation, `terms` holds the terms of the unweighted ELBO (of the last particle).
     """
 
-    settings: tuple[str, ...] = ("random_order",)  # attributes with which a recorded step changes
+    settings: tuple[str, ...] = ("random_order",)  # a change of any of these needs another recorded step
 
     def __init__(self, kl_weight: float | Tensor = 1.0, *, random_order: bool = False, **options: Any) -> None:
         super().__init__(**options)
@@ -73,11 +73,11 @@ class AnnealedELBO(Trace_ELBO):
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Returns minus the weighted ELBO, summed over sequences.
 
-        Every latent site is reparametrised, so that the loss is its own surrogate. Unlike `Trace_ELBO`, this does not
-        wait for the device.
+        Every latent site is reparametrised, so the loss is its own surrogate. Unlike `Trace_ELBO`, this does not wait
+        for the device.
         """
         loss = torch.zeros(())
-        with parameters_known():  # the trainer has them from `ELBOModule`; SVI takes another way
+        with parameters_known():  # the trainer gets them from `ELBOModule`; SVI does not call this
             for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
                 loss = loss + _log_prob_sum(guide_trace) - _log_prob_sum(model_trace)
         return loss / self.num_particles

@@ -1,4 +1,4 @@
-"""What a film tells before the first step: its noise, its background, its clutter."""
+"""Estimates from the training images before the first step: their noise, background and clutter."""
 
 import math
 
@@ -11,20 +11,20 @@ from pyro_pixels.guides.pixel_evidence import FilmStatistics
 from pyro_pixels.model.likelihoods import GaussianPixels
 from pyro_pixels.model.pixel_model import PixelModel
 
-STD_LEAST = 0.02  # a starting value of the likelihood's standard deviation
-AT_ONCE = 500  # sequences
+STD_LEAST = 0.02  # the smallest starting value of the likelihood's standard deviation
+AT_ONCE = 500  # sequences per pass
 
 
 @torch.no_grad()
 def look_at_film(model: PixelModel, guide: Guide, data: ImageSequences) -> FilmStatistics:
-    """Has the guide look at the film, and starts an untrained renderer from its background and noise.
+    """Returns the guide's estimates for a film, and initialises an untrained renderer with its background and noise.
 
-    A renderer starts from one grey value everywhere, b^v of Eq (2). Where the film has a background this starts at the
-    background image, and the standard deviation of `GaussianPixels` at that of the noise. A clean film changes nothing.
+    By default b^v of Eq (2) starts at one value for all pixels. If the film has a background, b^v is set to the
+    background image; if it has noise, the standard deviation of `GaussianPixels` is set to that of the noise.
     """
     found = guide.look_at(data.images, data.n_objects)
     b_v = model.renderer.to_v.bias
-    if bool((b_v != b_v[0]).any()):  # has learned
+    if bool((b_v != b_v[0]).any()):  # already trained
         return found
     darkest = float(b_v[0].sigmoid())
     if found.has_background:
@@ -38,5 +38,5 @@ def look_at_film(model: PixelModel, guide: Guide, data: ImageSequences) -> FilmS
 
 @torch.no_grad()
 def most_weights(guide: Guide, images: Tensor) -> int:
-    """The largest number of pixels in a frame that the guide sees as not black."""
+    """Returns the largest number of pixels in a frame that are not black in the guide's input (`Guide.see`)."""
     return max(int((guide.see(x) > 0).flatten(2).sum(-1).max()) for x in images.split(AT_ONCE))

@@ -1,8 +1,7 @@
-"""Numbers that are none: training stops at the first, and a checkpoint is written only where there are none.
+"""Detection of NaN and infinity: training stops at the first, and they never reach a checkpoint.
 
-A loss is that of the weights before a step. So the loss of the weights that are to be kept is looked at by itself,
-on a few sequences, before they are; what is random in it has random numbers of its own, and training's go on as if
-nobody had looked.
+The loss of a training step belongs to the weights before that step. So before weights are saved, their own loss is
+evaluated on a few sequences. This uses separate random numbers and does not change those of training.
 """
 
 import math
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_pixels.training.states import first_not_finite
 
-GOOD_SEQUENCES = 20  # on which the loss of the weights to be kept is looked at
+GOOD_SEQUENCES = 20  # on which the loss is evaluated before weights are saved
 
 
 def what_is_not_finite(
@@ -23,12 +22,13 @@ def what_is_not_finite(
     loss: Callable[..., Tensor],
     given: Sequence[Tensor],
 ) -> str | None:
-    """What is not finite of weights that are to be kept: the name of one, or the loss; None if all is well.
+    """Returns the name of a value that is not finite, or "the loss"; None if weights and loss are all finite.
 
     Args:
-        modules: whose weights they are.
-        optimizer: what it keeps counts, too.
-        loss: called with ``given``, the images first.
+        modules: the modules whose weights are to be saved.
+        optimizer: its state is checked, too.
+        loss: called with ``given``.
+        given: the arguments of ``loss``, the images first.
     """
     bad = first_not_finite(modules, optimizer)
     if bad is not None:
@@ -47,8 +47,8 @@ def what_is_not_finite(
 
 @contextmanager
 def saying_what_is_not_finite(modules: Mapping[str, nn.Module], say: Callable[[str], str]) -> Iterator[None]:
-    """Errors that are but the consequence of a number that is none, such as those of a Categorical or of a Cholesky
-    factor, become a FloatingPointError that says which number it is."""
+    """Turns errors caused by NaN or infinity, such as those of a Categorical or a Cholesky factor, into a
+    FloatingPointError with the message ``say(name of the value)``."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
@@ -59,7 +59,7 @@ def saying_what_is_not_finite(modules: Mapping[str, nn.Module], say: Callable[[s
 
 
 def _is_of_numbers(error: Exception) -> bool:
-    """Whether an error is what torch says of NaN and infinity in probabilities and matrices."""
+    """Tells whether an error is one that torch raises for NaN and infinity in probabilities and matrices."""
     said = str(error)
     return isinstance(error, torch.linalg.LinAlgError) or any(
         words in said for words in ("contains either `inf`, `nan` or element < 0", "invalid multinomial distribution")
@@ -68,7 +68,7 @@ def _is_of_numbers(error: Exception) -> bool:
 
 @contextmanager
 def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode, in which those with running averages leave them alone; then as they were."""
+    """Puts modules into evaluation mode, so that running averages stay unchanged, and restores their modes on exit."""
     training = [part for module in modules for part in module.modules() if part.training]
     try:
         for part in training:

@@ -1,4 +1,4 @@
-"""Training from start to end (Secs 2.2.2, 3.2), of one model or of several at once."""
+"""Training from start to end (Secs 2.2.2, 3.2) of one model, or of several at once."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -29,31 +29,30 @@ def fit(
 ) -> FitResult:
     """Maximises the ELBO of Eq (7) over the parameters of model and guide, in place, on their device.
 
-    On a CUDA device steps are replayed as CUDA graphs (`step_runners.CapturedSteps`). In each process of a `torchrun`
-    the same call shares every batch with the others (`step_runners.DistributedSteps`); the first process writes the
-    files.
+    On a CUDA device, steps are replayed as CUDA graphs (`step_runners.CapturedSteps`). Under `torchrun`, the processes
+    that make the same call share every batch (`step_runners.DistributedSteps`), and the first one writes the files.
 
     Args:
         model: the generative model.
         guide: the guide.
         data: the training sequences; ``positions`` are never used.
         schedule: the settings of training.
-        candidates: models and guides that start elsewhere. Each, and the given one, is trained for ``candidate_steps``;
-            the one with the highest bound (of the validation sequences, if there are any) goes on, in ``model`` and
-            ``guide``. No labels are used.
-        resume: continue from the checkpoint in ``run_dir``; on a CPU the numbers are those of an uninterrupted run.
+        candidates: pairs of a model and a guide with other starting weights. These and the given pair are trained for
+            ``candidate_steps``; the one with the highest bound (on the validation sequences, if there are any) is
+            trained further, in ``model`` and ``guide``. No labels are used.
+        candidate_steps: the number of steps before candidates are compared.
+        resume: continue from the checkpoint in ``run_dir``; on a CPU the results are those of an uninterrupted run.
         progress: show a progress bar.
-        options: ``seed``, ``run_dir``, ``validation``, ``on_evaluation``, ``objective``, ``tracks`` and
-            ``config``, as `TrainingOptions` says.
+        options: ``seed``, ``run_dir``, ``validation``, ``on_evaluation``, ``objective``, ``tracks`` and ``config`` of
+            `TrainingOptions`.
 
     Raises:
-        ValueError: if another process trains in ``run_dir``; if ``resume`` is given other sequences than those the run
-            was trained on; if a candidate is of another kind than ``model`` and ``guide``; if ``resume`` finds no
-            checkpoint or one of another configuration; if the folder holds a run and ``resume`` is not given; if there
-            is no sequence with N = 1 where the schedule asks for one; if there are not as many ``tracks`` as sequences;
-            or if there are candidates, or ``schedule.parts`` is no multiple of the number of processes, where there are
-            several.
-        FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
+        ValueError: if another process trains in ``run_dir``; if ``resume`` finds no checkpoint, one of another
+            configuration or one trained on other sequences; if the folder holds a run and ``resume`` is not set; if a
+            candidate is of another kind than ``model`` and ``guide``; if the schedule starts with single objects and
+            no sequence has N = 1; if the numbers of ``tracks`` and sequences differ; or, with several processes, if
+            there are candidates or ``schedule.parts`` is not a multiple of the number of processes.
+        FloatingPointError: if the loss is no longer finite; the last checkpoint is kept.
     """
     if not isinstance(schedule, Schedule):
         raise ValueError(f"schedule is a {type(schedule).__name__}; wanted a Schedule")
@@ -77,9 +76,9 @@ def fit(
 def fit_together(trainings: Sequence[Training], *, resume: bool = False, progress: bool = True) -> list[FitResult]:
     """Trains several models at once, one step of each after the other.
 
-    On a CUDA device each has a stream of its own, and small models share the card: several seeds take little longer
-    than one. Each has its own random numbers; on a CPU the results are those of one `fit` after the other, to the bit.
-    Arguments and errors as in `fit`; all must have equally many steps.
+    On a CUDA device each has its own stream, and small models share the GPU: several seeds take little longer than one.
+    Each has its own random numbers; on a CPU the results are bitwise those of separate calls of `fit`. Arguments and
+    errors are as in `fit`; all trainings must have the same number of steps.
     """
     if len({t.n_steps for t in trainings}) != 1:
         raise ValueError("trainings differ in their numbers of steps; wanted at least one, and the same for all")

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and resuming at any step.
 
-A `Loop` knows nothing of what is trained. `svi.Training` trains a model and its guide by SVI;
-`evaluation.ed_lstm` trains the paper's baseline with the same loop.
+A `Loop` is independent of what is trained. `svi.Training` trains a model and its guide by SVI; `evaluation.ed_lstm`
+trains the paper's baseline with the same loop.
 """
 
 import threading
@@ -40,19 +40,19 @@ class FitResult(NamedTuple):
     metrics: dict[str, float]
     """The last line of metrics.jsonl."""
     interrupted: bool
-    """Whether Ctrl-C or SIGTERM stopped it; a checkpoint was saved."""
+    """Whether Ctrl-C or SIGTERM stopped the training; a checkpoint was then saved."""
 
 
 class Loop(ABC):
-    """A training that can stop and resume at any step; subclasses define a step, its report and its state.
+    """A training run that can stop and resume at any step; subclasses define a step, its metrics and its state.
 
     Args:
-        n_steps: steps in all.
-        evaluate_every: steps between evaluations, each with a line in metrics.jsonl and a checkpoint.
-        device: where the steps are taken.
-        run_dir: folder for metrics.jsonl and checkpoint.pt; None: nothing is written.
-        on_evaluation: called with each line of metrics, once it and the checkpoint are written.
-        config: a dataclass, written to config.json once all that is read from ``run_dir`` fits.
+        n_steps: the total number of steps.
+        evaluate_every: the number of steps between evaluations, each with a line in metrics.jsonl and a checkpoint.
+        device: the device of the training.
+        run_dir: the folder for metrics.jsonl and checkpoint.pt; with None nothing is written.
+        on_evaluation: called with each line of metrics, after it and the checkpoint have been written.
+        config: a dataclass, written to config.json after the contents of ``run_dir`` have been checked.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Loop(ABC):
         self.n_steps, self.evaluate_every, self.device = n_steps, evaluate_every, device
         self.run_dir, self.on_evaluation = None if run_dir is None else Path(run_dir), on_evaluation
         self.step, self.seconds = 0, 0.0
-        self.since = {"steps": 0.0, "seconds": 0.0}  # the last evaluation
+        self.since = {"steps": 0.0, "seconds": 0.0}  # since the last evaluation
         self.seen: Mapping[str, float] = {}
         self.metrics: dict[str, float] = {}
 
@@ -79,15 +79,15 @@ class Loop(ABC):
 
     @abstractmethod
     def _look(self) -> Mapping[str, float]:
-        """Means over the steps since the last evaluation; FloatingPointError where the loss is not finite."""
+        """Returns means over the steps since the last evaluation; FloatingPointError if the loss is not finite."""
 
     @abstractmethod
     def _line(self) -> dict[str, float]:
-        """What a line of metrics says besides step and time, from `seen`; the next means start here."""
+        """Returns the metrics of a line besides step and time, from `seen`, and resets the running means."""
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """Returns all that the next step depends on."""
+        """Returns everything that the next step depends on."""
 
     @abstractmethod
     def _restore(self, state: dict[str, Any], source: str | Path) -> None:
@@ -95,14 +95,14 @@ class Loop(ABC):
 
     @abstractmethod
     def _check(self, state: dict[str, Any], path: Path) -> None:
-        """Raises ValueError where a checkpoint is of another training, or not all that `_restore` needs."""
+        """Raises ValueError if a checkpoint is of another training, or lacks something that `_restore` needs."""
 
     @abstractmethod
     def _not_finite(self) -> str | None:
-        """What is not finite of the state that is to be kept, its loss included; None if all is finite."""
+        """Returns the name of a value in the state that is not finite, or "the loss"; None if all are finite."""
 
     def begin(self, resume: bool) -> None:
-        """Starts before the first step, or from the checkpoint."""
+        """Prepares the first step, or with ``resume`` restores the checkpoint."""
         lines: list[dict[str, float]] = []
         if resume:
             lines = self._load()
@@ -110,13 +110,13 @@ class Loop(ABC):
             raise ValueError(
                 f"{self.run_dir} holds a trained run; give resume=True to go on with it, or another folder"
             )
-        if self.run_dir is not None and is_first_process():  # all that was read fits: now something may be written
+        if self.run_dir is not None and is_first_process():  # everything read has been checked, so writing is safe
             if self.config is not None:
                 write_config(self.run_dir, self.config)
             write_lines(self.run_dir, lines)
 
     def result(self, stop: threading.Event) -> FitResult:
-        """Returns the outcome; a training that was stopped before its last step is saved first."""
+        """Returns the outcome; if training was stopped before its last step, its state is saved first."""
         interrupted = stop.is_set() and self.step < self.n_steps
         if interrupted:
             self._save()
@@ -125,7 +125,7 @@ class Loop(ABC):
     def train(
         self, stop: threading.Event, until: int | None = None, *, progress: bool = True, title: str | None = None
     ) -> None:
-        """Trains up to a step, by default the last one."""
+        """Trains up to step ``until``, by default the last one."""
         until = self.n_steps if until is None else until
         with tqdm(
             total=until, initial=self.step, disable=not progress, unit="step", mininterval=0.5, desc=title
@@ -136,7 +136,7 @@ class Loop(ABC):
                     bar.set_postfix({name: f"{x:.3g}" for name, x in self.seen.items()}, refresh=False)
 
     def advance(self, until: int, stop: threading.Event) -> Iterator[None]:
-        """Trains up to a step and yields after each; random numbers drawn by the caller do not change the training."""
+        """Trains up to step ``until`` and yields after each step; random draws of the caller do not affect training."""
         started = time.perf_counter() - self.seconds
         while self.step < until and not self._must_stop(stop):
             self._take_step()
@@ -157,7 +157,7 @@ class Loop(ABC):
             yield
 
     def _must_stop(self, stop: threading.Event) -> bool:
-        """Tells whether to stop here; several processes agree on it every `LOOK_EVERY` steps."""
+        """Tells whether to stop now; several processes agree on this every `LOOK_EVERY` steps."""
         if n_processes() == 1:
             return stop.is_set()
         if self.step % LOOK_EVERY:
@@ -183,7 +183,7 @@ class Loop(ABC):
     def _save(self) -> None:
         if self.run_dir is None:
             return
-        state, bad = self._state(), self._not_finite()  # of all processes
+        state, bad = self._state(), self._not_finite()  # needs all processes
         if bad is not None:
             raise FloatingPointError(f"{bad} is not finite by step {self.step}; {self._kept()}")
         if is_first_process():
@@ -191,7 +191,7 @@ class Loop(ABC):
             save_checkpoint(self.run_dir / "checkpoint.pt", state)
 
     def _load(self) -> list[dict[str, float]]:
-        """Takes over the checkpoint, once all of it was checked; gives the lines of metrics up to it."""
+        """Restores the checkpoint, after checking all of it, and returns the lines of metrics up to its step."""
         if self.run_dir is None:
             raise ValueError("resume needs run_dir, the folder of the run to go on with")
         path = self.run_dir / "checkpoint.pt"
@@ -203,7 +203,7 @@ class Loop(ABC):
         return lines
 
     def _kept(self) -> str:
-        """Says what remains of a training that diverged."""
+        """Returns the part of an error message that tells what is left of a training that diverged."""
         if self.run_dir is not None and (self.run_dir / "checkpoint.pt").exists():
             return f"{self.run_dir / 'checkpoint.pt'} holds the last good state"
         return "no checkpoint had been written"
@@ -211,8 +211,8 @@ class Loop(ABC):
 
 @contextmanager
 def prepared(loops: Sequence[Loop], resume: bool) -> Iterator[threading.Event]:
-    """Global state as training needs it, every loop loaded or begun in a folder that is this process' alone; gives an
-    event that stops them."""
+    """Locks the folders, sets the global state that training needs and begins every loop; yields an event that stops
+    them."""
     cuda = [loop.device for loop in loops if loop.device.type == "cuda"][:1]
     with (
         locked(*(loop.run_dir for loop in loops if is_first_process())),

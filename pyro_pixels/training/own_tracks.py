@@ -1,19 +1,19 @@
-"""A guide that learns identities from its own draws, untangled: its own teacher.
+"""Self-training: a guide learns identities from its own samples after `untangle` has undone their identity switches.
 
-The paper's guide finds objects by the bound long before it keeps them apart. Where it swaps two of them, p(a) of its
-own model says so, and `untangle` puts the names right without pixels, labels or another guide. `OwnTracks` is the bound
-with one more term: with a ~ q(a | v) and a* the same draw with its objects renamed frame by frame,
+Trained on the bound, the paper's guide locates objects long before it keeps them apart. Identity switches have a low
+p(a) under its own model, so `untangle` can undo them without pixels, labels or another guide. `OwnTracks` is the bound
+with one more term: with a ~ q(a | v) and a* the same sample with its objects renamed frame by frame,
 
     minimise  -bound + weight * (-log q(a* | v)),
 
-the second term in whichever order of whole tracks is likeliest, its gradient with respect to q alone. Where nothing is
-renamed the term is the score of q, whose gradient is zero on average: the guide stays what it is. Where objects were
-swapped it learns to keep them apart. This is the wake-phase of reweighted wake-sleep (Bornschein and Bengio, 2015)
-with draws that were moved towards the posterior, by moves that p(a) accepts, in the place of weighed ones
-(cf. Naesseth et al., Markovian score climbing, 2020).
+where the second term takes the most likely order of whole tracks and has a gradient with respect to q only. If nothing
+is renamed, this gradient is minus the score of q, zero on average, so the guide does not change. If objects were
+swapped, the guide learns to keep them apart. This is the wake phase of reweighted wake-sleep (Bornschein and Bengio,
+2015) with samples that moves accepted by p(a) have brought closer to the posterior, instead of weighted ones (cf.
+Naesseth et al., Markovian score climbing, 2020).
 
-With an `UntangledGuide` the bound is that of the renamed q, which the lesson teaches the guide inside: positions are
-then learned whatever the names, and the names with them.
+With an `UntangledGuide` the bound is that of the renamed q, and the second term teaches the renaming to the wrapped
+guide. Positions are then learned whatever the identities, and the identities along with them.
 
 Departures from the paper: the second term. The bound alone is `AnnealedELBO`.
 """
@@ -30,12 +30,12 @@ from pyro_pixels.training.elbo import AnnealedELBO
 
 
 class OwnTracks(AnnealedELBO):
-    """What `fit(..., objective=OwnTracks)` minimises. `terms` are those of the bound alone.
+    """The objective of `fit(..., objective=OwnTracks)`; `terms` are those of the bound alone.
 
     Args:
-        weight: of -log q(a* | v).
-        most: exchanges of one sequence in one step.
-        options: of `AnnealedELBO`.
+        weight: the weight of -log q(a* | v).
+        most: the largest number of exchanges in a sequence in one step.
+        options: options of `AnnealedELBO`.
 
     Raises:
         ValueError: if the weight is negative.
@@ -56,7 +56,10 @@ class OwnTracks(AnnealedELBO):
         return model_trace, guide_trace
 
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the weighed bound, plus the lesson; summed over sequences, for images (B, T, H, W), n_objects (B,)."""
+        """Returns minus the weighted bound plus the second term, summed over sequences.
+
+        ``args`` are images (B, T, H, W) and n_objects (B,).
+        """
         loss, n_objects = super().differentiable_loss(model, guide, *args, **kwargs), args[1]
         q_a, a = self._drawn["fn"].base_dist.base_dist, self._drawn["value"].detach()  # without mask and plate
         self._drawn = None
@@ -71,7 +74,7 @@ class OwnTracks(AnnealedELBO):
 
 @torch.no_grad()
 def share_of_renamed(dynamics: Any, a: Tensor, n_objects: Tensor) -> float:
-    """Share of the frames of objects in sequences with several of them that `untangle` renames: no truth is needed."""
+    """Returns the share of positions that `untangle` renames, among sequences with several objects; needs no labels."""
     found = untangle(dynamics, a, n_objects)
     names = torch.arange(a.shape[1], device=a.device).view(1, -1, 1)
     present = names < n_objects[:, None, None]

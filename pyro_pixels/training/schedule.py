@@ -22,35 +22,35 @@ class Schedule:
     learning_rate: Rate = 1e-3
     """The learning rate of Adam, with beta_1 = 0.9, beta_2 = 0.999, epsilon = 1e-8."""
     learning_rate_factors: Mapping[str, Annotated[float, Bounds(0, 1e38)]] = field(default_factory=dict)
-    """A prefix of parameter names -> the factor on their learning rate, such as {"model.dynamics": 3.0}."""
+    """A map from prefixes of parameter names to factors on their learning rate, such as {"model.dynamics": 3.0}."""
     decay_from: Step | None = None
-    """The step from which the learning rate decays linearly to a twentieth at the end; None keeps it constant."""
+    """The step at which the learning rate starts its linear decay to a twentieth at the end; None keeps it constant."""
     learn_from: Mapping[str, Step] = field(default_factory=lambda: {"model.dynamics": 10_000})
-    """A prefix of parameter names -> the step before which they are frozen; the longest matching prefix decides."""
+    """A map from prefixes of parameter names to the step before which they are frozen; the longest match counts."""
     kl_start: Rate = 100.0
     """The KL weight beta at the start of annealing."""
     anneal_from: Step = 10_000
     anneal_steps: Step = 10_000
-    """The number of steps, from anneal_from on, in which beta falls geometrically from kl_start to 1."""
+    """The number of steps, starting at anneal_from, in which beta falls geometrically from kl_start to 1."""
     kl_before: Rate = 1.0
     one_n_per_batch: bool = False
     """Whether all sequences of a batch have the same N, which saves work for absent objects; else N is mixed."""
     random_order_from: Step | None = None
-    """The step from which the renderer draws the objects of each sequence in random order in training
-    (`drawing_in_random_order`); None: always the first one first, as in the paper."""
+    """The step from which, in training, the renderer draws the objects of each sequence in random order
+    (`drawing_in_random_order`); None: always in the same order, as in the paper."""
     own_tracks_from: Step | None = None
-    """The step from which the guide also learns from its own draws with their names put right (`OwnTracks`); None:
-    never. A `fit` that is given an ``objective`` keeps to that."""
+    """The step from which the guide also learns from its own samples, with identity switches undone (`OwnTracks`);
+    None: never. No effect if `fit` is called with an ``objective``."""
     own_tracks_weight: Annotated[float, Bounds(0, 1e6)] = 3.0
-    """The weight of these lessons beside the bound."""
+    """The weight of that term relative to the bound."""
     single_object_steps: Step = 0
     """The number of initial steps that use only sequences with N = 1."""
     fit_starts_at: tuple[Step, ...] = ()
-    """Steps before which pi, mu_k and Sigma_k are fitted by EM to tracks inferred from 500 sequences."""
+    """The steps before which pi, mu_k and Sigma_k are fitted by EM to tracks inferred from 500 sequences."""
     parts: Count = 1
-    """The number of parts of a batch whose gradients are accumulated, to save memory or to share among processes."""
+    """The number of parts of a batch; their gradients are accumulated, to save memory or to share among processes."""
     clip_norm: Rate | None = None
-    """The largest norm of gradients, in nats per sequence; larger ones are scaled down."""
+    """The largest gradient norm, in nats per sequence; larger gradients are scaled down to it."""
     evaluate_every: Count = 500
     """The number of steps between evaluations, each with a line in metrics.jsonl and a checkpoint."""
 
@@ -60,7 +60,7 @@ class Schedule:
             raise ValueError(f"parts is {self.parts}; wanted between 1 and batch_size, {self.batch_size}")
 
     def shortened(self, steps: int) -> "Schedule":
-        """A schedule of ``steps`` steps in which everything happens at the same share of them."""
+        """Returns a schedule of ``steps`` steps with all events at the same fractions of them."""
 
         def at(step: int) -> int:
             return round(step * steps / self.steps)
@@ -80,9 +80,9 @@ class Schedule:
         )
 
     def with_steps(self, steps: int) -> "Schedule":
-        """The schedule with another number of steps: fewer shorten it in proportion, more go on after its last event.
+        """Returns the schedule with ``steps`` steps: fewer scale it down, more extend it after its last event.
 
-        A learning rate that falls reaches its end at the last step either way.
+        In both cases a decaying learning rate reaches its final value at the last step.
         """
         return self.shortened(steps) if steps < self.steps else replace(self, steps=steps)
 
@@ -108,7 +108,7 @@ def by_longest_prefix(table: Mapping[str, Value], name: str, default: Value) -> 
 
 
 def check_prefixes(schedule: Schedule, names: Collection[str]) -> None:
-    """Raises ValueError where a prefix of the schedule's is that of no parameter: it would do nothing, silently."""
+    """Raises ValueError if a prefix in the schedule matches no parameter and would silently have no effect."""
     for option in ("learning_rate_factors", "learn_from"):
         for prefix in getattr(schedule, option):
             if not any(name.startswith(prefix) for name in names):

@@ -1,6 +1,6 @@
 """EM for the mixture over h_1 of Eq (4), pi, mu_k and Sigma_k, given tracks.
 
-The mixture is learned by gradient with all other parameters, but components that start on top of each other stay there,
+The mixture is learned by gradient like all other parameters, but components that start at the same place stay there,
 because the distance between launches is large for steps of 1e-3. Maximum likelihood given tracks does not have this
 problem and costs less than one training step, so `fit` can set the mixture this way (`Schedule.fit_starts_at`). The
 paper has no such step.
@@ -15,22 +15,22 @@ from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.lgssm.marginal import response
 
 LEAST_TRACKS = 10  # per component
-VARIANCE_FLOOR = 1e-5  # latent units, of Sigma_k in any direction
+VARIANCE_FLOOR = 1e-5  # latent units, the least variance of Sigma_k in any direction
 
 
 @torch.no_grad()
 def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterations: int = 100, seed: int = 0) -> float:
-    """Fits pi, mu_k and Sigma_k to tracks by maximum likelihood; all other parameters are kept.
+    """Fits pi, mu_k and Sigma_k to tracks by maximum likelihood; all other parameters stay fixed.
 
     Given h_1, a track has mean F h_1 + drift and covariance V. Its likelihood as a function of h_1 is proportional to
     N(m; h_1, P) with P = (F' V^-1 F)^-1, the same for every track, and m = P F' V^-1 (a - drift). So this is EM for a
     mixture observed with noise P (Bovy, Hogg and Roweis, 2011).
 
     Args:
-        dynamics: changed in place.
+        dynamics: the dynamics, changed in place.
         a: (n, T, 2), tracks of single objects, such as samples from q(a | v): at least 2 frames, and 10 tracks per
             component.
-        n_restarts: the number of starts from different tracks; the likeliest result is kept.
+        n_restarts: the number of initialisations from different tracks; the most likely result is kept.
         n_iterations: the number of EM iterations.
         seed: seeds the choice of tracks.
 

@@ -1,6 +1,6 @@
-"""What may be in a checkpoint: every name, shape, type and value is checked before anything of it is used.
+"""Checks of a checkpoint: every name, shape, type and value is checked before any part of it is used.
 
-An optimiser's state of the wrong shape would make torch's fused optimisers read and write beyond their memory.
+An optimiser state of the wrong shape would make torch's fused optimisers read and write out of bounds.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ MAX_STEP = 10**12
 
 
 def check_weights(module: nn.Module, weights: Any, path: str | Path) -> None:
-    """Raises ValueError unless ``weights`` are a state of the module: its names and shapes, numbers, and finite."""
+    """Raises ValueError unless ``weights`` have the names, shapes and types of the module's state and are finite."""
     own, free = module.state_dict(), _free_shapes(module)
     if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
         raise ValueError(f"{path} holds no weights of a {type(module).__name__}; train again, or restore a copy")
@@ -51,7 +51,7 @@ def check_weights(module: nn.Module, weights: Any, path: str | Path) -> None:
 
 
 def _free_shapes(module: nn.Module) -> dict[str, tuple[int | None, ...]]:
-    """Names and shapes of what a checkpoint may have but need not (`PixelEvidence.may_have`); None is any size."""
+    """Returns names and shapes of optional entries of a checkpoint (`PixelEvidence.may_have`); None is any size."""
     return {
         f"{part_name}.{name}": shape
         for part_name, part in module.named_modules()
@@ -64,8 +64,8 @@ def _has_shape(x: Tensor, shape: tuple[int | None, ...]) -> bool:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str | Path) -> None:
-    """Raises ValueError unless ``state`` is one that the optimiser may have: for each parameter what `Adam` keeps, of
-    the parameter's shape, finite."""
+    """Raises ValueError unless ``state`` is a valid state of the optimiser: for each parameter the entries of `Adam`,
+    finite and of the parameter's shape."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     own = optimizer.state_dict()["param_groups"]
     groups = state.get("param_groups") if isinstance(state, Mapping) else None
@@ -94,15 +94,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str | Pa
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Takes over what an optimiser kept of each parameter, not its settings: they are those of the schedule and of the
-    device that go on."""
+    """Restores the state of each parameter, but not the optimiser's settings, which the current schedule and device
+    determine."""
     own = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
 def check_progress(state: Mapping[str, Any], path: str | Path, sums: Mapping[str, Collection[str]]) -> None:
-    """Raises ValueError unless a checkpoint says how far training is: step, seed, seconds, and the numbers of ``sums``,
-    by the name of the entry that holds them."""
+    """Raises ValueError unless a checkpoint has valid step, seed and seconds, and finite numbers under the names that
+    ``sums`` lists for each of its entries."""
     whole = {"step": MAX_STEP, "seed": MAX_STEP}
     for name, most in whole.items():
         x = state.get(name)
@@ -120,7 +120,7 @@ def check_progress(state: Mapping[str, Any], path: str | Path, sums: Mapping[str
 
 
 def check_tensor(state: Mapping[str, Any], name: str, like: Tensor, path: str | Path) -> None:
-    """Raises ValueError unless an entry is a tensor of the shape and type of another, and finite."""
+    """Raises ValueError unless entry ``name`` is a finite tensor with the shape and type of ``like``."""
     x = state.get(name)
     if not isinstance(x, Tensor) or x.shape != like.shape or x.dtype != like.dtype or not is_finite(x):
         raise ValueError(
@@ -130,7 +130,7 @@ def check_tensor(state: Mapping[str, Any], name: str, like: Tensor, path: str | 
 
 
 def check_same_data(state: Mapping[str, Any], own: Mapping[str, str | None], path: str | Path) -> None:
-    """Raises ValueError where a checkpoint learned from other sequences than those it is to go on with."""
+    """Raises ValueError if a checkpoint was trained on other sequences than those with fingerprints ``own``."""
     for name, mark in own.items():
         kept = state.get(name)
         if kept is not None and mark is not None and kept != mark:
@@ -141,8 +141,8 @@ def check_same_data(state: Mapping[str, Any], own: Mapping[str, str | None], pat
 
 
 def fingerprint(data: ImageSequences | None, tracks: Tensor | None = None) -> str | None:
-    """SHA-256 of what is learned from: images, numbers of objects, and tracks if there are any. Positions and what
-    else is never looked at do not count."""
+    """Returns the SHA-256 of the images, numbers of objects and, if given, tracks; positions and other data that
+    training never uses do not count."""
     if data is None:
         return None
     sha = hashlib.sha256()
@@ -161,8 +161,9 @@ def is_finite(x: Tensor) -> bool:
 
 
 def first_not_finite(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None) -> str | None:
-    """The name of a parameter, of a buffer, or of what the optimiser keeps of one, that is not finite; None if all
-    are. Waits for the device once."""
+    """Returns the name of a parameter, buffer or optimiser state that is not finite; None if all are finite.
+
+    Waits for the device once."""
     tensors = [(f"{part}.{name}", x) for part, module in modules.items() for name, x in module.state_dict().items()]
     if optimizer is not None:
         tensors += [(f"the optimiser's {k}", x) for kept in optimizer.state.values() for k, x in kept.items()]

@@ -1,9 +1,10 @@
-"""One step of training - forward, backward, optimiser - in one process, in several, or as a CUDA graph.
+"""One training step - forward, backward, optimiser - in one process, in several, or as a CUDA graph.
 
-On a GPU an ordinary Pyro program waits for Python: a step is thousands of small kernels. `CapturedSteps` lets Pyro run
-a few steps as they are, then records one as a CUDA graph and replays it. Nothing is asked of model or guide but that
-they do not wait for the device; where one does, the recording fails, and steps go on as before, with a warning that
-says why. What a recording cannot hold is listed in tests/pretend_device.py, whose pretended device shows it on a CPU.
+A step consists of thousands of small kernels, so on a GPU an ordinary Pyro program is limited by Python overhead.
+`CapturedSteps` runs a few ordinary steps, then records one as a CUDA graph and replays it. The only requirement is that
+model and guide do not wait for the device. If one does, the recording fails, and training continues with ordinary steps
+after a warning with the reason. tests/pretend_device.py lists the operations that cannot be recorded, and its pretended
+device finds them on a CPU.
 """
 
 import contextlib
@@ -21,31 +22,31 @@ from torch.nn.parallel import DistributedDataParallel
 from pyro_pixels._batch import Known, knowing
 from pyro_pixels.training.elbo import AnnealedELBO
 
-WARM_UP = 3  # steps before a recording: libraries are loaded, and the optimiser's state is made
+WARM_UP = 3  # ordinary steps before a recording, which load libraries and create the optimiser's state
 
 
 class Batch(NamedTuple):
-    """What a step learns from."""
+    """The data and the seed of a training step."""
 
     images: Tensor  # (n, T, H, W), all sequences, on the device
     n_objects: Tensor  # (n,), on the device
-    index: Tensor  # (B,), which of them, on the CPU
-    known: Known  # of any batch of this kind
-    seed: int  # of this step
+    index: Tensor  # (B,), the sequences of the batch, on the CPU
+    known: Known  # sizes, for any batch of this kind
+    seed: int  # for this step
     tracks: Tensor | None = None  # (n, N, T, 2), on the device, for objectives that learn from tracks
 
 
 class Steps:
-    """Steps that maximise the weighed bound per sequence, as Python runs them.
+    """Ordinary steps that maximise the weighted bound per sequence.
 
     Args:
-        elbo: its ``kl_weight`` counts.
+        elbo: the objective; `set` changes its ``kl_weight``.
         loss: the module ``elbo(model, guide)``.
-        learning_rate: Adam's, before the factor of its group.
-        factors: (factor on the learning rate, parameters) for each group of parameters.
-        clip_norm: gradients of a larger norm are scaled down to it.
-        parts: a batch is gone through in so many parts, one after the other, whose gradients add up: less memory, more
-            time. Each part draws its samples from a seed of its own, so that it matters not which process draws them.
+        learning_rate: Adam's learning rate, before the factor of each group.
+        factors: maps factors on the learning rate to their groups of parameters.
+        clip_norm: the largest gradient norm; larger gradients are scaled down to it.
+        parts: the number of parts that a batch is processed in, one after the other, with their gradients added up:
+            less memory, more time. Each part has its own seed, so its samples do not depend on the process.
     """
 
     def __init__(
@@ -67,26 +68,26 @@ class Steps:
             **self._adam_options(),
         )
         self.totals = torch.zeros(2, dtype=torch.float64, device=self.parameters[0].device)
-        """Sums over steps of the mean log p(v | a) and KL of a batch's sequences, in nats."""
+        """(2,), sums over steps of the mean log p(v | a) and the mean KL over a batch, in nats per sequence."""
 
     def _adam_options(self) -> dict[str, Any]:
         return {}
 
     def set(self, kl_weight: float, learning_rate: float) -> None:
-        """What the next steps use."""
+        """Sets the KL weight and the learning rate of the next steps."""
         self.elbo.kl_weight = kl_weight
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["factor"]
 
     def take(self, batch: Batch) -> None:
-        """One step."""
+        """Takes one step."""
         self.optimizer.zero_grad()
         for i, index in enumerate(batch.index.chunk(self.parts)):
             self._add_gradient(self.loss, batch, i, index)
         self._move()
 
     def parts_that_fit(self, batch: Batch, free: float) -> int:
-        """The fewest parts with which a step would need at most ``free`` bytes, from the needs of 1 and 2 sequences."""
+        """Returns the fewest parts with which a step fits in ``free`` bytes, estimated from 1 and from 2 sequences."""
         needs = []
         for n in (1, 2):
             self.optimizer.zero_grad()
@@ -100,7 +101,7 @@ class Steps:
         return -(-len(batch.index) // max(1, at_once))
 
     def _memory_in_use(self, *, peak: bool = False) -> float:
-        """Bytes that torch has in use on the device, now, or at the most since this was last asked."""
+        """Returns the bytes that torch has allocated on the device, or with ``peak`` the most since the last call."""
         device = self.totals.device
         if peak:
             return torch.cuda.max_memory_allocated(device)
@@ -108,25 +109,25 @@ class Steps:
         return torch.cuda.memory_allocated(device)
 
     def stream(self) -> contextlib.AbstractContextManager[None]:
-        """Where steps are taken: in the midst of everything else, or beside it."""
+        """Returns the context to take steps in: a separate CUDA stream, or none."""
         return contextlib.nullcontext()
 
     def read_totals(self) -> Tensor:
-        """`totals` (2,) on the CPU, of all processes; waits for the steps to be done."""
+        """Returns `totals` (2,) on the CPU, summed over all processes, after waiting for the steps to finish."""
         return self.totals.cpu()
 
     def seed(self, seed: int) -> None:
-        """Where the random numbers of the device's steps begin; those of a CPU are its caller's business."""
+        """Seeds the random numbers of steps on a CUDA device; on a CPU the caller seeds them."""
 
     def random_state(self) -> Tensor | None:
-        """Where the random numbers of the device's steps have come to, if they are its own."""
+        """Returns the state of these steps' own random generator, or None if they have none."""
         return None
 
     def set_random_state(self, state: Tensor) -> None:
-        """Puts back a `random_state`."""
+        """Restores a `random_state`."""
 
     def _add_gradient(self, loss: nn.Module, batch: Batch, part: int, index: Tensor, weight: float = 1.0) -> None:
-        """Adds the gradient of a part's share of the mean loss of the batch's sequences, times ``weight``."""
+        """Adds the gradient of a part's share of the mean loss over the batch, times ``weight``."""
         self._seed(batch, part)
         chosen, n = index.to(batch.images.device, non_blocking=True), len(batch.index)
         given = [x.index_select(0, chosen) for x in (batch.images, batch.n_objects, batch.tracks) if x is not None]
@@ -145,14 +146,14 @@ class Steps:
         self.optimizer.step()
 
     def _learning(self) -> frozenset[int]:
-        """Which parameters learn now."""
+        """Returns the indices of the parameters that are not frozen."""
         return frozenset(i for i, p in enumerate(self.parameters) if p.requires_grad)
 
 
 class DistributedSteps(Steps):
-    """Steps whose parts are shared among the processes of a `torchrun`, the gradients averaged by PyTorch's own engine.
+    """Steps whose parts are shared among the processes of a `torchrun`, with gradients averaged by PyTorch.
 
-    ``parts`` must be a multiple of the number of processes. The numbers are those of `Steps` with as many parts.
+    ``parts`` must be a multiple of the number of processes. The results are those of `Steps` with as many parts.
     """
 
     _wrapped: tuple[frozenset[int], DistributedDataParallel] | None = None
@@ -173,7 +174,7 @@ class DistributedSteps(Steps):
         return totals.cpu()
 
     def _shared_loss(self) -> DistributedDataParallel:
-        """It expects the same parameters to learn always, so that it is made anew when others do."""
+        """Returns the loss wrapped for the parameters that are trained now; another set needs a new wrapper."""
         learning = self._learning()
         if self._wrapped is None or self._wrapped[0] != learning:
             self._wrapped = learning, DistributedDataParallel(self.loss, find_unused_parameters=True)
@@ -181,24 +182,24 @@ class DistributedSteps(Steps):
 
 
 class CapturedSteps(Steps):
-    """Steps on a CUDA device, each kind of which is recorded as a CUDA graph once and replayed from then on.
+    """Steps on a CUDA device; each kind of step is recorded as a CUDA graph once and replayed from then on.
 
-    What changes from step to step - the sequences, the KL weight, the learning rate - is read from tensors that are
-    written to before a replay. What changes the program - which parameters learn, the number of sequences, the largest
-    N - asks for a recording of its own, and so do other tensors that hold all sequences: a recording reads the memory
-    of those it was made with, and keeps them.
+    Quantities that change from step to step (the sequences, the KL weight, the learning rate) are read from tensors
+    that are written before each replay. Changes of the program (which parameters are trained, the number of sequences,
+    the largest N) need a new recording. So do new tensors of all sequences, because a recording reads the memory of the
+    tensors it was made with, and keeps them alive.
 
-    The random numbers are these steps' own. A failed recording leaves the state of the generator that it was made with
-    unusable, and every other recording with it that was made with the same state; so no two trainings share one.
+    These steps have their own random state. A failed recording makes the generator state it used unusable, along with
+    all other recordings made with that state, so no two trainings share one.
     """
 
     refused: str | None = None
-    """Why steps are not recorded; None while they are."""
+    """The reason why steps are not recorded; None while they are."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._stream = torch.cuda.Stream(self.totals.device)
-        self._memory = torch.cuda.graph_pool_handle()  # of all recordings: no two are replayed at once
+        self._memory = torch.cuda.graph_pool_handle()  # shared by all recordings, as no two are replayed at once
         self._taken: dict[Hashable, int] = {}
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self._random = self._generator().clone_state()
@@ -207,7 +208,7 @@ class CapturedSteps(Steps):
         return {"capturable": True}
 
     def _generator(self) -> torch.Generator:
-        """The device's default generator, which draws all numbers of a step."""
+        """Returns the device's default generator, which draws all random numbers of a step."""
         return torch.cuda.default_generators[self.totals.device.index]
 
     @contextlib.contextmanager
@@ -236,7 +237,7 @@ class CapturedSteps(Steps):
         self._random.set_state(state)
 
     def _seed(self, batch: Batch, part: int) -> None:
-        """Nothing: a recording has no seeds, its random numbers go on where the last ones ended."""
+        """Does nothing: a recording cannot be seeded, and its random numbers continue from the previous step."""
 
     def set(self, kl_weight: float, learning_rate: float) -> None:
         device = self.totals.device
@@ -263,7 +264,7 @@ class CapturedSteps(Steps):
         self._take_as_recorded(batch)
 
     def _take_as_recorded(self, batch: Batch) -> None:
-        """A plain step that reads nothing from the device: without Pyro's validation, which looks at every value."""
+        """Takes an ordinary step that reads nothing from the device, without Pyro's validation of every value."""
         with knowing(batch.known), pyro.validation_enabled(False):
             super().take(batch)
 
@@ -274,7 +275,7 @@ class CapturedSteps(Steps):
         try:
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
                 self._take_as_recorded(batch)
-        except Exception as error:  # whatever model, guide or driver object to
+        except Exception as error:  # model, guide or driver can raise anything
             self.refused = (str(error).splitlines() or [type(error).__name__])[0]
         else:
             self._recorded[kind] = graph, batch
@@ -286,18 +287,18 @@ class CapturedSteps(Steps):
         )
 
     def _recover(self, graph: torch.cuda.CUDAGraph, kept: torch.Generator) -> None:
-        """After a failed recording: random numbers as before it, its memory free, and none replayed from now on.
+        """Cleans up after a failed recording: restores the random state, frees its memory and drops all recordings.
 
-        The generator would otherwise stay in the state of a recording, in which it refuses to draw.
+        Otherwise the generator would stay in its recording state and refuse to draw.
         """
         self._generator().graphsafe_set_state(kept.graphsafe_get_state())
         self._random = kept
-        self._recorded.clear()  # what was recorded before holds the state that is lost
+        self._recorded.clear()  # earlier recordings hold the lost random state
         self.optimizer.zero_grad()
         self.elbo.terms = None
         graph.reset()
         device = self.totals.device
-        with contextlib.suppress(RuntimeError, AttributeError):  # where torch has not done so itself
+        with contextlib.suppress(RuntimeError, AttributeError):  # if torch has already done so itself
             torch._C._cuda_endAllocateToPool(device.index, self._memory)  # type: ignore[attr-defined]
             torch._C._cuda_releasePool(device.index, self._memory)  # type: ignore[attr-defined]
         gc.collect()
@@ -306,7 +307,7 @@ class CapturedSteps(Steps):
 
 
 def steps_for(device: torch.device, n_processes: int) -> type[Steps]:
-    """How steps are taken on a device by so many processes."""
+    """Returns the class of steps for a device and a number of processes."""
     if n_processes > 1:
         return DistributedSteps
     return CapturedSteps if device.type == "cuda" else Steps

@@ -1,5 +1,5 @@
-"""Training of a model and its guide by SVI (Secs 2.2.2, 3.2), in Pyro's current form: ``AnnealedELBO()(model, guide)``
-is a module whose value is the loss, and a torch optimiser follows its gradient."""
+"""Training of a model and its guide by SVI (Secs 2.2.2, 3.2), in Pyro's module form: ``AnnealedELBO()(model, guide)``
+is a module whose value is the loss, which a torch optimiser minimises."""
 
 import contextlib
 import copy
@@ -32,41 +32,41 @@ from pyro_pixels.training.start_mixture import LEAST_TRACKS, fit_starts
 from pyro_pixels.training.step_runners import Batch, Steps, steps_for
 
 FIT_STARTS_SEQUENCES = 500
-BOUND_SEQUENCES = 60  # on which candidates are compared where there are no validation sequences
+BOUND_SEQUENCES = 60  # to compare candidates on if there are no validation sequences
 
 
 class TrainingOptions(TypedDict, total=False):
-    """Keywords of `Training`, which `fit` passes on."""
+    """Keyword arguments that `fit` passes on to `Training`."""
 
     seed: int
-    """Of batches and samples; the caller's random state is left as it was. Default 0."""
+    """Seed of batches and samples, by default 0; the caller's random state is not changed."""
     run_dir: str | Path | None
-    """Folder for metrics.jsonl and checkpoint.pt; None, the default: nothing is written."""
+    """Folder for metrics.jsonl and checkpoint.pt; with None, the default, nothing is written."""
     validation: ImageSequences | None
     """Sequences whose bound is reported at each evaluation."""
     on_evaluation: Callable[[dict[str, float]], None] | None
     """Called with each line of metrics."""
     objective: Callable[[], AnnealedELBO]
-    """Makes what is minimised instead of the bound, such as `distillation.GivenTracks`."""
+    """Factory of an objective other than the bound, such as `distillation.GivenTracks`."""
     tracks: Tensor | None
-    """(n, N, T, 2), what such an objective is given of each sequence besides its images."""
+    """(n, N, T, 2), tracks of each sequence, passed to the objective along with its images."""
     config: Any
-    """Of the run; written to config.json when the folder is this process' alone and all that is read from it fits."""
+    """The run's configuration, written to config.json after the folder is locked and its contents are checked."""
 
 
 class Training(Loop):
-    """One training of a model and a guide, which `fit` or `fit_together` takes from step to step.
+    """The training of one model and its guide, run by `fit` or `fit_together`.
 
     Args:
-        model: the generative model; changed in place, as is
-        guide: the guide.
-        data: the sequences to learn from; their ``positions`` are never looked at.
-        schedule: when what is learned, and how fast.
+        model: the generative model, changed in place.
+        guide: the guide, changed in place.
+        data: the training sequences; their ``positions`` are never used.
+        schedule: the settings of training.
         options: as in `TrainingOptions`.
 
     Raises:
-        ValueError: if there are not as many ``tracks`` as sequences; if ``schedule.parts`` is no multiple of the number
-            of processes; if a prefix of the schedule is that of no parameter; or as `Batches`.
+        ValueError: if the numbers of ``tracks`` and sequences differ; if ``schedule.parts`` is not a multiple of the
+            number of processes; if a prefix in the schedule matches no parameter; or as in `Batches`.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Training(Loop):
         return OwnTracks() if own else self.objective()
 
     def _runner(self, elbo: AnnealedELBO, loss: nn.Module) -> Steps:
-        """Takes the steps: in this process, in several, or as CUDA graphs."""
+        """Returns the object that takes the steps: in this process, in several, or as CUDA graphs."""
         schedule = self.schedule
         if schedule.parts % n_processes():
             raise ValueError(
@@ -147,7 +147,7 @@ class Training(Loop):
                 p.requires_grad_(learned[name])
 
     def start_from_best(self, others: "Sequence[Training]", steps: int, stop: threading.Event, progress: bool) -> None:
-        """Trains itself and the others for a number of steps, and takes over the state with the highest bound."""
+        """Trains this start and ``others`` for ``steps`` steps each, and adopts the state with the highest bound."""
         judges = self.data[:BOUND_SEQUENCES] if self.validation is None else self.validation
         alike = Training(
             self.model, self.guide, self.data, self.schedule, seed=self.seed,
@@ -172,7 +172,7 @@ class Training(Loop):
             self._set(self.steps.elbo)
             seed = self.seed * 1_000_003 + step
             if schedule.parts > 1:
-                torch.manual_seed(seed)  # each step's own, whichever process takes it
+                torch.manual_seed(seed)  # the same in every process
             if step in schedule.fit_starts_at:
                 self._fit_starts(seed)
             index = self.batches.index(step)
@@ -180,14 +180,14 @@ class Training(Loop):
             try:
                 self.steps.take(batch)
                 full = False
-            except torch.cuda.OutOfMemoryError:  # told of below, where the tensors of the step are gone
+            except torch.cuda.OutOfMemoryError:  # handled below, after the step's tensors are freed
                 full = True
             if full:
                 raise MemoryError(self._too_large(batch))
         self._rng = torch.get_rng_state()
 
     def _set(self, elbo: AnnealedELBO) -> None:
-        """Sets what the schedule changes of the objective at this step, besides the weight of the KL."""
+        """Sets the options of the objective, other than the KL weight, to their values at this step."""
         order_from, own_from = self.schedule.random_order_from, self.schedule.own_tracks_from
         if order_from is not None:
             elbo.random_order = self.step >= order_from
@@ -195,12 +195,12 @@ class Training(Loop):
             elbo.weight = self.schedule.own_tracks_weight if self.step >= own_from else 0.0
 
     def _too_large(self, batch: Batch) -> str:
-        """What to do where a step needs more memory than there is."""
+        """Returns an error message that suggests how to fit a step into memory."""
         self.steps.optimizer.zero_grad()
         torch.cuda.empty_cache()
         parts = len(batch.index)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
-            free = 0.9 * torch.cuda.mem_get_info(self.device)[0]  # the rest for what torch cannot use
+            free = 0.9 * torch.cuda.mem_get_info(self.device)[0]  # the rest is memory that torch cannot use
             parts = self.steps.parts_that_fit(batch, free)
         parts = -(-max(parts, self.schedule.parts + 1) // n_processes()) * n_processes()
         if parts > len(batch.index):
@@ -212,7 +212,7 @@ class Training(Loop):
 
     @torch.no_grad()
     def _fit_starts(self, seed: int) -> None:
-        """Fits the mixture over starts to one draw of q(a | v) for each of some sequences."""
+        """Fits the mixture over starts to one sample of q(a | v) for each of up to `FIT_STARTS_SEQUENCES` sequences."""
         generator = torch.Generator().manual_seed(seed)
         tracks = []
         for index in torch.randperm(len(self.images), generator=generator)[:FIT_STARTS_SEQUENCES].split(100):
@@ -221,7 +221,7 @@ class Training(Loop):
             tracks.append(a[object_mask(n_objects, a.shape[1])])
         all_tracks = torch.cat(tracks)
         if len(all_tracks) < LEAST_TRACKS * self.model.dynamics.config.n_components:
-            return  # of so few films gradients alone find the starts
+            return  # too few tracks: the starts are learned by gradient alone
         fit_starts(self.model.dynamics, all_tracks, seed=self.seed)
         if n_processes() > 1:
             for parameter in self.model.dynamics.parameters():
@@ -244,7 +244,7 @@ class Training(Loop):
         return {"model": self.model, "guide": self.guide}
 
     def _diverged(self, what: str, said: str = "") -> str:
-        """What to say where ``what`` is not finite."""
+        """Returns the error message for ``what`` that is not finite."""
         return (
             f"{what} is not finite by step {self.step}{said and f' ({said})'}; {self._kept()}. Try a smaller learning "
             "rate, clip_norm, or a larger position_noise_floor"
