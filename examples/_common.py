@@ -1,4 +1,4 @@
-"""What the scripts share: the command line, errors of one line, devices, and opening a run and its sequences."""
+"""Shared code of the scripts: the command line, one-line errors, devices, and opening a run and its sequences."""
 
 # ruff: noqa: E402
 import os
@@ -9,13 +9,13 @@ STOPPED = 130
 
 
 def _stop(*_: object) -> None:
-    """Ends the process at once; Python would say where it was, and end itself by the signal."""
+    """Ends the process at once; Python would print a traceback and end by the signal."""
     os.write(2, b"stopped\n")
     os._exit(STOPPED)
 
 
 def _is_of_the_script() -> bool:
-    """Whether the program that was started imports this module, and not a test or another module."""
+    """Returns whether the main program imports this module, rather than a test or another module."""
     frame = sys._getframe(1).f_back
     while frame is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
@@ -25,8 +25,8 @@ def _is_of_the_script() -> bool:
 if _is_of_the_script():
     if sys.stderr.isatty():  # torch and Pyro take seconds to import
         print("loading ...", end="\r", file=sys.stderr, flush=True)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until `start`: in the middle of an import
-        signal.signal(signal.SIGINT, _stop)  # an exception would be lost, or abort
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until `start` is called:
+        signal.signal(signal.SIGINT, _stop)  # during imports an exception would be lost, or abort the process
 
 import io
 import re
@@ -73,10 +73,10 @@ Item = TypeVar("Item")
 
 
 def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], doc: str | None) -> None:
-    """Reads the command line into ``arguments`` and runs ``main``.
+    """Parses the command line into ``arguments`` and runs ``main``.
 
-    What is wrong is one line: with exit code 2 if it can be put right by another command, 1 if it came up later, 130
-    after Ctrl-C.
+    Errors are printed in one line. The exit code is 2 if another command would avoid the error, 1 if it occurred
+    later, and 130 after Ctrl-C.
     """
     try:
         if signal.getsignal(signal.SIGINT) is _stop:
@@ -86,7 +86,7 @@ def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], d
         sys.exit(main(args) or 0)
     except ValueError as error:
         _end(2, error)
-    except BrokenPipeError:  # what was printed went to a program that has ended, such as head
+    except BrokenPipeError:  # the program that read the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -103,7 +103,7 @@ def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], d
 
 
 def parse(arguments: type[Arguments], doc: str | None) -> Arguments:
-    """The command line; what tyro says is wrong with it, in a frame of several lines, is a ValueError of one."""
+    """Parses the command line; tyro's framed errors of several lines become a ValueError of one line."""
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -115,12 +115,12 @@ def parse(arguments: type[Arguments], doc: str | None) -> Arguments:
 
 
 def _in_one_line(framed: str) -> str:
-    """The message of a framed text of tyro's, without its title and the help that follows a rule or an empty line."""
+    """Returns the message in a framed text of tyro's, without its title and the help after a rule or an empty line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", framed)
     rows = [re.sub(r"^[│|]\s?|\s*[│|]$", "", row.strip()).strip() for row in text.splitlines()]
     rows = [row for row in rows if not re.match(r"[╭╰+]", row)]
     rules = [not re.search(r"[^─\-]", row) for row in rows]
-    if rules[1:2] == [True]:  # where there are no characters for frames, the title stands above a rule
+    if rules[1:2] == [True]:  # without characters for frames, the title is above a rule
         rows, rules = rows[2:], rules[2:]
     ends = [i for i, is_rule in enumerate(rules) if i and is_rule]
     message = " ".join(rows[: ends[0] if ends else None]).removeprefix("Error parsing ").rstrip(". ")
@@ -134,7 +134,7 @@ def _end(code: int, error: object) -> None:
 
 
 def one_job(job: str, names: Collection[str]) -> tuple[str, int]:
-    """The name and the seed of VARIANT/SEED, or a ValueError."""
+    """Returns the name and the seed of VARIANT/SEED, or raises a ValueError."""
     name, _, seed = job.rpartition("/")
     if name not in names or not seed.isdecimal():
         raise ValueError(f"--job is {job!r}; wanted VARIANT/SEED, with a variant of {sorted(names)}")
@@ -142,12 +142,12 @@ def one_job(job: str, names: Collection[str]) -> tuple[str, int]:
 
 
 def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
-    """The items, with a progress bar on a terminal."""
+    """Returns the items, with a progress bar on a terminal."""
     return tqdm(items, desc=what, total=total, disable=None, leave=False)
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name (cpu, cuda, cuda:1, mps, or auto: the best there is); a ValueError if there is none."""
+    """Returns the device ``name`` (cpu, cuda, cuda:1, mps, or auto), or raises a ValueError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -162,41 +162,41 @@ def device_of(name: str) -> torch.device:
 
 @dataclass
 class QueryArguments:
-    """What every script that asks a trained run takes."""
+    """Options of all scripts that query a trained run."""
 
     run: Path = Path("runs/quick")
     """Folder of a trained run."""
     custom: Path | None = None
-    """The Python file with the guide of the run, if it was trained with --custom and the file is elsewhere now."""
+    """The Python file with the run's guide, if the run was trained with --custom and the file has moved since."""
     pretrained: bool = False
-    """Ask the weights that come with the package instead of a run."""
+    """Use the weights that come with the package instead of a run."""
     weights: str = "quick"
-    """Which of these weights: quick; long, which learned for fifteen times as many steps; or recurrent, the paper's
+    """Which of these weights to use: quick; long, trained for fifteen times as many steps; or recurrent, the paper's
     network on its own. Needs --pretrained."""
     data: Path | None = None
-    """An .npz of image sequences to ask about. By default fresh ones are simulated as the run's were; of a run that
-    learned from a file, what was held out is taken."""
+    """An .npz of image sequences to query. By default fresh ones are simulated like the training sequences; if the run
+    was trained on a file, its held-out sequences are used."""
     simulated: bool = False
-    """Simulate sequences also where the run learned from a file."""
+    """Simulate sequences even if the run was trained on a file."""
     out: Path | None = None
     """Where results go. By default in the run's folder, or in runs/pretrained (runs/pretrained_NAME for other
     weights)."""
     n_sequences: Sequences = 60
-    """How many sequences to ask about; of a file, the first ones."""
+    """Number of sequences to query; of a file, the first ones."""
     seed: Seed = TEST_SEED
     """Seed of simulated sequences and of samples."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
     untangle: bool = False
-    """Rename objects frame by frame as p(a) has it, which puts right what a guide without dynamics, such as the
-    recurrent one, exchanged."""
+    """Correct identities frame by frame by p(a), which undoes switches of a guide without dynamics, such as the
+    recurrent one."""
     refine: bool = False
-    """Improve positions and names by ascent on log p(v, a), from what a guide without dynamics proposes; takes about
-    a tenth of a second for a sequence of 30 frames of 32 x 32."""
+    """Improve positions and identities from a guide without dynamics by ascent on log p(v, a); takes about a tenth of
+    a second for a sequence of 30 frames of 32 x 32."""
 
     @property
     def home(self) -> Path:
-        """The folder that results go to by default."""
+        """Returns the default folder for results."""
         if not self.pretrained:
             return self.run
         return Path("runs/pretrained" if self.weights == QueryArguments.weights else f"runs/pretrained_{self.weights}")
@@ -209,22 +209,22 @@ class Opened(NamedTuple):
 
 
 def open_run(args: QueryArguments, *, trained_on_too: bool = True, as_trained: bool = False) -> Opened:
-    """`open_sequences`, without where they come from."""
+    """Returns the first result of `open_sequences`, without the origin of the sequences."""
     return open_sequences(args, trained_on_too=trained_on_too, as_trained=as_trained)[0]
 
 
 def open_sequences(
     args: QueryArguments, *, trained_on_too: bool = True, as_trained: bool = False
 ) -> tuple[Opened, AskedSequences]:
-    """The run and the sequences that a script is to ask about, and the device; says which sequences they are.
+    """Returns the run, the sequences to query and the device, and the origin of the sequences, which is also printed.
 
     Args:
-        trained_on_too: where --data is the file that the run learned from, take also what it was trained on.
-        as_trained: leave its guide as it was trained, whatever --untangle and --refine say.
+        trained_on_too: include the run's training sequences if --data is the file on which it was trained.
+        as_trained: keep the guide as it was trained, regardless of --untangle and --refine.
 
     Raises:
-        ValueError: if weights that come with the package are named, and a run is asked; if --untangle or --refine is
-            given for a guide whose frames cannot be exchanged.
+        ValueError: if --weights is given without --pretrained, or --simulated with --data; or if --untangle or
+            --refine is given for a guide whose frames cannot be exchanged.
     """
     if args.weights != QueryArguments.weights and not args.pretrained:
         raise ValueError(
@@ -248,7 +248,7 @@ def open_sequences(
 
 
 def improved(run: Run, *, untangle: bool, refine: bool) -> Run:
-    """The run with a guide whose answers are renamed by p(a), refined by p(v, a), or left as they are.
+    """Returns the run with a guide that is untangled by p(a), refined by p(v, a), or unchanged.
 
     Raises:
         ValueError: if the guide's frames cannot be exchanged.
@@ -267,15 +267,15 @@ def improved(run: Run, *, untangle: bool, refine: bool) -> Run:
 
 
 def read_run(folder: Path, device: torch.device | str = "cpu", custom: Path | None = None) -> Run:
-    """`load_run` of a run of one's own: the file with its guide is the one that it was trained with, or ``custom``."""
+    """Loads a run as `load_run` does, with the guide's file from its training, or ``custom``."""
     return load_run(folder, device, custom=custom or load_config(folder).custom_file)
 
 
 def with_custom(config: RunConfig, custom: Path | None, guide: str | None) -> RunConfig:
-    """The configuration with a guide from a file of the user's: the one named, or the one that the file adds.
+    """Returns the configuration with a guide from a user's file: the named one, or the only one that the file adds.
 
     Raises:
-        ValueError: if the file adds several and none is named, or not the one that is.
+        ValueError: if the file adds several guides and none is named, or if it does not add the named one.
     """
     if custom is None:
         return config
@@ -289,7 +289,7 @@ def with_custom(config: RunConfig, custom: Path | None, guide: str | None) -> Ru
 
 
 def new_folder(path: Path) -> Path:
-    """A folder that can be written to, or a ValueError; it is made when something is first written to it."""
+    """Returns ``path`` if it can be written to, else raises a ValueError; the folder is made at the first write."""
     there = path.absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -303,7 +303,7 @@ def new_folder(path: Path) -> Path:
 
 
 def save_arrays(path: Path, **arrays: Tensor | None) -> Path:
-    """Writes an .npz of the arrays that are not None, in single precision; rendered images hardly get any smaller."""
+    """Writes the arrays that are not None to an .npz, in single precision; rendered images would hardly compress."""
     values: dict[str, Any] = {}
     for name, x in arrays.items():
         if x is not None:
@@ -314,6 +314,6 @@ def save_arrays(path: Path, **arrays: Tensor | None) -> Path:
 
 
 def say_where(paths: Sequence[Path]) -> None:
-    """Prints where results are, one path a line."""
+    """Prints the paths of results, one per line."""
     for path in paths:
         print(f"  {path}")

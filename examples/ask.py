@@ -1,8 +1,8 @@
-"""Asks a trained run one of many questions, and draws the answer with its uncertainty (docs/queries.md).
+"""Answers one of several questions with a trained run, and draws the answer with its uncertainty (docs/queries.md).
 
-filter: velocities, known so far and in hindsight. hidden: one object is not seen for a while. retrodict: where did
-they come from? what-if: without gravity, with half of it, pushed. evidence: how likely are the images? count: how many
-objects are there? stream: frame by frame. calibration: are the stated uncertainties true?
+filter: velocities, from past frames and from all. hidden: one object is not observed for a while. retrodict: where did
+objects come from? what-if: no gravity, half of it, a push. evidence: how likely are the images? count: how many objects
+are there? stream: inference frame by frame. calibration: are the stated uncertainties right?
 """
 
 from _common import QueryArguments, new_folder, open_run, progress, say_where, start, write_json
@@ -28,15 +28,15 @@ assert set(QUESTIONS) == set(get_args(Question))
 @dataclass
 class Arguments(QueryArguments):
     question: Question = "hidden"
-    """The question to ask."""
+    """The question to answer."""
     n_samples: Draws = 20
-    """How many samples of q(a | v) to average over."""
+    """Number of samples of q(a | v) to average over."""
     n_validation: Sequences = 60
-    """How many further sequences a correction of the uncertainties is fitted on, for --question calibration."""
+    """Number of further sequences for fitting a correction of the uncertainties, with --question calibration."""
 
 
 def further(run: Run, args: Arguments) -> ImageSequences:
-    """Sequences that nothing is asked about: simulated ones, or the last of a file that the run was trained on."""
+    """Returns sequences that are not queried: simulated ones, or the last training sequences of the run's file."""
     if run.config.data_file is not None and not args.simulated:
         return training_sequences(run.config)[-args.n_validation :]
     return simulate(run.config.data, args.n_validation, seed=args.seed + 1)

@@ -1,7 +1,7 @@
-"""A guide of your own, start to finish: write it, train it, measure it, ask it. About a minute on a CPU.
+"""A custom guide from start to finish: define it, train it, evaluate it, query it. About a minute on a CPU.
 
 Copy this file and change `CentroidGuide`. docs/write_a_guide.md explains each part;
-examples/experiments/compare_guides.py sets the result beside the guides of the library.
+examples/experiments/compare_guides.py compares the result with the guides of the library.
 """
 
 from _common import start
@@ -27,7 +27,7 @@ from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 
 class CentroidGuide(Guide):
-    """Every frame by itself: a network says whose each pixel is, and an object is at the middle of its white pixels."""
+    """A guide without memory: a network assigns pixels to objects, which are at the centroids of their white pixels."""
 
     grid: Tensor
 
@@ -38,7 +38,7 @@ class CentroidGuide(Guide):
         )
         self.log_sigma = nn.Parameter(torch.tensor(-3.0))
         y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-        self.register_buffer("grid", torch.stack([x, y], -1).flatten(0, 1))  # (P, 2): where each of the P pixels is
+        self.register_buffer("grid", torch.stack([x, y], -1).flatten(0, 1))  # (P, 2): coordinates of the P pixels
 
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
         N, v = int(n_objects.max()), images.flatten(2)  # (B, T, P)
@@ -55,13 +55,13 @@ GUIDES["centroid"] = lambda config, model: CentroidGuide(config.data.height, con
 @dataclass
 class Arguments:
     steps: Count = 400
-    """How many training steps to take; the schedule is shortened in proportion."""
+    """Number of training steps; the schedule is shortened in proportion."""
     n_sequences: Sequences = 2_000
-    """How many sequences to learn from."""
+    """Number of training sequences."""
     n_test: Sequences = 150
-    """How many fresh sequences to measure on."""
+    """Number of fresh sequences for the evaluation."""
     seed: Seed = 0
-    """Seed of the data, the starting weights and training."""
+    """Seed of the data, the initial weights and training."""
 
 
 def main(args: Arguments) -> int:

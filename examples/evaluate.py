@@ -1,6 +1,6 @@
-"""Measures a trained run on fresh sequences: errors in pixels, switches, losses and floors, as a table and as JSON.
+"""Evaluates a trained run on fresh sequences: errors in pixels, switches, losses and floors, as a table and as JSON.
 
---out is the JSON to write, figures go beside it; default: metrics.json in the run's folder.
+--out is the JSON file to write, with figures next to it; default: metrics.json in the run's folder.
 """
 
 from _common import QueryArguments, improved, new_folder, open_run, say_where, start, write_json
@@ -21,19 +21,19 @@ from pyro_pixels.run_figures import draw_error_over_time
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 300
-    """How many sequences to measure on; of a file, the first ones."""
+    """Number of sequences to evaluate on; of a file, the first ones."""
     n_seen: Frames | None = None
-    """How many frames are seen before generation, and at either end for interpolation. By default 5, or fewer where
+    """Number of observed frames before generation, and at either end for interpolation. By default 5, or fewer if
     sequences have fewer than 11 frames."""
     trained_on_too: bool = False
-    """Measure also on what the run was trained on, where --data is the file that it learned from."""
+    """Include the run's training sequences if --data is the file on which it was trained."""
     details: bool = False
     """Print all measures of the health check, and a sentence for each sign of failure."""
     untangle: bool = False
-    """Measure also what comes out when p(a) renames the objects frame by frame: untangled_... in the JSON."""
+    """Also evaluate the run with identities corrected frame by frame by p(a): untangled_... in the JSON."""
     refine: bool = False
-    """Measure also what comes out when positions and names are improved by ascent on log p(v, a): refined_... in the
-    JSON. For guides without dynamics inside; takes half a second a sequence and more."""
+    """Also evaluate the run with positions and identities improved by ascent on log p(v, a): refined_... in the JSON.
+    For guides that do not contain the dynamics; takes half a second per sequence or more."""
 
 
 def main(args: Arguments) -> None:
@@ -41,7 +41,7 @@ def main(args: Arguments) -> None:
     new_folder(out.parent)
     run, data, device = open_run(args, trained_on_too=args.trained_on_too, as_trained=True)
     if args.refine:
-        improved(run, untangle=False, refine=True)  # or say that it cannot be
+        improved(run, untangle=False, refine=True)  # fails early if it cannot be
     T = data.images.shape[1]
     n_seen = seen_by_default(T) if args.n_seen is None else check_n_seen(args.n_seen, T, "--n-seen")
     n_futures = N_FUTURES if data.positions is None else 0
@@ -70,7 +70,7 @@ def main(args: Arguments) -> None:
 
 
 def _line(result: dict[str, Any], how: str) -> str:
-    """One line for people."""
+    """Returns a one-line summary for the terminal."""
     errors = per_n(result, lambda row: row.get(f"{how}_position_error_px"), 2)
     rates = per_n(result, lambda row: row.get(f"{how}_switch_rate"), 2)
     return f"{how}: position error {errors} px, switch rate {rates}"

@@ -1,7 +1,7 @@
-"""One picture for each question that a trained model answers (docs/gallery.md).
+"""Draws a picture for each question that a trained model can answer (docs/gallery.md).
 
-The weights that come with the package are asked unless a --run is named, or --no-pretrained given. Pictures go to the
-folder `gallery` in the folder of the run, or in runs/pretrained.
+Uses the weights that come with the package unless --run or --no-pretrained is given. Pictures go to the folder
+`gallery` in the run's folder, or in runs/pretrained.
 """
 
 from _common import QueryArguments, new_folder, open_run, progress, say_where, start
@@ -29,27 +29,27 @@ Picture = Literal[
     "positions", "velocities", "filter", "starts", "fan", "forecast", "missing", "hidden", "stream", "what-if",
     "retrodict", "count", "evidence", "calibration",
 ]  # fmt: skip
-MANY = {"starts", "count", "evidence", "calibration"}  # of all sequences; of 12 the others draw one of each N
-CLOSER = {"positions", "velocities", "fan", "missing", "hidden", "stream"}  # balls cross half of the image
+MANY = {"starts", "count", "evidence", "calibration"}  # use all sequences; the others draw one of each N out of 12
+CLOSER = {"positions", "velocities", "fan", "missing", "hidden", "stream"}  # zoomed in: balls cross half of the image
 
 
 @dataclass
 class Arguments(QueryArguments):
     pretrained: bool = True
-    """Ask the weights that come with the package; with --no-pretrained, or another --run than the default,
-    ask the run."""
+    """Use the weights that come with the package; with --no-pretrained, or a --run other than the default,
+    use the run."""
     docs: bool = False
-    """Draw the pictures of the documentation anew, in docs/figures/gallery."""
+    """Redraw the pictures of the documentation, in docs/figures/gallery."""
     seed: Seed = 26
     """Seed of simulated sequences and of samples."""
     pictures: tuple[Picture, ...] = get_args(Picture)
     """The pictures to make."""
     n_samples: Draws = 20
-    """How many samples of q(a | v) to average over."""
+    """Number of samples of q(a | v) to average over."""
 
 
 def closer(figure: Figure, scene: Scene, name: str, margin: float = 3.0) -> Figure:
-    """The picture of that name with each sequence filling its axes where it can, in pixels."""
+    """Returns the figure; if ``name`` is in `CLOSER` and it is in pixels, each sequence is zoomed to fill its axes."""
     if name not in CLOSER or scene.size is None or scene.data.positions is None:
         return figure
     for ax, tracks in zip(figure.axes, scene.data.positions[scene.rows]):
@@ -64,7 +64,7 @@ def closer(figure: Figure, scene: Scene, name: str, margin: float = 3.0) -> Figu
 
 
 def names(scene: Scene, found: Prediction) -> Tensor:
-    """The order (B, N) that makes object n that of all frames: having seen fewer the guide may name them otherwise."""
+    """Returns the order (B, N) that matches objects to those inferred from all frames; their numbers may differ."""
     seen = found.observed
     few, all_ = (x[:, :, seen].cpu() for x in (found.mean, scene.inference.mean))
     return assign(few, all_, scene.data.n_objects).to(scene.device)
@@ -87,7 +87,7 @@ def draw_velocities(scene: Scene) -> Figure:
 
 
 def draw_starts(scene: Scene) -> Figure:
-    """Velocities are expected moves to the next frame, as images show no others."""
+    """Draws starts; velocities are expected moves to the next frame, since images determine no others."""
     lgssm, h = scene.dynamics.lgssm(), smooth(scene.dynamics, scene.inference.mean)
     to_pixels = scene.to_pixels if isinstance(scene.to_pixels, Affine) else Affine(torch.eye(2), torch.zeros(2), 1.0)
     B = to_pixels.matrix.to(lgssm.B) @ lgssm.B
@@ -95,7 +95,7 @@ def draw_starts(scene: Scene) -> Figure:
     offset = torch.cat([to_pixels.offset.to(B), B @ lgssm.u])
     there = torch.arange(h.mean.shape[1]) < scene.data.n_objects[:, None]
     sides = scene.data.sides
-    if sides is not None and scene.order is not None:  # of true objects; here the order is the guide's
+    if sides is not None and scene.order is not None:  # from the true order of objects to the guide's
         sides = torch.zeros_like(sides).scatter(1, scene.order, sides)
     return plots.plot_starts(
         lgssm.mu @ matrix.mT + offset, matrix @ lgssm.Sigma @ matrix.mT,
@@ -145,7 +145,7 @@ def main(args: Arguments) -> None:
         if n not in scenes:
             scenes[n] = Scene(*open_run(replace(args, n_sequences=n)), per_n=1, n_samples=args.n_samples)
             scenes[n].progress, scenes[n].shows_progress = progress, True
-        torch.manual_seed(args.seed)  # a picture is the same whichever others are made
+        torch.manual_seed(args.seed)  # so that a picture does not depend on the others
         path = out / f"{name}.png"
         if name == "forecast":
             path = draw_forecast(scenes[n], scenes[n].generation(), out / "forecast.gif")

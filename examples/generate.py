@@ -1,4 +1,4 @@
-"""Where will they be? Generates the frames that follow a few seen ones (Sec 3.4); pictures like Figs 6 and 8, a GIF."""
+"""Generates the frames that follow a few observed ones (Sec 3.4); draws pictures like Figs 6 and 8, and a GIF."""
 
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
 
@@ -11,11 +11,11 @@ from pyro_pixels.run_figures import RunView, draw_generation
 @dataclass
 class Arguments(QueryArguments):
     n_seen: Frames | None = None
-    """How many frames are seen. By default 5, or fewer where sequences have fewer than 11 frames."""
+    """Number of observed frames. By default 5, or fewer if sequences have fewer than 11 frames."""
     n_frames: Frames | None = None
-    """How many frames there are in all, seen and generated. By default as many as the sequences have."""
+    """Total number of frames, observed and generated. By default as many as the sequences have."""
     n_samples: Samples = 0
-    """How many sampled futures to save as well."""
+    """Number of sampled futures to save as well."""
 
 
 def main(args: Arguments) -> None:

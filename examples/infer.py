@@ -1,4 +1,4 @@
-"""Where are the objects? Infers positions from image sequences (Sec 3.3): a picture like Fig 3, .npz, CSV and GIF."""
+"""Infers the positions of objects from image sequences (Sec 3.3): a picture like Fig 3, .npz, CSV and GIF."""
 
 from _common import QueryArguments, new_folder, open_sequences, save_arrays, say_where, start
 
@@ -12,11 +12,11 @@ from pyro_pixels.run_tracks import write_tracks
 @dataclass
 class Arguments(QueryArguments):
     n_samples: Samples = 0
-    """How many samples of the positions to save as well."""
+    """Number of samples of the positions to save as well."""
     scale: Positive | None = None
-    """Metres in a pixel of the film: tracks.csv is in metres then."""
+    """Metres per pixel of the film; if given, tracks.csv is in metres."""
     fps: Positive | None = None
-    """Frames in a second of the film: tracks.csv has the time then."""
+    """Frames per second of the film; if given, tracks.csv has the time."""
 
 
 def main(args: Arguments) -> None:

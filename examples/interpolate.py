@@ -1,4 +1,4 @@
-"""What happened in between? Fills missing frames from those at both ends (Sec 3.5); a picture like Fig 9."""
+"""Interpolates missing frames between observed ones at both ends (Sec 3.5), and draws a picture like Fig 9."""
 
 from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
 
@@ -12,9 +12,9 @@ from pyro_pixels.run_figures import RunView, draw_interpolation
 @dataclass
 class Arguments(QueryArguments):
     n_seen: Frames | None = None
-    """How many frames are seen at either end. By default 5, or fewer where sequences have fewer than 11 frames."""
+    """Number of observed frames at either end. By default 5, or fewer if sequences have fewer than 11 frames."""
     n_samples: Samples = 0
-    """How many sampled fillings to save as well."""
+    """Number of sampled interpolations to save as well."""
 
 
 def main(args: Arguments) -> None:

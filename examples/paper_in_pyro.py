@@ -21,7 +21,7 @@ from tqdm import trange
 from pyro_pixels import CannonballConfig, simulate
 
 
-class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 3.1-3.2; K = 2, as there
+class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 3.1-3.2; K = 2, as in the paper
     H: int = 32  # 48
     W: int = 32  # 48
     D: int = 128  # 1024
@@ -31,17 +31,17 @@ class Settings(NamedTuple):  # each comment begins with the paper's value, Secs 
     Sigma_k: float = 0.1  # 1
     mu_position: float = 0.1  # 1, the standard deviation of the positions in mu_k
     mu_velocity: float = 0.3  # 0, that of the velocities
-    W_std: float = 12.0  # 0 for that of all weights; of W^alpha and W^x, so that x can draw all over [-1, 1]^2
-    b_v: float = -4.5  # 0; below it the canvas starts dark
-    ramps: float = 3.0  # 0; so that pixels side by side start with similar columns of W^beta and W^s
+    W_std: float = 12.0  # 0: as all weights; the std of W^alpha and W^x, so that x can draw all over [-1, 1]^2
+    b_v: float = -4.5  # 0; a negative value makes the canvas start dark
+    ramps: float = 3.0  # 0; a positive value makes columns of W^beta and W^s start similar for neighbouring pixels
     learn_dynamics: float = 0  # 10,000, the step from which the dynamics are learned
     learn_noise: float = math.inf  # 10,000, the step from which Sigma_H and Sigma_A are
     beta: float = 3.0  # 100, the weight of the KL at the first step
-    beta_last: float = 3.0  # 1, and at the last
+    beta_last: float = 3.0  # 1, the weight at the last step
     rate_phi: float = 2e-3  # 0.001, Adam's learning rate
     rate_theta: float = 6e-3  # 0.001
     rate_u: float = 4e-4  # 0.001, of u and delta
-    decay: float = 0.1  # 1, by how much the rates have fallen at the last step
+    decay: float = 0.1  # 1, the factor on the rates at the last step
     steps: int = 1_000  # 200,000
 
 
@@ -55,7 +55,7 @@ def linear(n_in: int, n_out: int, std: float = 0.0) -> nn.Linear:  # W ~ N(0, 1 
     return layer
 
 
-class Dynamics(nn.Module):  # T -> p(a_{1:T}) of one object, h and z summed out
+class Dynamics(nn.Module):  # T -> p(a_{1:T}) of one object, h and z marginalised out
     def __init__(self, s: Settings) -> None:
         super().__init__()
         self.log_delta, self.u = nn.Parameter(torch.tensor(s.delta).log()), nn.Parameter(torch.zeros(4))
@@ -63,7 +63,7 @@ class Dynamics(nn.Module):  # T -> p(a_{1:T}) of one object, h and z summed out
         self.root_A, self.log_pi = nn.Parameter(torch.eye(2) * math.log(s.Sigma_A) / 2), nn.Parameter(torch.zeros(2))
         self.mu = nn.Parameter(torch.randn(2, 4) * torch.tensor([s.mu_position] * 2 + [s.mu_velocity] * 2))
         self.root_k = nn.Parameter(torch.eye(4).repeat(2, 1, 1) * math.log(s.Sigma_k) / 2)
-        self.double().eval()  # GaussianHMM in float32 is silently wrong; pyro.module warns of what is held in training
+        self.double().eval()  # float32 GaussianHMM is silently wrong; in train mode pyro.module warns of frozen weights
 
     def forward(self, T: int) -> dist.MixtureSameFamily:
         normal, I, zero = dist.MultivariateNormal, torch.eye(4).to(self.u), torch.zeros(4).to(self.u)
@@ -155,7 +155,7 @@ def train(program: PaperInPyro, v: Tensor, N: Tensor, s: Settings) -> None:  # m
         bar.set_postfix_str(f"loss {loss / v[batch, :, 0].numel():.1f} nats a frame", refresh=False)
 
 
-def to_pixels(a: Tensor, truth: Tensor) -> Tensor:  # a is free up to one affine map, and to the order of the objects
+def to_pixels(a: Tensor, truth: Tensor) -> Tensor:  # a is identified up to an affine map and the order of objects
     a = nn.functional.pad(a, (0, 1), value=1.0)
     a = a @ torch.linalg.lstsq(a.mean(1).flatten(0, 1), truth.mean(1).flatten(0, 1)).solution
     orders = torch.stack([a[:, order] for order in permutations(range(a.shape[1]))])

@@ -1,6 +1,6 @@
-"""Makes the .npz that every --data reads from films of your own: GIF, MP4, TIFF, folders or globs of pictures, arrays.
+"""Converts your own films to an .npz for --data: GIF, MP4, TIFF, folders or globs of pictures, arrays.
 
-Writes a contact sheet beside it, which shows what the model will see, and says what was done and what may go wrong.
+Also writes a contact sheet, which shows what the model will see, and prints what was done and what may go wrong.
 """
 
 from _common import say_where, start
@@ -23,28 +23,28 @@ class Arguments:
     films: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Files, folders of frames, or globs in quotes; one film each."""
     out: Path = Path("mine.npz")
-    """The file to write; the contact sheet takes its name, with .png."""
+    """The file to write; the contact sheet has the same name, with .png."""
     n_objects: tuple[Objects, ...] = ()
-    """How many objects: one number for all, or one a film or a sequence; default: counted."""
+    """Number of objects: one for all, or one per film or per sequence; default: counted."""
     size: Pixels = 32
-    """Pixels of the longer side; longer ones are shrunk."""
+    """Pixels of the longer side; larger films are shrunk."""
     frames: Frames | None = None
-    """Frames of a sequence, to cut long films; default: films of up to 60 frames are left whole."""
+    """Frames per sequence, to cut long films; default: films of up to 60 frames are kept whole."""
     stride: Frames | None = None
-    """Frames between the starts of two sequences; default: half of --frames."""
+    """Frames between the starts of successive sequences; default: half of --frames."""
     crop: Annotated[tuple[int, int, int, int], Bounds(0, 10**6)] | None = None
     """Top, bottom, left, right, in the film's pixels."""
     invert: bool | None = None
-    """Objects are darker than the ground; default: found out."""
+    """Objects are darker than the background; default: detected."""
     background: Background | None = None
     """Keep it, or subtract the median over time, or what is larger than objects in each frame (local); default:
-    the median, where objects stand out better without it."""
+    the median, if objects stand out better without it."""
     threshold: Share | None = None
-    """Of an object's brightness, from 0 to 1; default: Otsu's."""
+    """Fraction of an object's brightness, from 0 to 1; default: Otsu's."""
     grey: bool = False
     """Keep grey values; then train with --likelihood gaussian."""
     axes: str | None = None
-    """Axes of arrays, letters of NTHWC, if they are not (n,) T, H, W(, C)."""
+    """Axes of arrays, in letters of NTHWC, if they are not (n,) T, H, W(, C)."""
 
 
 def main(args: Arguments) -> None:

@@ -1,6 +1,6 @@
-"""From nothing to a table in minutes: simulates cannonballs, trains the quick preset, evaluates it, draws everything.
+"""The whole pipeline in minutes: simulates cannonballs, trains the quick preset, evaluates it and draws the results.
 
-Everything lands in one folder: config.json, metrics.jsonl, checkpoint.pt, metrics.json, figures and a GIF.
+All results go to one folder: config.json, metrics.jsonl, checkpoint.pt, metrics.json, figures and a GIF.
 """
 
 from _common import device_of, new_folder, say_where, start, with_custom, write_json
@@ -42,25 +42,25 @@ N_TEST, N_DRAWN = 300, 60
 @dataclass
 class Arguments:
     run: Path = Path("runs/quick")
-    """Folder for everything. A run that is there already is gone on with."""
+    """Folder for all results. A run that exists there is resumed."""
     data: Path | None = None
     """An .npz of your own image sequences. By default cannonballs are simulated."""
     custom: Path | None = None
-    """A Python file that adds a guide of yours to `GUIDES` (docs/write_a_guide.md)."""
+    """A Python file that adds your own guide to `GUIDES` (docs/write_a_guide.md)."""
     steps: Count | None = None
-    """How many training steps to take. By default the preset's number; fewer shorten the schedule in proportion."""
+    """Number of training steps. By default the preset's; fewer shorten the schedule in proportion."""
     seed: Seed = 0
-    """Seed of the data, the starting weights and training."""
+    """Seed of the data, the initial weights and training."""
     details: bool = False
     """Print all measures of the health check, and a sentence for each sign of failure."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
 
 
 def main(args: Arguments) -> int:
     started = time.perf_counter()
     out, device = new_folder(args.run), device_of(args.device)
-    torch.set_num_threads(1)  # the preset's matrix products are too small to share
+    torch.set_num_threads(1)  # the preset's matrix products are too small for several threads
     there = (out / "checkpoint.pt").exists()
 
     print("1. learning from images alone" + (" (a run is there already: going on with it)" if there else ""))
@@ -82,7 +82,7 @@ def main(args: Arguments) -> int:
     print(f"trained {result.step:,} steps in {result.seconds:.0f} s")
     paths = draw_training(out)
 
-    all_of_file = config.data_file if held_out is None else None  # nothing is held out of a small file
+    all_of_file = config.data_file if held_out is None else None  # small files have no held-out sequences
     test, source, *_ = sequences_to_ask(config, all_of_file, N_TEST, TEST_SEED)
     print(f"2. measuring it on {source}")
     torch.manual_seed(TEST_SEED)
@@ -110,7 +110,7 @@ def main(args: Arguments) -> int:
 
 
 def configure(args: Arguments) -> RunConfig:
-    """The quick preset with what the arguments change."""
+    """Returns the quick preset with the changes of the arguments."""
     config = replace(PRESETS["quick"], seed=args.seed)
     if args.steps is not None:
         config = replace(config, schedule=config.schedule.with_steps(args.steps))
@@ -120,7 +120,7 @@ def configure(args: Arguments) -> RunConfig:
 
 
 def draw(run: Run, data: ImageSequences, seed: int, out: Path, device: torch.device) -> list[Path]:
-    """The sequences, draws from the starting dynamics (Fig 4), and what the run says about the sequences."""
+    """Draws the sequences, samples of the initial dynamics (Fig 4), and the run's inferences and predictions."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         h, a = lgssm.sample(build(run.config).model.dynamics.lgssm(), data.images.shape[1], (3,))

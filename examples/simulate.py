@@ -1,6 +1,6 @@
-"""Simulates cannonballs (Sec 3.1), or another world, and writes them as an .npz, with a picture like Fig 1.
+"""Simulates cannonballs (Sec 3.1), or another world, and writes them to an .npz, with a picture like Fig 1.
 
-Everything else about a world can be changed, too, by naming its configuration after the other options:
+All other settings of a world can be changed by adding its configuration after the other options:
 `python examples/simulate.py --out drift.npz config:drift-config --config.look.salt-and-pepper 0.02`.
 """
 
@@ -19,7 +19,7 @@ from pyro_pixels.worlds.base import WorldConfig, simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 from pyro_pixels.worlds.others import WORLDS, BouncingConfig, DriftConfig
 
-SIZE = 32  # pixels, where no size is given
+SIZE = 32  # default height and width, in pixels
 
 Cannonballs = Annotated[
     CannonballConfig,
@@ -30,32 +30,32 @@ Cannonballs = Annotated[
 @dataclass
 class Arguments:
     out: Path = Path("data/test.npz")
-    """The .npz to write; the picture lies beside it."""
+    """The .npz to write; the picture is written next to it."""
     n_sequences: Sequences = 300
-    """How many sequences to simulate."""
+    """Number of sequences to simulate."""
     seed: Seed = 0
     """Seed of the sequences."""
     world: Literal["cannonballs", "drift", "bouncing"] | None = None
-    """The world to simulate. By default cannonballs."""
+    """World to simulate. By default cannonballs."""
     height: Pixels | None = None
     """Height of the images in pixels. By default 32."""
     width: Pixels | None = None
     """Width of the images in pixels. By default 32."""
     n_frames: Frames | None = None
-    """How many frames a sequence has. By default 30."""
+    """Number of frames per sequence. By default 30."""
     n_objects: tuple[Objects, ...] | None = None
-    """The numbers of objects that occur, equally often. By default 1 2 3."""
+    """Numbers of objects, which occur equally often. By default 1 2 3."""
     radius: Positive | None = None
     """Radius of the objects in pixels. By default 2."""
     config: Cannonballs | DriftConfig | BouncingConfig | None = None
-    """Everything about the world, in the place of the options above."""
+    """All settings of the world; options given above override them."""
 
 
 def configure(args: Arguments) -> WorldConfig:
-    """The world that is asked for.
+    """Returns the configuration of the requested world.
 
     Raises:
-        ValueError: if it is described twice.
+        ValueError: if two different worlds are given.
     """
     names = ("height", "width", "n_frames", "n_objects", "radius")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

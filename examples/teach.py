@@ -1,8 +1,8 @@
-"""Teaches another guide what a trained run's guide sees, such as the paper's inference network.
+"""Distils a trained run's guide into another guide, such as the paper's inference network.
 
-The new run, in --out, has the teacher's model and a guide of its own. It learned from the teacher's draws for images
-that nobody labelled (`pyro_pixels.training.distillation`), and every script that asks a run can ask it. Ctrl-C and
-SIGTERM save first; --resume then goes on as if nothing had happened.
+The new run, in --out, has the teacher's model and the new guide, which learns from the teacher's draws for unlabelled
+images (`pyro_pixels.training.distillation`). Every script that queries a run works with it. Ctrl-C and SIGTERM save
+first; --resume then continues as if training had not been interrupted.
 """
 
 from _common import device_of, new_folder, read_run, say_where, start, with_custom
@@ -26,28 +26,28 @@ class Arguments:
     teacher: Path = Path("runs/quick")
     """Folder of the run whose guide is the teacher."""
     pretrained: bool = False
-    """Let the weights that come with the package teach instead."""
+    """Use the weights that come with the package as the teacher instead."""
     data: Path | None = None
-    """An .npz of image sequences to learn from. By default those that the teacher learned from."""
+    """An .npz of image sequences to learn from. By default the teacher's training sequences."""
     guide: str | None = None
-    """Name of the guide that learns, in `GUIDES`: recurrent is the paper's; by default attentive, the paper's with an
+    """Name of the new guide in `GUIDES`: recurrent is the paper's. By default attentive, which is the paper's with an
     attention head, or the guide that --custom adds."""
     custom: Path | None = None
-    """A Python file that adds the guide that learns to `GUIDES` (docs/write_a_guide.md)."""
+    """A Python file that adds the new guide to `GUIDES` (docs/write_a_guide.md)."""
     state_size: Size = 256
-    """Length of the states of the guide that learns."""
+    """Length of the states of the new guide."""
     steps: Count = 4_000
-    """How many training steps to take; in the second half the learning rate falls."""
+    """Number of training steps; the learning rate falls in the second half."""
     seed: Seed = 0
-    """Seed of the starting weights, the batches and the teacher's draws."""
+    """Seed of the initial weights, the batches and the teacher's draws."""
     out: Path = Path("runs/taught")
     """Folder of the new run."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
     threads: Threads = 1
-    """How many CPU threads to use."""
+    """Number of CPU threads."""
     resume: bool = False
-    """Go on with the run in --out, with its own configuration."""
+    """Resume the run in --out with its own configuration."""
     progress: bool = True
     """Show a progress bar."""
 

@@ -1,4 +1,4 @@
-"""What a trained run believes, as a file for arviz: posterior.nc, and pictures of what can be asked of it."""
+"""Exports the posterior of a trained run for arviz, as posterior.nc, and draws pictures of what it contains."""
 
 from _common import QueryArguments, new_folder, open_run, progress, say_where, start
 
@@ -27,21 +27,21 @@ from pyro_pixels.plots.paper import save_figure
 from pyro_pixels.queries.inference_data import to_inference_data
 from pyro_pixels.run_figures import RunView
 
-warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")  # 0.23 announces 1.0 wherever it can
+warnings.filterwarnings("ignore", category=FutureWarning, module="arviz")  # 0.23 announces 1.0 everywhere
 import arviz as az  # noqa: E402
 
 ToPixels = Callable[[Tensor], Tensor]
-SHARE = 0.9  # of the draws that an interval holds
+SHARE = 0.9  # probability of the intervals
 
 
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 30
-    """How many sequences to ask about; of a file, the first ones."""
+    """Number of sequences to query; of a file, the first ones."""
     n_samples: Draws = 100
-    """How many draws of the posterior and of the prior."""
+    """Number of draws from the posterior and from the prior."""
     n_seen: Frames | None = None
-    """How many frames are seen; those that follow are predicted. By default half of them, at most 15."""
+    """Number of observed frames; those that follow are predicted. By default half of them, at most 15."""
 
 
 def main(args: Arguments) -> None:
@@ -83,14 +83,14 @@ def main(args: Arguments) -> None:
 
 
 def first_frames(data: ImageSequences, n: int) -> ImageSequences:
-    """The images and positions of the first ``n`` frames."""
+    """Returns the data with images and positions of the first ``n`` frames."""
     positions = None if data.positions is None else data.positions[:, :, :n]
     paths = None if data.paths is None else data.paths[:, :, :n]
     return dataclasses.replace(data, images=data.images[:, :n], positions=positions, paths=paths)
 
 
 def in_the_models_order(data: ImageSequences, view: RunView) -> ImageSequences | None:
-    """The data with their objects as the model counts them; None if it is not known where they are."""
+    """Returns the data with objects in the model's order; None if positions are unknown or not comparable in pixels."""
     if view.size is None or data.positions is None or view.data.positions is None:
         return None
     found = view.to_pixels(view.inference.mean.cpu())
@@ -100,14 +100,14 @@ def in_the_models_order(data: ImageSequences, view: RunView) -> ImageSequences |
 
 
 def in_pixels(a: xr.DataArray, to_pixels: ToPixels) -> xr.DataArray:
-    """Positions whose last dimension is the axis."""
+    """Maps positions, whose last dimension is the axis, to pixels."""
     return a.copy(data=to_pixels(torch.from_numpy(a.values)).numpy())
 
 
 def first_step(inference: Any, h: xr.DataArray, to_pixels: ToPixels) -> xr.DataArray:
-    """How far the states at frame 1 take each ball until frame 2, in pixels: delta (vx, vy) and what u adds to (x, y).
+    """Returns the expected move of each ball from frame 1 to 2, in pixels: delta (vx, vy) plus the (x, y) part of u.
 
-    Images show this sum; the velocities by themselves they do not.
+    Images determine this sum, but not the velocities by themselves.
     """
     v = h.isel(time=0).sel(state=["vx", "vy"]).rename(state="axis").assign_coords(axis=["x", "y"])
     u = inference.constant_data.u.sel(state=["x", "y"]).rename(state="axis")
@@ -123,11 +123,11 @@ TITLES = {
     "pareto_k": "How far importance weights can be trusted",
     "calibration": "Where the truth lies among the draws",
 }
-"""What stands above each picture."""
+"""The title of each picture."""
 
 
 def draw_launches(inference: Any, to_pixels: ToPixels) -> Figure:
-    """First steps: the balls that were seen (dots) and the learned prior of each component (lines)."""
+    """Draws first steps: those of the observed balls (dots) and the learned prior of each component (lines)."""
     figure, panel = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
     for k in range(inference.constant_data.sizes["component"]):
         for group, kind in ((inference.posterior, "scatter"), (inference.prior, "kde")):
@@ -146,7 +146,7 @@ def draw_launches(inference: Any, to_pixels: ToPixels) -> Figure:
 
 
 def draw_first_steps(inference: Any, to_pixels: ToPixels, truth: ImageSequences | None) -> Figure:
-    """First steps ball by ball, and the true ones (bars)."""
+    """Draws first steps ball by ball, and the true ones (bars)."""
     step = first_step(inference, inference.posterior.h.isel(sequence=slice(0, 6)), to_pixels)
     balls = step.stack(ball=("sequence", "object")).dropna("ball").transpose("chain", "draw", "ball", "axis")
     which = balls.ball.values
@@ -164,7 +164,7 @@ def draw_first_steps(inference: Any, to_pixels: ToPixels, truth: ImageSequences 
 
 
 def draw_futures(inference: Any, to_pixels: ToPixels, truth: ImageSequences | None) -> Figure:
-    """Where the balls of one sequence of each N are believed to be, and were."""
+    """Draws inferred, predicted and true positions of the balls in one sequence of each N."""
     n_objects = inference.constant_data.n_objects.values
     rows = [int(np.flatnonzero(n_objects == n)[0]) for n in sorted(set(n_objects))]
     figure, panels = plt.subplots(2, len(rows), figsize=(2.4 * len(rows), 3.6), layout="constrained", squeeze=False)
@@ -188,7 +188,7 @@ def draw_futures(inference: Any, to_pixels: ToPixels, truth: ImageSequences | No
 
 
 def draw_white_pixels(inference: Any) -> Figure:
-    """How many pixels of a frame are white: in the data, and in images that the model draws."""
+    """Draws the distribution of the number of white pixels per frame: in the data, and in images from the model."""
     white = az.InferenceData(
         posterior_predictive=inference.posterior_predictive.sum(("row", "column")).astype(int),
         observed_data=inference.observed_data.sum(("row", "column")).astype(int),
@@ -202,7 +202,7 @@ def draw_white_pixels(inference: Any) -> Figure:
 
 
 def draw_weights(inference: Any) -> Figure:
-    """Pareto k of log p(v, a) - log q(a | v): how far the guide is from the posterior."""
+    """Draws Pareto k of log p(v, a) - log q(a | v), which shows how far the guide is from the posterior."""
     n_objects = inference.constant_data.n_objects.values
     _, k = az.psislw(inference.sample_stats.log_weight.stack(__sample__=("chain", "draw")))
     figure, panel = plt.subplots(figsize=(4.5, 3), layout="constrained")
@@ -217,7 +217,7 @@ def draw_weights(inference: Any) -> Figure:
 
 
 def draw_calibration(inference: Any, to_pixels: ToPixels, truth: ImageSequences) -> Figure:
-    """How often the truth lies below a quantile, for the last frame that was seen and the last that was predicted."""
+    """Draws how often the truth lies below each quantile, for the last observed and the last predicted frame."""
     assert truth.positions is not None
     figure, panels = plt.subplots(1, 2, figsize=(7, 2.8), layout="constrained", sharey=True)
     titles = ("last frame seen", "last frame predicted")

@@ -1,7 +1,7 @@
 """Trains a run (Secs 2.2.2, 3.2): a folder with config.json, metrics.jsonl, checkpoint.pt and figures.
 
-Ctrl-C and SIGTERM save first; --resume then goes on as if nothing had happened. --seeds trains several runs at once, in
-the folders seed0, seed1, ... of --run. Under PyTorch's launcher the processes share the work of each batch:
+Ctrl-C and SIGTERM save first; --resume then continues as if training had not been interrupted. --seeds trains several
+runs at once, in the folders seed0, seed1, ... of --run. Under PyTorch's launcher the processes share each batch:
 `torchrun --nproc-per-node 4 -- examples/train.py ...`.
 """
 
@@ -40,48 +40,48 @@ class Arguments:
     run: Path = Path("runs/quick")
     """Folder of the run."""
     preset: Literal["quick", "recurrent", "recurrent_long", "paper", "paper_learned"] = "quick"
-    """Where the configuration starts from: quick learns in minutes, recurrent is the paper's network with starting
-    values that make it learn, paper is Secs 3.1-3.2 to the letter, paper_learned is recurrent at the paper's size."""
+    """The configuration to start from: quick learns in minutes, recurrent is the paper's network with initial values
+    that make it learn, paper is Secs 3.1-3.2 to the letter, paper_learned is recurrent at the paper's size."""
     guide: str | None = None
     """Name of a guide in `GUIDES`, such as recurrent, attentive or structured. By default the preset's."""
     custom: Path | None = None
-    """A Python file that adds a guide of yours to `GUIDES` (docs/write_a_guide.md). The run keeps its name and its
-    checksum, so that it is read without this option as long as the file stays as it is."""
+    """A Python file that adds your own guide to `GUIDES` (docs/write_a_guide.md). The run keeps its name and its
+    checksum, so that the run can be read without this option as long as the file does not change."""
     likelihood: str | None = None
     """Name of a likelihood of the pixels: bernoulli, continuous_bernoulli or gaussian. By default the preset's."""
     clutter: Share | None = None
     """Probability that a pixel of the background is white, which structured guides allow for. By default the preset's,
     which is 0."""
     world: Literal["cannonballs", "drift", "bouncing"] | None = None
-    """World to simulate, at the preset's size. By default the preset's; examples/simulate.py can change more of it."""
+    """World to simulate, at the preset's size. By default the preset's; examples/simulate.py has more options."""
     data: Path | None = None
-    """An .npz of image sequences to learn from, the last tenth of them (at most 60) held out. By default sequences are
+    """An .npz of image sequences; the last tenth of them (at most 60) is held out. By default sequences are
     simulated."""
     n_sequences: Sequences | None = None
-    """How many sequences to simulate. By default the preset's number."""
+    """Number of sequences to simulate. By default the preset's."""
     steps: Count | None = None
-    """How many training steps to take. By default the preset's number. Fewer shorten the whole schedule in proportion;
-    more are added at the end."""
+    """Number of training steps. By default the preset's. Fewer shorten the whole schedule in proportion; more are
+    added at the end."""
     seed: Seed = 0
-    """Seed of the data, the starting weights and training."""
+    """Seed of the data, the initial weights and training."""
     seeds: Seeds = 1
-    """How many runs to train at once, from --seed on. On a GPU that one run does not fill this takes little longer than
-    one."""
+    """Number of runs to train at once, with seeds from --seed on. On a GPU that one run does not fill, this takes
+    little longer than one run."""
     starts: Count = 1
-    """How many starting weights to train for 200 steps, of which the one with the highest bound is trained on."""
+    """Number of initial weights to train for 200 steps; training then continues from those with the highest bound."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
     precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """Precision of float32 matrix products on CUDA: highest is float32, high TF32, medium bfloat16; auto is TF32. Exact
     inference stays in float64."""
     parts: Count | None = None
-    """In how many parts to go through each batch, to save memory. By default one for each process."""
+    """Number of parts into which each batch is split, to save memory. By default one per process."""
     threads: Threads | None = None
-    """How many CPU threads to use. By default one for states up to 256, whose products are too small to share, else one
-    a core."""
+    """Number of CPU threads. By default one for states up to 256, whose products are too small for several, else one
+    per core."""
     resume: bool = False
-    """Go on with the run in the folder, on its own data and with its own configuration; only --steps and --parts may
-    change it."""
+    """Resume the run in the folder with its own data and configuration; only --steps and --parts may change the
+    configuration."""
     details: bool = False
     """Print all measures of the health check, and a sentence for each sign of failure."""
     progress: bool = True
@@ -89,7 +89,7 @@ class Arguments:
 
 
 def configure(args: Arguments) -> RunConfig:
-    """The preset with what the arguments change."""
+    """Returns the preset with the changes of the arguments."""
     config = replace(PRESETS[args.preset], seed=args.seed)
     parts = args.parts or int(os.environ.get("WORLD_SIZE", 1))
     config = replace(config, schedule=replace(config.schedule, parts=parts))
@@ -110,7 +110,7 @@ def configure(args: Arguments) -> RunConfig:
 
 
 class Job:
-    """One run: what it learns from, and what is shown of it."""
+    """One run, with its data and its snapshots."""
 
     def __init__(self, folder: Path, config: RunConfig, device: torch.device, *, resume: bool) -> None:
         self.folder, self.device = new_folder(folder), device
@@ -147,7 +147,7 @@ class Job:
         return result
 
     def beside_others(self) -> Training:
-        """The training of a run that takes turns with others."""
+        """Returns the training of a run that takes turns with others."""
         self.run = build_on(self.config, self.device)
         return Training(
             self.run.model, self.run.guide, self.data, self.config.schedule, seed=self.config.seed,
@@ -156,7 +156,7 @@ class Job:
         )  # fmt: skip
 
     def show(self, result: FitResult, *, details: bool, progress: bool) -> None:
-        """Numbers, figures, and whether it has worked."""
+        """Prints the last metrics and the health check, and draws figures."""
         print(
             f"trained {result.step:,} steps in {result.seconds:.0f} s: "
             + ", ".join(f"{k} {v:.4g}" for k, v in result.metrics.items() if "per_frame" in k)
@@ -204,7 +204,7 @@ def main(args: Arguments) -> int:
 
 
 def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
-    """The run of one seed, in a folder of its own where there are several."""
+    """Returns the job of one seed, in a separate folder if there are several."""
     folder = args.run if args.seeds == 1 else args.run / f"seed{seed}"
     if args.resume:
         config = load_config(folder)
@@ -222,7 +222,7 @@ def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
 
 
 def options_of(config: RunConfig, seed: int, args: Arguments) -> dict[str, Any]:
-    """The options that a run's configuration answers to."""
+    """Returns the values of the options that correspond to a run's configuration."""
     like_preset = replace(PRESETS[args.preset], guide=config.guide).state_size == config.state_size
     return {
         "preset": args.preset if like_preset else "another",
@@ -237,7 +237,7 @@ def options_of(config: RunConfig, seed: int, args: Arguments) -> dict[str, Any]:
 
 
 def steps_note(args: Arguments) -> str:
-    """A line that says what --steps did to the schedule, or nothing."""
+    """Returns a line about how --steps changed the schedule, or an empty string."""
     usual = PRESETS[args.preset].schedule.steps
     if args.steps is None or args.resume or args.steps == usual:
         return ""
@@ -248,7 +248,7 @@ def steps_note(args: Arguments) -> str:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[tuple[torch.device, bool]]:
-    """This process' device, and whether it is the first; under `torchrun` the processes find each other."""
+    """Yields this process's device and whether it is the first; under `torchrun`, connects the processes."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield device, True
         return

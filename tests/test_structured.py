@@ -150,6 +150,57 @@ def test_gradient_of_the_log_evidence_is_that_of_autograd(dynamics, measured):
         torch.testing.assert_close(x, y_, rtol=1e-8, atol=1e-9)
 
 
+def test_a_single_track_has_the_gradients_of_a_batch(dynamics, measured):
+    y, R, _ = measured
+    gradients = []
+    for shape in ((), (1,), (1, 1)):
+        given = [x[0].expand(*shape, 5, 2).clone().requires_grad_() for x in (y, R)]
+        q = ConditionedTracks(dynamics, *given)
+        torch.manual_seed(7)
+        total = q.log_evidence.sum() + q.rsample((3,)).cos().sum() + q.variance.sum()
+        found = torch.autograd.grad(total, [*given, *dynamics.parameters()], allow_unused=True)
+        gradients.append([x.flatten() for x in found if x is not None])
+    for actual, wanted in zip(gradients[0] + gradients[1], 2 * gradients[2], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_gradients_of_the_moments(dynamics, measured):
+    y, R, _ = measured
+
+    def moments(y, R):
+        q = ConditionedTracks(dynamics, y, R)
+        return q.mean, q.frame_covariance
+
+    assert gradcheck(moments, [x.clone().requires_grad_() for x in (y, R)])
+
+
+class CertainVelocities(Dynamics):
+    """Sigma_k is singular: the velocities of h_1 are known."""
+
+    def _lgssm(self):
+        lgssm, kept = super()._lgssm(), torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+        return lgssm._replace(Sigma=lgssm.Sigma * kept.outer(kept))
+
+
+@pytest.mark.parametrize("kind", [Dynamics, CertainVelocities])
+def test_nearly_singular_starts(kind):
+    """The evidence is the Kalman filter's, and its gradient finite."""
+    torch.manual_seed(0)
+    dynamics = kind(DynamicsConfig(n_components=2, position_noise=0.1, state_noise=0.01))
+    with torch.no_grad():
+        dynamics.root_Sigma[:, 2, 0], dynamics.root_Sigma[:, 3, 1] = 3.3, -3.3
+        for i in (2, 3):
+            dynamics.root_Sigma[:, i, i] = -20.7  # a standard deviation of 1e-9
+    y, R = torch.randn(4, 6, 2, dtype=torch.float64), torch.full((4, 6, 2), 0.3, dtype=torch.float64)
+    lgssm = dynamics.lgssm()
+    noisier = lgssm._replace(Sigma_A=lgssm.Sigma_A + 0.3 * torch.eye(2, dtype=torch.float64))
+    by_filter = (kalman.log_likelihood(noisier, y.unsqueeze(-3)) + dynamics.pi.log()).logsumexp(-1)
+    q = ConditionedTracks(dynamics, y, R)
+    torch.testing.assert_close(q.log_evidence, by_filter, rtol=1e-8, atol=1e-8)
+    gradients = torch.autograd.grad((q.log_evidence + q.rsample().sum((-2, -1))).sum(), list(dynamics.parameters()))
+    assert all(x.isfinite().all() for x in gradients)
+
+
 def structured(model):
     rnn = InferenceRNN(SMALL.height, SMALL.width, 8)
     return StructuredGuide(model.dynamics, rnn, AttentionHead(SMALL.height, SMALL.width, 8))

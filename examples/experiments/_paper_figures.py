@@ -15,7 +15,7 @@ from pyro_pixels.run_figures import RunView
 
 
 def draw_model_figures(view: RunView, folder: Path) -> None:
-    """Figs 3, 6, 8, 9, 10, 12 and 13, from sequences of two objects and of the largest number."""
+    """Draws Figs 3, 6, 8, 9, 10, 12 and 13, from sequences of two objects and of the largest number."""
     data, size = view.data, view.data.size
     generated, interpolated = view.generation(), view.interpolation()
     truth, inferred = data.positions, view.tracks(view.inference.mean)
@@ -51,7 +51,7 @@ def draw_model_figures(view: RunView, folder: Path) -> None:
 
 
 def draw_worst(view: RunView, path: Path) -> None:
-    """Fig 5(b): sequences of two balls in which identities swap, or else those with the largest errors."""
+    """Draws Fig 5(b): sequences of two balls in which identities switch, or else those with the largest errors."""
     data = view.data
     assert data.positions is not None
     inferred = view.tracks(view.inference.mean)
@@ -66,7 +66,7 @@ def draw_worst(view: RunView, path: Path) -> None:
 
 
 def draw_edlstm(view: RunView, net: EDLSTM, folder: Path, kind: str) -> None:
-    """Fig 6, bottom row, and Fig 11: the frames that an ED-LSTM draws for sequences of two and of most objects."""
+    """Draws Fig 11, and Fig 6 (bottom row): frames that an ED-LSTM generates for two objects and the largest number."""
     data = view.data
     two, three = ((data.n_objects == n).nonzero().squeeze(1)[:4] for n in (2, int(data.n_objects.max())))
     rows = torch.cat([two, three])

@@ -1,10 +1,10 @@
-"""The numbers of `reproduce_paper.py` as Markdown, one function a part of docs/reproduction.md."""
+"""The numbers of `reproduce_paper.py` as Markdown, one function per part of docs/reproduction.md."""
 
 from pyro_pixels.result_tables import Row, machine, markdown, per_n, percent, seeds_table
 
 
 def model_text(r: Row) -> str:
-    """The table of a run, for each N, and a sentence about what it learned."""
+    """Returns the table of a run, for each N, and a paragraph about what it learned."""
     header = ["N", "position error", "switch rate", "floor", "sides told", "generation", "floor", "interpolation",
               "floor", "bound, nats a frame"]  # fmt: skip
     predictions = [f"{q}_{kind}_px" for q in ("generation", "interpolation") for kind in ("error", "floor")]
@@ -32,7 +32,7 @@ def model_text(r: Row) -> str:
 
 
 def baselines_text(r: Row, ours: Row | None) -> str:
-    """The table of the baselines, below the numbers of a run if there are any."""
+    """Returns the table of the baselines, below the row of a run if there is one."""
     models = {} if ours is None else {"pyro_pixels": ours}
     models["classical tracker, true dynamics and radius"] = r["tracker"]
     for name, x in r.items():
@@ -56,7 +56,7 @@ def baselines_text(r: Row, ours: Row | None) -> str:
 
 
 def generalisation_text(r: Row) -> str:
-    """The tables of more objects, and of more frames."""
+    """Returns the tables for more objects and for more frames."""
     header = ["N", "position error, px", "switch rate", "generation / floor", "interpolation / floor"]
     rows = [
         [
@@ -72,7 +72,7 @@ def generalisation_text(r: Row) -> str:
 
 
 def sweeps_text(r: Row) -> str:
-    """The tables of all sweeps."""
+    """Returns the tables of all sweeps."""
     parts = []
     for name, result in r.items():
         if "variants" in result:

@@ -1,4 +1,4 @@
-"""What `sweep.py` trains: suites of configurations, most of them the quick preset with some values changed."""
+"""The suites of configurations that `sweep.py` trains, most of them the quick preset with some values changed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -49,7 +49,7 @@ class Variant:
     schedule: Mapping[str, Any] = field(default_factory=dict)
     """Fields of its `Schedule`."""
     factors: Mapping[str, float | None] = field(default_factory=dict)
-    """Learning-rate factors by prefix; None takes one away."""
+    """Learning-rate factors by prefix; None removes one."""
 
     def applied_to(self, config: RunConfig) -> RunConfig:
         factors = {**config.schedule.learning_rate_factors, **self.factors}
@@ -88,15 +88,15 @@ VARIANTS: dict[str, Variant] = {
     "schedule: constant learning rate": Variant(schedule={"decay_from": None}),
     "schedule: mixed N in a batch": Variant(schedule={"one_n_per_batch": False}),
 }
-"""The quick preset, and the quick preset with one ingredient left out, or changed."""
+"""The quick preset, as it is and with one ingredient left out or changed."""
 
 TOGETHER: dict[str, tuple[str, ...]] = {
-    # What can replace each other.
+    # Ingredients that can replace each other.
     "dynamics: starts neither fitted nor as the preset's": (
         "dynamics: mu, Sigma start as the paper's",
         "dynamics: starts not fitted",
     ),
-    # What can be left out by itself.
+    # Ingredients that can each be left out alone.
     "all that is not needed left out at once": (
         "dynamics: learning rate not raised",
         "dynamics: u and delta not slowed",
@@ -108,14 +108,15 @@ TOGETHER: dict[str, tuple[str, ...]] = {
         "schedule: constant learning rate",
     ),
 }
-"""Several of these at once."""
+"""Combinations of several variants."""
 
 
 def configurations(suite: str, steps: int | None) -> dict[str, RunConfig]:
-    """The configurations of a suite by name.
+    """Returns the configurations of a suite by name.
 
     Args:
-        steps: training steps, if not the suite's own.
+        suite: the name of the suite.
+        steps: the number of training steps, if not the suite's own.
     """
     if suite == "recurrent":
         schedule = short_paper_schedule(steps or 4_000)
@@ -139,7 +140,7 @@ def configurations(suite: str, steps: int | None) -> dict[str, RunConfig]:
 
 
 def ablation() -> dict[str, RunConfig]:
-    """The quick preset, with one of the `VARIANTS`, and with several."""
+    """Returns the quick preset with each of the `VARIANTS`, and with those of each combination in `TOGETHER`."""
     configs = {name: variant.applied_to(QUICK) for name, variant in VARIANTS.items()}
     for name, parts in TOGETHER.items():
         configs[name] = QUICK
@@ -149,7 +150,7 @@ def ablation() -> dict[str, RunConfig]:
 
 
 def short_paper_schedule(steps: int) -> Schedule:
-    """The paper's schedule with the dynamics frozen for a quarter of the steps, and annealed over the next.
+    """Returns the paper's schedule with dynamics frozen for a quarter of the steps and the KL annealed over the next.
 
     A twentieth each, as in the paper's 200,000 steps, would be too short to learn anything.
     """

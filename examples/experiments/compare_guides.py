@@ -1,8 +1,8 @@
-"""One table of guides: the library's and your own, each trained from the same data, seed and schedule.
+"""Compares guides in a table: the library's and your own, each trained with the same data, seed and schedule.
 
-All start from the quick preset, its schedule shortened to --steps. Give the same command again to go on: what is
-finished is kept, what was cut off resumes. The last columns say what the network costs: the bound on a few sequences
-of the trained guide, less that of Pyro's AutoNormal fitted to each of them with the same model.
+All start from the quick preset, its schedule shortened to --steps. Repeat the same command to continue: finished runs
+are kept, interrupted ones resume. "bound less AutoNormal's" is the cost of amortisation: the bound of the trained guide
+on a few sequences, minus that of Pyro's AutoNormal fitted to each of them with the same model.
 """
 
 from examples._common import device_of, new_folder, read_json, start, write_json
@@ -34,29 +34,29 @@ BOUND_SAMPLES = 10
 @dataclass
 class Arguments:
     guides: tuple[str, ...] = ()
-    """Names in `GUIDES`; default: all of the library and of --custom."""
+    """Names in `GUIDES`; default: all guides of the library and of --custom."""
     custom: Path = Path("examples/custom_guide.py")
     """A Python file that adds guides to `GUIDES`."""
     steps: Count = 300
-    """Training steps of each."""
+    """Number of training steps of each guide."""
     seeds: Seeds = 1
-    """How many, from 0 on; the table shows medians."""
+    """Number of seeds, from 0 on; the table shows medians."""
     n_sequences: Sequences = 9_000
-    """How many sequences to learn from."""
+    """Number of training sequences."""
     n_test: Sequences = 300
-    """Fresh sequences that every run is measured on."""
+    """Number of fresh sequences for the evaluation of each run."""
     n_fitted: Sequences = 12
-    """Of these, how many AutoNormal is fitted to."""
+    """Number of these sequences to which AutoNormal is fitted."""
     fit_steps: Count = 300
-    """Its steps."""
+    """Number of steps of that fit."""
     out: Path = Path("runs/guides")
     json: Path | None = None
-    """Where the summary goes; default: guides.json in --out."""
+    """File for the summary; default: guides.json in --out."""
     device: str = "cpu"
 
 
 def one_run(args: Arguments, config: RunConfig, folder: Path) -> bool:
-    """Trains and measures; the folder's result.json says that it is done. False where Ctrl-C cut it off."""
+    """Trains and evaluates one run; result.json in its folder marks it as finished. False if Ctrl-C interrupted it."""
     device = device_of(args.device)
     data = simulate(config.data, config.n_sequences, seed=config.seed)
     run, result = train_run(config, folder, data, device=device, progress=False)
@@ -76,13 +76,13 @@ def one_run(args: Arguments, config: RunConfig, folder: Path) -> bool:
 
 
 def own_parameters(run: Run) -> int:
-    """How many numbers the guide learns that are not the model's."""
+    """Returns the number of the guide's parameters that are not the model's."""
     shared = {id(p) for p in run.model.parameters()}
     return sum(p.numel() for p in run.guide.parameters() if id(p) not in shared)
 
 
 def amortisation_gap(run: Run, data: ImageSequences, steps: int) -> dict[str, float]:
-    """Bounds of the guide and of `AutoNormal` on the same sequences, nats a frame, and their difference."""
+    """Returns the bounds of the guide and of `AutoNormal` on the same sequences, nats per frame, and the difference."""
     fitted = fit_mean_field(run.model, data, run.guide, steps=steps)
 
     def mean_bound(guide: Guide) -> float:
@@ -94,7 +94,7 @@ def amortisation_gap(run: Run, data: ImageSequences, steps: int) -> dict[str, fl
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-    """Markdown, one row a guide: medians over seeds, for N = 1 / 2 / 3 where there are three."""
+    """Returns a Markdown table with one row per guide: medians over seeds, for N = 1 / 2 / 3 separately."""
     header = ["guide", "position error, px", "switch rate, %", "bound, nats a frame", "bound less AutoNormal's",
               "parameters", "seconds a step", "seconds"]  # fmt: skip
     rows = []
@@ -119,7 +119,7 @@ def _cost(result: dict[str, Any]) -> dict[str, float]:
 
 
 def configuration(base: RunConfig, name: str, seed: int, file: GuideFile) -> RunConfig:
-    """That of one run; of a guide from the file it says so."""
+    """Returns the configuration of one run, with the path and checksum of the file if the guide is from there."""
     config = replace(base, guide=name, seed=seed)
     own = name in file.names
     return replace(config, custom_file=str(file.path), custom_sha256=file.sha256) if own else config

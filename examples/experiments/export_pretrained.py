@@ -1,4 +1,4 @@
-"""Puts the weights of a trained run, with its configuration and measures, where `load_pretrained` finds them."""
+"""Exports the weights of a trained run, with its configuration and metrics, to where `load_pretrained` finds them."""
 
 from examples._common import read_json, read_run, start
 
@@ -12,13 +12,13 @@ from pyro_pixels.runs import PRETRAINED, export_weights
 @dataclass
 class Arguments:
     run: Path = Path("runs/quick")
-    """Folder of a run that was trained and evaluated."""
+    """Folder of a trained and evaluated run."""
     name: str = "quick"
-    """Name of the weights, which `load_pretrained` is given."""
+    """Name of the weights for `load_pretrained`."""
     command: str = "python examples/quickstart.py"
-    """The command that made the run, which goes into about.json."""
+    """The command that made the run, which is stored in about.json."""
     folder: Path = PRETRAINED
-    """Where to put the folder of that name. By default among the weights that come with the package."""
+    """Parent of the new folder NAME. By default that of the weights that come with the package."""
 
 
 def main(args: Arguments) -> None:

@@ -1,9 +1,9 @@
 """Shows whether the latent space of a run is torn: where single objects are in the image, and where q(a | v) puts them.
 
-Left, paths of single objects in pixels and what is inferred, in latent units; right, inferred positions of all frames
-coloured by the true column and row. In a good run the colours change evenly; where the space is torn, neighbours in the
-image lie far apart. How much less the best cubic map to pixels errs than the best affine one says how warped the space
-is. The health check, which sees neither labels nor this figure, is printed beside it.
+Left: true paths of single objects in pixels, and the inferred ones in latent units. Right: inferred positions of all
+frames, coloured by the true column and row. In a good run the colours change evenly; where the space is torn,
+neighbours in the image lie far apart. The more the best cubic map to pixels improves on the best affine one, the more
+warped the space is. The script also prints the health check, which sees neither labels nor this figure.
 """
 
 from examples._common import QueryArguments, new_folder, open_run, say_where, start
@@ -26,11 +26,11 @@ N_PATHS = 30
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 600
-    """How many sequences to ask about; a third of simulated ones has a single object."""
+    """Number of sequences to query; a third of the simulated ones has a single object."""
 
 
 def error_of_polynomial(a: Tensor, positions: Tensor, degree: int) -> float:
-    """Mean error, in pixels, of the best polynomial map of a degree from positions a (..., 2) to those in pixels."""
+    """Returns the mean error, in pixels, of the best polynomial map of ``degree`` from a (..., 2) to ``positions``."""
     x, y = ((a - a.mean(0)) / a.std(0)).unbind(-1)
     terms = torch.stack([x**i * y**j for i in range(degree + 1) for j in range(degree + 1 - i)], -1)
     return float((terms @ torch.linalg.lstsq(terms, positions).solution - positions).norm(dim=-1).mean())

@@ -1,7 +1,7 @@
-"""Draws how positions and names were learned: errors and switch rates of validation sequences over training steps.
+"""Draws how positions and identities are learned: errors and switch rates on validation sequences over training steps.
 
-It reads the summary that `sweep_recurrent` writes, such as docs/results/recurrent_long.json. Thin lines are what is
-inferred, thick ones the same with names put right by p(a); dashed, the errors and rates to reach (docs/learning.md).
+Reads a summary of `sweep_recurrent`, such as docs/results/recurrent_long.json. Thin lines: as inferred; thick lines:
+with identities corrected by p(a); dashed lines: the errors and rates to reach (docs/learning.md).
 """
 
 from examples._common import read_json, say_where, start
@@ -25,11 +25,11 @@ class Arguments:
     summary: Path = field(default_factory=lambda: Path("runs/recurrent/long.json"))
     """Summary of a suite of `sweep_recurrent`."""
     out: Path | None = None
-    """The figure. By default beside the summary, as .png."""
+    """The figure. By default a .png next to the summary."""
 
 
 def curves_of(summary: Any, path: Path) -> list[list[dict[str, Any]]]:
-    """The curve of each run, or a ValueError."""
+    """Returns the curve of each run, or raises a ValueError."""
     try:
         curves = [run["curve"] for runs in summary["variants"].values() for run in runs]
         complete = [len(curve) > 1 and all(TITLES.keys() <= point.keys() for point in curve) for curve in curves]
@@ -46,7 +46,7 @@ def main(args: Arguments) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, (key, title) in zip(axes, TITLES.items()):
         factor = 100.0 if key == "switch_rate" else 1.0
-        first = 4 - len(BARS[key])  # the smallest N that has such a number
+        first = 4 - len(BARS[key])  # the smallest N with this measure
         for i, bar in enumerate(BARS[key]):
             colour = OBJECTS[first + i - 1]
             axis.axhline(factor * bar, color=colour, lw=0.8, ls="--")

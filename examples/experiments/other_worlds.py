@@ -1,7 +1,7 @@
-"""The quick preset in other worlds: drift in noise, drift in grey, and walls, which a linear model can not hold.
+"""Trains the quick preset in other worlds: noisy drift, grey drift, and walls, which a linear model cannot represent.
 
-Each case is trained, measured on fresh sequences and checked for health; docs/other_worlds.md shows what comes out.
-Give the same command again to go on: what is finished is kept, what was cut off resumes.
+Each case is trained, evaluated on fresh sequences and checked for health; docs/other_worlds.md shows the results.
+Repeat the same command to continue: finished cases are kept, interrupted ones resume.
 """
 
 from examples._common import device_of, new_folder, read_json, say_where, start, write_json
@@ -37,7 +37,7 @@ NOISY_LOOK = replace(MIXED, salt_and_pepper=SALT_AND_PEPPER)
 NOISY = replace(QUICK, data=DriftConfig(height=HEIGHT, width=WIDTH, radius=2.5, look=NOISY_LOOK))
 FACTORS = {**QUICK.schedule.learning_rate_factors, "model.likelihood": 5.0}
 CASES: dict[str, RunConfig] = {
-    # half of the pixels that are replaced become white
+    # half of the replaced pixels become white
     "drift_noisy_clutter": replace(NOISY, clutter=SALT_AND_PEPPER / 2),
     "drift_noisy": NOISY,
     "drift_grey": replace(
@@ -55,24 +55,23 @@ JUDGES = 60  # sequences for the health check, as in train.py
 @dataclass
 class Arguments:
     cases: tuple[str, ...] = tuple(CASES)
-    """Which cases to do."""
+    """The cases to run."""
     out: Path = Path("runs/worlds")
-    """Folder that each case's run gets a folder in."""
+    """Folder for the runs, with a subfolder for each case."""
     json: Path = Path("docs/results/worlds.json")
-    """Where the numbers go; those of other cases stay."""
+    """File for the numbers; those of other cases are kept."""
     figures: Path = Path("docs/figures/worlds")
     """Folder for the figures, one for each case."""
     steps: Count | None = None
-    """How many training steps to take. By default the quick preset's number; fewer shorten the schedule in
-    proportion."""
+    """Number of training steps. By default the quick preset's; fewer shorten the schedule in proportion."""
     n_sequences: Sequences | None = None
-    """How many sequences to train on. By default the preset's number."""
+    """Number of training sequences. By default the preset's."""
     n_test: Sequences = 300
-    """How many fresh sequences to measure each run on."""
+    """Number of fresh sequences for the evaluation of each run."""
     seed: Seed = 0
-    """Seed of the data, the starting weights and training."""
+    """Seed of the data, the initial weights and training."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
 
 
 def main(args: Arguments) -> int:
@@ -80,7 +79,7 @@ def main(args: Arguments) -> int:
     if unknown:
         raise ValueError(f"there is no case '{unknown[0]}'; wanted some of {sorted(CASES)}")
     device = device_of(args.device)
-    torch.set_num_threads(1)  # states this small share no work
+    torch.set_num_threads(1)  # states this small do not benefit from more threads
     new_folder(result_file(args.json, ".json").parent)
     new_folder(args.out)
     new_folder(args.figures)
@@ -108,7 +107,7 @@ def main(args: Arguments) -> int:
 
 
 def measure(folder: Path, data: ImageSequences, device: torch.device) -> dict[str, Any]:
-    """The table of `evaluate`, what the health check says, and what training cost."""
+    """Returns the results of `evaluate` and of the health check, and the last metrics of training."""
     run = load_run(folder, device)
     judges = simulate(run.config.data, JUDGES, seed=VALIDATION_SEED)
     measures, problems, causes = check_health(run.model, run.guide, judges)
@@ -123,7 +122,7 @@ def measure(folder: Path, data: ImageSequences, device: torch.device) -> dict[st
 
 
 def draw(folder: Path, data: ImageSequences, device: torch.device, out: Path) -> None:
-    """Two sequences of each N: tracks, forecasts from the first frames, and images below them."""
+    """Draws two sequences of each N: tracks, forecasts from the first frames, and images below them."""
     view = RunView(load_run(folder, device), data, device)
     rows, prediction = view.pick(2), view.generation()
     generated = view.tracks(prediction.mean)[rows]
@@ -137,7 +136,7 @@ def draw(folder: Path, data: ImageSequences, device: torch.device, out: Path) ->
 
 
 def table(results: dict[str, Any]) -> str:
-    """Errors in pixels for each N, and what the health check found."""
+    """Returns a table of errors in pixels for each N and of the health check's signs of failure."""
     header = ["case", "position error", "switch rate", "generation error (floor)", "signs of failure"]
     rows = []
     for name, result in results.items():

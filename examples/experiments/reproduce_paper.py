@@ -1,9 +1,9 @@
-"""Regenerates the paper's figures and tables, and what goes beyond them, into docs/reproduction.md.
+"""Regenerates the paper's figures and tables, and further results, for docs/reproduction.md.
 
 Figures 3, 5(a), 5(b), 6, 8, 9 and 10 to 13 go to docs/figures/paper, those of the paper's own network to
-docs/figures/paper_network; every part leaves its numbers as JSON in docs/results, and is skipped when they are there
-already: delete a file, or give --again, to do a part anew. The text of docs/reproduction.md is kept; only what stands
-between its markers <!-- begin PART --> and <!-- end PART --> is replaced.
+docs/figures/paper_network. Every part saves its numbers as JSON in docs/results and is skipped if they exist: delete a
+file, or give --again, to redo a part. The text of docs/reproduction.md is kept; only what stands between its markers
+<!-- begin PART --> and <!-- end PART --> is replaced.
 """
 
 from examples._common import device_of, new_folder, read_json, read_run, say_where, start, write_json
@@ -41,7 +41,7 @@ SHOWN_SEED = TEST_SEED + 1  # the sequences of the figures, as in quickstart.py
 @dataclass
 class Arguments:
     run: Path | None = None
-    """Folder of a trained run. By default the weights that come with the package are shown."""
+    """Folder of a trained run. By default the weights that come with the package are used."""
     recurrent: Path | None = None
     """Folder of a run with the paper's guide, for Fig 5(b). By default the worst sequences of --run are shown."""
     edlstm: Path | None = None
@@ -53,15 +53,15 @@ class Arguments:
     docs: Path = Path("docs")
     """Folder of the documentation."""
     n_test: Sequences = 1500
-    """How many fresh sequences to measure on for the tables."""
+    """Number of fresh sequences for the tables."""
     n_futures: Samples = 32
-    """How many futures of each sequence to sample and average the images of."""
+    """Number of sampled futures per sequence whose images are averaged."""
     seed: Seed = TEST_SEED
     """Seed of the fresh sequences."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
     again: bool = False
-    """Do every part anew, also those whose numbers are there already."""
+    """Redo every part, even if its numbers exist."""
 
 
 class Reproduction:
@@ -84,7 +84,7 @@ class Reproduction:
         return self._shown
 
     def model(self) -> dict[str, Any]:
-        """The run on fresh sequences, and Figs 3, 5, 6, 8, 9, 10, 12, 13."""
+        """Evaluates the run on fresh sequences; draws Figs 3, 5, 6, 8, 9, 10, 12 and 13."""
         draw_model_figures(self.shown, self.figures)
         if self.args.run is not None:
             draw_stages(self.args.run / "snapshots.npz", self.figures / "fig5a.png")
@@ -94,7 +94,7 @@ class Reproduction:
         return self._measure(self.run, self.test())
 
     def network(self) -> dict[str, Any]:
-        """The weights of the paper's own network that come with the package, on their world; its figures."""
+        """Evaluates the packaged weights of the paper's own network on their world; draws its figures."""
         run, folder = load_pretrained("recurrent", self.device), self.figures.parent / "paper_network"
         draw_model_figures(RunView(run, simulate(run.config.data, 60, seed=SHOWN_SEED), self.device), folder)
         many = simulate(run.config.data, min(300, self.args.n_test), seed=SHOWN_SEED)
@@ -102,7 +102,7 @@ class Reproduction:
         return self._measure(run, simulate(run.config.data, self.args.n_test, seed=self.args.seed))
 
     def longer(self) -> dict[str, Any]:
-        """The packaged weights that learned for longer, on sequences of their own world, and what they draw."""
+        """Evaluates the packaged weights that were trained for longer, on their world; draws their reconstructions."""
         runs = [load_pretrained(name, self.device) for name in ("quick", "long")]
         config = runs[-1].config.data
         data = simulate(config, 60, seed=SHOWN_SEED)
@@ -126,7 +126,7 @@ class Reproduction:
         return {**about, "preset_guide": run.config.guide, "n_futures": self.args.n_futures, **found}
 
     def baselines(self) -> dict[str, Any]:
-        """The classical tracker and the ED-LSTMs on the same sequences; Figs 6 (bottom row) and 11."""
+        """Evaluates the classical tracker and the ED-LSTMs on the same sequences; draws Figs 6 (bottom row) and 11."""
         test = self.test()
         found = {"tracker": evaluate_tracker(test)}
         for kind, folder in (("true", self.args.edlstm), ("own", self.args.edlstm_own)):
@@ -143,7 +143,7 @@ class Reproduction:
         return found
 
     def generalisation(self) -> dict[str, Any]:
-        """More objects, and more frames, than were trained on."""
+        """Evaluates the run on more objects, and on more frames, than in training."""
         most = max(self.config.n_objects)
         more = self.test(n_objects=(1, most + 1, most + 2))
         T = self.config.n_frames
@@ -168,7 +168,7 @@ class Reproduction:
         return {"more_objects": evaluate(self.run.model, self.run.guide, more), "longer": by_n}
 
     def sweeps(self) -> dict[str, Any] | None:
-        """Summaries of the sweeps in --sweeps, without the curves; None if there are none."""
+        """Returns the summaries of the sweeps in --sweeps, None if there are none; draws the small-noise curves."""
         found: dict[str, Any] = {}
         if self.args.sweeps is None:
             return None

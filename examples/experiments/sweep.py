@@ -1,9 +1,9 @@
-"""Many runs of one preset: seeds, ablations, guides. Each is trained and measured on fresh sequences.
+"""Trains one preset many times: seeds, ablations, guides. Each run is evaluated on fresh sequences.
 
-Every run is a process of its own with a folder of its own under --out. Give the same command again to go on: what is
-finished is kept, what was cut off resumes, what failed is tried anew. A run whose process is killed is begun again at
-its last checkpoint, twice at most. The summary, one JSON and a table for each suite, counts how many seeds kept
-position error and switch rate within the bars.
+Every run is a separate process with its own folder under --out. Repeat the same command to continue: finished runs are
+kept, interrupted ones resume, failed ones are tried again. A run whose process is killed restarts from its last
+checkpoint, at most twice. The summary, a JSON file and a table per suite, counts the seeds whose position error and
+switch rate are within the bars.
 """
 
 from examples._common import device_of, new_folder, one_job, read_json, say_where, start, write_json
@@ -33,38 +33,38 @@ from pyro_pixels.runs import Run, load_run
 from pyro_pixels.worlds.base import simulate
 
 POSITION_BAR_PX, SWITCH_BAR = 0.75, 0.02
-ATTEMPTS = 3  # at a run whose process is lost
+ATTEMPTS = 3  # at a run whose process is killed
 PROGRAM = [sys.executable, "-m", "examples.experiments.sweep"]
 
 
 @dataclass
 class Arguments:
     suite: Literal["seeds", "longer", "ablation", "recurrent", "taught", "small-noise"] = "seeds"
-    """seeds: the quick preset; longer: beside it, with more steps, half an hour and an hour; ablation: with one
-    ingredient left out; recurrent: the paper's guide and schedule at the quick preset's size; taught: the paper's
-    guide, and the one with an attention head, taught by the quick runs of the same seeds, which must be there;
-    small-noise: data whose 0.001 is read as a standard deviation, Sigma_A learned faster."""
+    """seeds: the quick preset; longer: also with more steps, for half an hour and an hour; ablation: with one
+    ingredient left out at a time; recurrent: the paper's guide and schedule at the quick preset's size; taught: the
+    paper's guide, and the one with an attention head, taught by the quick runs of the same seeds, which must exist;
+    small-noise: data whose 0.001 is read as a standard deviation, with Sigma_A learned faster."""
     seeds: Seeds = 10
-    """How many training seeds there are."""
+    """Number of training seeds."""
     first_seed: Seed = 0
     """The first of the training seeds."""
     steps: Count | None = None
-    """How many training steps to take. By default the suite's own number; fewer shorten the schedule in proportion. In
-    the paper's schedule the dynamics are frozen for a quarter of them, and the KL weight is annealed over the next."""
+    """Number of training steps. By default the suite's own; fewer shorten the schedule in proportion. In the paper's
+    schedule the dynamics are frozen for a quarter of them, and the KL weight is annealed over the next."""
     n_test: Sequences = 1500
-    """How many fresh sequences to measure every run on."""
+    """Number of fresh sequences for the evaluation of each run."""
     out: Path = Path("runs/sweep")
-    """Folder that each run gets a folder in."""
+    """Folder for the runs, with a subfolder for each."""
     json: Path | None = None
-    """Where the summary goes. By default SUITE.json in --out."""
+    """File for the summary. By default SUITE.json in --out."""
     workers: Workers = 2
-    """How many runs are trained at a time, each on one CPU thread."""
+    """Number of runs at a time, each on one CPU thread."""
     seed: Seed = TEST_SEED
     """Seed of the fresh sequences."""
     device: str = "cpu"
-    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
     job: str | None = None
-    """Do only this one run, VARIANT/SEED."""
+    """Run only this job, VARIANT/SEED."""
 
 
 def folder_of(args: Arguments, name: str, seed: int) -> Path:
@@ -72,7 +72,7 @@ def folder_of(args: Arguments, name: str, seed: int) -> Path:
 
 
 def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
-    """Trains and measures; the folder's result.json says that it is done."""
+    """Trains and evaluates one run; result.json in its folder marks it as finished."""
     device = device_of(args.device)
     torch.set_num_threads(1)
     validation = simulate(config.data, 150, seed=VALIDATION_SEED)
@@ -101,7 +101,7 @@ def one_run(args: Arguments, config: RunConfig, folder: Path) -> None:
 
 
 def _position_errors(run: Run, data: Any) -> dict[str, float]:
-    """Position error in pixels for each N, of sequences that are used for nothing else."""
+    """Returns the position error in pixels for each N, on sequences that are used for nothing else."""
     device = next(run.model.parameters()).device
     a = infer(run.guide, data.images.to(device), data.n_objects.to(device)).mean.cpu()
     in_pixels = metrics.fit_affine(a, data.positions, data.n_objects)(a)
@@ -111,13 +111,13 @@ def _position_errors(run: Run, data: Any) -> dict[str, float]:
 
 
 def succeeded(result: dict[str, Any]) -> bool:
-    """Whether positions of each N, and identities of all sequences with several objects, are within the bars."""
+    """Returns whether the position error of each N, and the switch rate of all sequences, are within the bars."""
     positions = [row["position_error_px"] <= POSITION_BAR_PX for row in result["by_n_objects"].values()]
     return all(positions) and (result["all"]["switch_rate"] or 0.0) <= SWITCH_BAR
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927)."""
+    """Returns the 95 % confidence interval of a proportion (Wilson, 1927)."""
     share, z2 = successes / n, z * z
     centre, half = (share + z2 / (2 * n)) / (1 + z2 / n), z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, centre - half / (1 + z2 / n)), min(1.0, centre + half / (1 + z2 / n))
@@ -156,7 +156,7 @@ def main(args: Arguments) -> int:
         options += [] if args.steps is None else ["--steps", args.steps]
         for attempt in range(ATTEMPTS):
             done = subprocess.run([*PROGRAM, *map(str, options)], check=False)
-            lost = done.returncode < 0 and attempt + 1 < ATTEMPTS  # killed from outside; its checkpoint is still there
+            lost = done.returncode < 0 and attempt + 1 < ATTEMPTS  # killed from outside; its checkpoint still exists
             outcome = "done" if done.returncode == 0 else "lost, begun again" if lost else "FAILED"
             print(f"{job[0]}, seed {job[1]}: {outcome}", flush=True)
             if not lost:
@@ -166,7 +166,7 @@ def main(args: Arguments) -> int:
     with ThreadPoolExecutor(args.workers) as pool:
         fine = all(list(pool.map(launch, jobs)))
     result = summary(args, list(configs))
-    if args.suite == "small-noise":  # where the floors, which see positions and not pixels, are out of reach
+    if args.suite == "small-noise":  # the floors, which see positions and not pixels, are out of reach
         data = simulate(configs["small noise"].data, args.n_test, seed=args.seed)
         result["tracker"] = evaluate_tracker(data)
     write_json(out, result)

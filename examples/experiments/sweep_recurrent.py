@@ -1,7 +1,7 @@
-"""The paper's network on its own: seeds, one ball, ablations, and the ceiling.
+"""Trains the paper's network on its own many times: seeds, one ball, ablations, and the ceiling.
 
-Every run is a process of its own with a folder of its own under --out. Give the same command again to go on: what is
-finished is kept, what was cut off resumes. The summary is one JSON and a table for each suite.
+Every run is a separate process with its own folder under --out. Repeat the same command to continue: finished runs are
+kept, interrupted ones resume. Each suite is summarised in a JSON file and in tables.
 """
 
 from examples._common import device_of, new_folder, one_job, read_json, start, write_json
@@ -39,10 +39,10 @@ from pyro_pixels.training.schedule import Schedule
 from pyro_pixels.worlds.base import simulate
 
 N_VALIDATION = 300
-CANDIDATES, CANDIDATE_STEPS = 3, 250  # of the suite `seeds`
+CANDIDATES, CANDIDATE_STEPS = 3, 250  # of the suites `seeds` and `long`
 PROGRAM = [sys.executable, "-m", "examples.experiments.sweep_recurrent"]
-ONE_STEPS, ONE_KL_UNTIL = 1_500, 6_500  # of the suite `one`: the KL weighs 3 until step 6,500 of 8,000, shortened
-MEASURES = (("error_px", 1.0), ("switch_rate", 100.0))  # and what they are multiplied by in tables
+ONE_STEPS, ONE_KL_UNTIL = 1_500, 6_500  # of the suite `one`: KL weight 3 until step 6,500 of 8,000, shortened
+MEASURES = (("error_px", 1.0), ("switch_rate", 100.0))  # with their factors in tables
 
 Change = Callable[[RunConfig], RunConfig]
 
@@ -75,32 +75,32 @@ ABLATION: dict[str, Change] = {
     "objects always drawn in the same order": _schedule(random_order_from=None),
     "neither": _schedule(own_tracks_from=None, random_order_from=None),
 }
-"""The preset `recurrent`, and with one ingredient left out, or changed."""
+"""The preset `recurrent`, as it is and with one ingredient left out or changed."""
 
 
 @dataclass
 class Arguments:
     suite: Literal["seeds", "long", "one", "ablation", "ceiling"] = "seeds"
-    """seeds: the preset `recurrent`, best of three starts by the bound; long: `recurrent_long`, likewise; one: the
-    schedule shortened to 1,500 steps with the KL weight lowered later, N = 1 alone, one start; ablation: one start, and
-    with one ingredient left out; ceiling: the same network taught true positions."""
+    """seeds: the preset `recurrent`, best of three starts by the bound; long: `recurrent_long`, likewise; one: N = 1
+    alone, one start, the schedule shortened to 1,500 steps with the KL weight lowered later; ablation: one start, with
+    one ingredient left out at a time; ceiling: the same network trained on true positions."""
     seeds: Seeds = 5
-    """How many."""
+    """Number of training seeds."""
     first_seed: Seed = 10
     steps: Count | None = None
-    """Training steps, if not those of the suite; fewer shorten the schedule."""
+    """Number of training steps, if not the suite's own; fewer shorten the schedule."""
     n_test: Sequences = 1200
-    """Fresh sequences that every run is measured on."""
+    """Number of fresh sequences for the evaluation of each run."""
     out: Path = Path("runs/recurrent")
     json: Path | None = None
-    """Where the summary goes; default: SUITE.json in --out."""
+    """File for the summary; default: SUITE.json in --out."""
     workers: Workers = 2
-    """Runs at a time, one CPU thread each."""
+    """Number of runs at a time, one CPU thread each."""
     only: tuple[str, ...] = ()
-    """Rows of the suite, if not all."""
+    """Variants of the suite to run, if not all."""
     device: str = "cpu"
     job: str | None = None
-    """Only this one run, VARIANT/SEED."""
+    """Run only this job, VARIANT/SEED."""
 
 
 def variants(args: Arguments) -> dict[str, RunConfig]:
@@ -123,7 +123,7 @@ def variants(args: Arguments) -> dict[str, RunConfig]:
 
 
 def _lessons(schedule: Schedule) -> Schedule:
-    """The same steps, of the guide alone."""
+    """Returns the schedule with the same steps for the guide alone."""
     return replace(schedule, learn_from={"model": NEVER}, fit_starts_at=(), clip_norm=100.0, own_tracks_from=None)
 
 
@@ -132,7 +132,7 @@ def folder_of(args: Arguments, name: str, seed: int) -> Path:
 
 
 class Curve:
-    """Errors of validation sequences, used for nothing else, at every evaluation; kept in a file."""
+    """Errors on validation sequences, used for nothing else, at every evaluation; saved in a file."""
 
     def __init__(self, path: Path, run: Run, data: ImageSequences) -> None:
         self.path, self.run, self.data = path, run, data
@@ -141,7 +141,7 @@ class Curve:
         self.began = time.process_time()
 
     def take(self, line: dict[str, float]) -> None:
-        self.spent += time.process_time() - self.began  # of training, without what follows
+        self.spent += time.process_time() - self.began  # by training, without the measurements below
         seconds = {"seconds": line["seconds"], "cpu_seconds": round(self.spent, 1)}
         found = errors(self.run, self.data)
         self.points = [point for point in self.points if point["step"] < line["step"]]
@@ -152,7 +152,7 @@ class Curve:
 
 
 def errors(run: Run, data: ImageSequences) -> dict[str, Any]:
-    """R^2, position errors and switch rates for each N (switch rates from N = 2 on), as inferred and untangled."""
+    """Returns R^2, and position errors for each N and switch rates for N >= 2, as inferred and untangled."""
     assert data.positions is not None
     device = next(run.model.parameters()).device
     mean = infer(run.guide, data.images.to(device), data.n_objects.to(device)).mean
@@ -171,7 +171,7 @@ def errors(run: Run, data: ImageSequences) -> dict[str, Any]:
 
 
 def true_tracks(data: ImageSequences) -> Tensor:
-    """True positions, each axis of the image from -1 to 1: lessons for the ceiling, (n, N, T, 2)."""
+    """Returns true positions (n, N, T, 2) as targets for the ceiling; each axis of the image runs from -1 to 1."""
     assert data.positions is not None
     height, width = data.size
     half = torch.tensor([width - 1, height - 1]) / 2
@@ -179,7 +179,7 @@ def true_tracks(data: ImageSequences) -> Tensor:
 
 
 def one_run(args: Arguments, name: str, config: RunConfig, folder: Path) -> None:
-    """Trains and measures; the folder's result.json says that it is done."""
+    """Trains and evaluates one run; result.json in its folder marks it as finished."""
     device = device_of(args.device)
     torch.set_num_threads(1)
     run = build(config)
@@ -204,7 +204,7 @@ def one_run(args: Arguments, name: str, config: RunConfig, folder: Path) -> None
     test = simulate(config.data, args.n_test, seed=TEST_SEED)
     about = {"train_seed": config.seed, "test_seed": TEST_SEED, "steps": result.step, "seconds": result.seconds}
     about |= {"cpu_seconds": curve.spent, "environment": environment(device), "curve": curve.points}
-    if args.suite in ("ceiling", "one"):  # the model of the first has learned nothing, the second is about one number
+    if args.suite in ("ceiling", "one"):  # the first trains no model, the second is about one number
         write_json(folder / "result.json", {**about, "test": errors(run, test)})
         return
     about["health"] = check_health(run.model, run.guide, test[:300])._asdict()
@@ -224,7 +224,7 @@ def summary(args: Arguments, names: list[str]) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Positions and names, then predictions: medians over seeds and, in brackets, the smallest and the largest."""
+    """Returns tables of positions and identities, and of predictions: medians over seeds, with (smallest-largest)."""
     found, predicted = [], []
     for name, runs in result["variants"].items():
         tests, about = [run["test"] for run in runs], [name, str(len(runs)), f"{runs[0]['steps']:,}"]
@@ -245,7 +245,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def _predictions(runs: list[dict[str, Any]]) -> list[str]:
-    """The row of runs in the second table."""
+    """Returns the cells of the runs in the second table."""
     columns = []
     for kind in ("generation", "interpolation"):
         for prefix in ("", "untangled_"):

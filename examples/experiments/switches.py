@@ -1,6 +1,6 @@
-"""Where a guide loses names: switch rates by what happens in a sequence, as inferred, untangled, and refined.
+"""Shows where a guide switches identities: switch rates by events in a sequence, as inferred, untangled, and refined.
 
-A network that sorts objects by height switches them where the order of heights changes, wherever they are; one that
+A network that sorts objects by height switches them when the order of heights changes, wherever they are; one that
 loses them in a meeting switches them where they meet. True positions are needed. A picture shows some sequences that
 `untangle` leaves switched.
 """
@@ -35,37 +35,37 @@ END = 4  # frames at either end whose mean height is compared
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 900
-    """How many sequences to ask about."""
+    """Number of sequences to query."""
     json: Path | None = field(default=None)
-    """Where the numbers go, the picture beside it. By default switches.json in the run's folder."""
+    """File for the numbers, with the picture next to it. By default switches.json in the run's folder."""
 
 
 def order_changes(positions: Tensor, n: int) -> Tensor:
-    """(b,) bool: whether the order of mean rows differs between the first and the last frames of n objects."""
+    """Returns (b,) bool, whether the order of mean rows of n objects differs between the first and the last frames."""
     rows = positions[:, :n, :, 1]
     return (rows[..., :END].mean(-1).argsort(1) != rows[..., -END:].mean(-1).argsort(1)).any(1)
 
 
 def closest(positions: Tensor, n: int) -> Tensor:
-    """(b,), the smallest distance between any two of n objects in any frame, pixels."""
+    """Returns (b,), the smallest distance between any two of n objects in any frame, in pixels."""
     pairs = [(positions[:, i] - positions[:, j]).norm(dim=-1).amin(-1) for i, j in combinations(range(n), 2)]
     return torch.stack(pairs).amin(0)
 
 
 def matched(in_pixels: Tensor, data: ImageSequences) -> Tensor:
-    """Tracks (B, N, T, 2) in the order of the true ones."""
+    """Returns tracks (B, N, T, 2) in the order of the true ones."""
     assert data.positions is not None
     return metrics.reorder(in_pixels, metrics.assign(in_pixels, data.positions, data.n_objects))
 
 
 def switches(in_pixels: Tensor, data: ImageSequences) -> Tensor:
-    """(B,) bool: whether two objects of tracks (B, N, T, 2) are exchanged between the first and the last frames."""
+    """Returns (B,) bool, whether objects of tracks (B, N, T, 2) are switched between the first and the last frames."""
     assert data.positions is not None
     return metrics.switches(matched(in_pixels, data), data.positions, data.n_objects)
 
 
 def switched_by(in_pixels: Tensor, data: ImageSequences) -> dict[str, Any]:
-    """Switch rates of tracks (B, N, T, 2) by N, by change of order, and by closest approach."""
+    """Returns switch rates of tracks (B, N, T, 2) by N, by change of order, and by closest approach."""
     assert data.positions is not None
     switched = switches(in_pixels, data)
     found: dict[str, Any] = {}
@@ -89,7 +89,7 @@ def switched_by(in_pixels: Tensor, data: ImageSequences) -> dict[str, Any]:
 
 
 def tracks_of(run: Run, data: ImageSequences, device: torch.device) -> dict[str, Tensor]:
-    """Tracks (B, N, T, 2) in pixels: as inferred, untangled, and, where the guide's frames are independent, refined."""
+    """Returns tracks (B, N, T, 2) in pixels: inferred, untangled, and, if frames can be exchanged, refined."""
     images, n_objects = data.images.to(device), data.n_objects.to(device)
     a = infer(run.guide, images, n_objects).mean
     found = {"inferred": a, "untangled": untangle(run.model.dynamics, a, n_objects).a}
@@ -101,7 +101,7 @@ def tracks_of(run: Run, data: ImageSequences, device: torch.device) -> dict[str,
 
 
 def draw(tracks: dict[str, Tensor], data: ImageSequences) -> Figure:
-    """Sequences of the largest N that stay switched when untangled (any, if there are none), each way in a column."""
+    """Draws sequences of the largest N that stay switched when untangled (or any), with one column per method."""
     most = data.n_objects == data.n_objects.max()
     left = most & switches(tracks["untangled"], data)
     rows = (left if bool(left.any()) else most).nonzero().squeeze(1)[:3].tolist()

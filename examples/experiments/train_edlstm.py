@@ -1,7 +1,7 @@
-"""Trains the paper's baseline, an encoder-decoder LSTM (Sec 3.4, Fig 7), and measures it on fresh sequences.
+"""Trains the paper's baseline, an encoder-decoder LSTM (Sec 3.4, Fig 7), and evaluates it on fresh sequences.
 
-Leaves config.json, metrics.jsonl, checkpoint.pt, metrics.json and generated_images.png in a folder. Ctrl-C and SIGTERM
-save first; --resume then goes on as if nothing had happened.
+Writes config.json, metrics.jsonl, checkpoint.pt, metrics.json and generated_images.png to a folder. Ctrl-C and SIGTERM
+save first; --resume then continues as if training had not been interrupted.
 """
 
 from examples._common import device_of, new_folder, say_where, start, write_json
@@ -30,43 +30,43 @@ class Arguments:
     run: Path = Path("runs/edlstm")
     """Folder of the run."""
     preset: Literal["quick", "paper"] = "quick"
-    """Preset that the data, the number of sequences and the number of steps are taken from."""
+    """Preset that provides the data, the number of sequences and the number of steps."""
     state_size: Size = 2048
     """Length of the LSTM's state and of the hidden layers."""
     layers: Workers = 1
-    """How many fully connected layers the encoder and the decoder each have."""
+    """Number of fully connected layers in the encoder, and in the decoder."""
     own_predictions: bool = False
-    """Train on its own predictions after 5 frames, as it is tested. By default it is trained on the true frames, as in
-    the paper."""
+    """Train the network on its own predictions after 5 frames, as in testing. By default it is trained on the true
+    frames, as in the paper."""
     data: Path | None = None
-    """An .npz of image sequences to learn from, the last tenth (at most 60) held out to measure on. By default they are
+    """An .npz of image sequences; the last tenth (at most 60) is held out for the evaluation. By default sequences are
     simulated."""
     n_sequences: Sequences | None = None
-    """How many sequences to simulate. By default the preset's number."""
+    """Number of training sequences to simulate. By default the preset's."""
     n_test: Sequences = 300
-    """How many fresh sequences to simulate and measure on."""
+    """Number of fresh sequences to simulate for the evaluation."""
     steps: Count | None = None
-    """How many training steps to take. By default the preset's number."""
+    """Number of training steps. By default the preset's."""
     seed: Seed = 0
-    """Seed of the data, the starting weights and training."""
+    """Seed of the data, the initial weights and training."""
     device: str = "auto"
-    """Where to compute: cpu, cuda, cuda:1, mps, or auto for CUDA where there is one and else the CPU."""
+    """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
     threads: Threads | None = None
-    """How many CPU threads to use. By default one a core."""
+    """Number of CPU threads. By default one per core."""
     resume: bool = False
-    """Go on with the run in the folder, on its own data and with its own configuration; only --steps may change it."""
+    """Resume the run in the folder with its own data and configuration; only --steps may change the configuration."""
     progress: bool = True
     """Show a progress bar."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that makes a run, as config.json holds it."""
+    """The configuration of a run, as stored in config.json."""
 
     net: EDLSTMConfig
     own_predictions: bool
     data: WorldConfig
-    """What to simulate, where there is no file."""
+    """The world to simulate if there is no file."""
     data_file: str | None
     n_sequences: int
     steps: int
@@ -74,7 +74,7 @@ class Config:
 
 
 def configure(args: Arguments) -> Config:
-    """The preset's data with what the arguments change; the network's images are those of a file if there is one."""
+    """Returns the preset's configuration with the changes of the arguments, and with a file's image size, if given."""
     preset = PRESETS[args.preset]
     size = (preset.data.height, preset.data.width) if args.data is None else load_sequences(args.data).size
     return Config(
@@ -89,7 +89,7 @@ def configure(args: Arguments) -> Config:
 
 
 def sequences(config: Config, n_test: int) -> tuple[ImageSequences, ImageSequences]:
-    """Sequences to learn from, and others to measure on."""
+    """Returns sequences for training and others for the evaluation."""
     if config.data_file is None:
         return (
             simulate(config.data, config.n_sequences, seed=config.seed),
@@ -105,7 +105,7 @@ def sequences(config: Config, n_test: int) -> tuple[ImageSequences, ImageSequenc
 
 
 def draw(net: EDLSTM, data: ImageSequences, path: Path) -> None:
-    """generated_images.png, like the bottom row of Fig 6: two sequences of each N, the largest N first."""
+    """Draws generated_images.png, like the bottom row of Fig 6: two sequences of each N, the largest N first."""
     values = sorted(set(data.n_objects.tolist()), reverse=True)
     rows = torch.cat([(data.n_objects == n).nonzero().squeeze(1)[:2] for n in values])
     truth = data.images[rows]

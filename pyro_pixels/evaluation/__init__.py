@@ -1,4 +1,4 @@
-"""Evaluation of trained models: errors beside their floors, calibration, health, and baselines."""
+"""Evaluation of trained models: errors with their floors, calibration, health, and baselines."""
 
 from pyro_pixels.evaluation.blob_tracker import BlobTracker, evaluate_tracker
 from pyro_pixels.evaluation.calibration import corrected, coverage, fit_correction

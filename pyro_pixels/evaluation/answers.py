@@ -1,6 +1,6 @@
-"""What a model and its guide say about sequences, asked once: tables, checks and figures share the answers.
+"""Inferences and predictions for sequences, computed once and shared by tables, checks and figures.
 
-`infer_all` and `predict_all` go through the sequences in batches; positions are padded with NaN to the largest N of all
+`infer_all` and `predict_all` process the sequences in batches; positions are padded with NaN to the largest N of all
 and kept on the CPU.
 """
 
@@ -25,7 +25,7 @@ N_SEEN = 5  # observed frames at the start, and for interpolation also at the en
 
 
 class Inferences(NamedTuple):
-    """What all frames say."""
+    """Results of inference from all frames."""
 
     mean: Tensor  # (n, N, T, 2), of q(a | v), latent
     drawn: Tensor  # (n, N, T, 2), a sample of q(a | v)
@@ -33,29 +33,29 @@ class Inferences(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What follows a few frames, and what lies between some at either end."""
+    """Generation after a few frames, and interpolation between some at either end."""
 
     n_seen: int
     generated: Tensor  # (n, N, T, 2), after n_seen frames
-    interpolated: Tensor | None  # (n, N, T, 2); None where n_seen frames at either end are all there are
-    losses: dict[str, Tensor]  # (n,) each, of the frames behind the first n_seen
+    interpolated: Tensor | None  # (n, N, T, 2); None if no frame lies between those at either end
+    losses: dict[str, Tensor]  # (n,) each, of the frames after the first n_seen
 
     def ends(self) -> Tensor:
-        """The mask (T,) of the frames that are observed for interpolation."""
+        """Returns the mask (T,) of the frames that are observed for interpolation."""
         time = torch.arange(self.generated.shape[2])
         return (time < self.n_seen) | (time >= len(time) - self.n_seen)
 
 
 def seen_by_default(n_frames: int) -> int:
-    """N_SEEN frames, or fewer in short sequences, such that one is left to be filled in between where there can be."""
+    """Returns N_SEEN, or fewer for short sequences, so that a frame is left to interpolate if possible."""
     return max(1, min(N_SEEN, (n_frames - 1) // 2))
 
 
 def check_n_seen(n_seen: int, n_frames: int, name: str = "n_seen") -> int:
-    """The number of seen frames, if it leaves one between those at either end; ``name`` is that of the option.
+    """Returns the number of observed frames if it leaves a frame between those at either end.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if it does not; ``name`` is the option's name in the message.
     """
     n_seen = check_number(name, n_seen)
     if n_seen < 1 or 2 * n_seen >= n_frames:
@@ -75,10 +75,10 @@ def infer_all(
     seed: int = 0,
     progress: bool = False,
 ) -> Inferences:
-    """Means, one draw, and the bound; the numbers of `infer` and `training.elbo.bound`, with q(a | v) computed once.
+    """Returns means, one draw, and the bound as `infer` and `training.elbo.bound` do, but computes q(a | v) only once.
 
     Args:
-        seed: of the draws; the caller's random state is left as it was.
+        seed: seeds the draws; the caller's random state is not changed.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -111,11 +111,11 @@ def predict_all(
     batch_size: int = 100,
     progress: bool = False,
 ) -> Predictions:
-    """Generation and interpolation, and what the images cost that were not seen.
+    """Returns generated and interpolated positions, and the losses of the unobserved images.
 
     Args:
-        n_seen: observed frames before generation, and at either end for interpolation, if that leaves any between.
-        n_futures: sampled futures, for losses under their average; 0 leaves these out.
+        n_seen: observed frames before generation, and at either end for interpolation if any frame lies between.
+        n_futures: the number of sampled futures for the losses under their average; 0 leaves these losses out.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -153,7 +153,7 @@ def predict_all(
 
 
 def padded(parts: list[Tensor], n_objects: int) -> Tensor:
-    """Joins positions (b, N, T, 2) of several batches, padded with NaN to so many objects, on the CPU."""
+    """Joins positions (b, N, T, 2) of several batches, padded with NaN to ``n_objects`` objects, on the CPU."""
     return torch.cat([
         torch.nn.functional.pad(a, (0, 0, 0, 0, 0, n_objects - a.shape[1]), value=torch.nan).cpu() for a in parts
     ])  # fmt: skip
@@ -167,7 +167,7 @@ def _batches(data: ImageSequences, batch_size: int, what: str, progress: bool) -
 def _bound_given(
     model: PixelModel, q_a: dist.TorchDistribution, images: Tensor, n_objects: Tensor
 ) -> tuple[BoundTerms, Tensor]:
-    """The terms of Eq (7) (B,) of images (B, T, H, W) from one sample of a q(a | v) that is known, and the sample."""
+    """Returns the terms of Eq (7) (B,) of images (B, T, H, W) from one sample of a given q(a | v), and the sample."""
     drawn: list[Tensor] = []
 
     def guide(_: Tensor, n_objects: Tensor) -> None:

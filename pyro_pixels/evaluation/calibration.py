@@ -31,7 +31,7 @@ from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.latent_states import averaged
 from pyro_pixels.queries.predict import Prediction, generate, interpolate
 
-MOST_TRIALS = 30  # of a correction
+MOST_TRIALS = 30  # evaluations in `fit_correction`
 LEVELS = (0.5, 0.9, 0.95)
 KINDS = ("smoothing", "forecasting", "interpolation")
 Module = TypeVar("Module", bound=nn.Module)

@@ -1,7 +1,7 @@
-"""Likely causes of a training that has failed, looked for in the film itself where `check_health` finds signs.
+"""Likely causes of failed training, sought in the film itself if `check_health` finds signs of failure.
 
-Images and numbers of objects tell four: images that are mostly white, noise, a background, and objects that come and
-go. A fifth, walls, shows in the tracks: what bounces changes its velocity at the rim of the plane and nowhere else.
+Four causes show in the images and the numbers of objects: mostly white images, noise, a background, and objects that
+come and go. A fifth, walls, shows in the tracks: bouncing objects change their velocity only at the rim of the plane.
 """
 
 import numpy as np
@@ -13,19 +13,19 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.pixel_evidence import PixelEvidence, count_blobs
 
 MOSTLY_WHITE = 0.5  # mean of the images
-NOISY = 0.12  # of full scale; less is taken care of (docs/your_own_video.md)
+NOISY = 0.12  # standard deviation, of full scale; weaker noise is handled (docs/your_own_video.md)
 CLUTTER = 0.002  # share of the background's pixels that are white
-EMPTY, CROWDED = 0.02, 0.2  # shares of the frames with no object, and with more than there are said to be
-KICKS = 0.05  # share of the accelerations that are the largest
-RIM, AT_RIM = 0.15, 0.75  # of the extent of all positions; share of the largest accelerations that are there with walls
-SUDDEN = 5.0  # how much larger the largest accelerations are than usual ones, with walls
+EMPTY, CROWDED = 0.02, 0.2  # shares of the frames with no object, and with more than n_objects
+KICKS = 0.05  # share of the accelerations that count as the largest
+RIM, AT_RIM = 0.15, 0.75  # width, of the extent of all positions; share of the largest accelerations there, with walls
+SUDDEN = 5.0  # mean of the largest accelerations over the median of all, with walls
 
 
 def film_causes(guide: Guide, data: ImageSequences) -> list[str]:
-    """Those of "white", "noise", "background" and "come and go" that the images show."""
+    """Returns those of "white", "noise", "background" and "come and go" that show in the images."""
     causes: list[str] = []
     if float(data.images[data.seen].double().mean()) > MOSTLY_WHITE:
-        return ["white"]  # nothing else can be told
+        return ["white"]  # no other cause can be recognised
     evidence = PixelEvidence()
     found, known = evidence.estimate(data.images, data.n_objects), guide.pixel_evidence.statistics
     noise, handled = found.noise or found.clutter > CLUTTER, known.noise or known.clutter
@@ -41,7 +41,7 @@ def film_causes(guide: Guide, data: ImageSequences) -> list[str]:
 
 
 def has_walls(tracks: Tensor) -> bool:
-    """Whether tracks (M, T, 2), latent means, change their velocity suddenly, and at the rim of where they go."""
+    """Returns whether tracks (M, T, 2), latent means, change velocity suddenly and at the rim of all positions."""
     a = tracks.double().cpu()
     if a.shape[1] < 4 or not bool(a.isfinite().all()):
         return False
@@ -56,7 +56,7 @@ def has_walls(tracks: Tensor) -> bool:
 
 @torch.no_grad()
 def likely_causes(guide: Guide, data: ImageSequences, tracks: Tensor) -> tuple[str, ...]:
-    """Names of causes, the likeliest first; keys of `health_words.CAUSES`.
+    """Returns the names of likely causes, keys of `health_words.CAUSES`, the likeliest first.
 
     Args:
         tracks: (M, T, 2), latent means of all objects.

@@ -1,10 +1,10 @@
 """The paper's baseline (Sec 3.4, Fig 7): an encoder-decoder LSTM that generates images without any notion of objects.
 
-`evaluate_edlstm` measures it as `evaluation.evaluate` measures a model, in a table of the same layout.
+`evaluate_edlstm` returns a table of the same layout as `evaluation.evaluate` does for a model.
 
-Readings of Sec 3.4, where the paper leaves a choice: the image before the first is black, the LSTM's first state 0;
-layers are fully connected; the last seen image is an input, so that all of v_{1:tau} is used; and an LSTM's weights are
-two matrices, (4 D, D) for the input and (4 D, D) for the state, where Sec 3.2 starts weights from N(0, 1 / sqrt(d)).
+Readings of Sec 3.4 where the paper leaves a choice: the image before the first is black, and the LSTM's first state is
+0; layers are fully connected; the last observed image is an input, so that all of v_{1:tau} is used; and an LSTM has
+two weight matrices, (4 D, D) for the input and (4 D, D) for the state, each starting from N(0, 1 / sqrt(d)) (Sec 3.2).
 """
 
 import dataclasses
@@ -33,23 +33,23 @@ from pyro_pixels.training.loop import FitResult, Loop, prepared
 
 @dataclass(frozen=True)
 class EDLSTMConfig:
-    """Sizes of an `EDLSTM`; the defaults are Sec 3.4's."""
+    """Sizes of an `EDLSTM`; the defaults are those of Sec 3.4."""
 
     height: Annotated[int, Bounds(1, 4_096)] = 48
     width: Annotated[int, Bounds(1, 4_096)] = 48
     state_size: Annotated[int, Bounds(1, 65_536)] = 2048
-    """D, length of the LSTM's state and of every hidden layer."""
+    """D, the length of the LSTM's state and of every hidden layer."""
     n_layers: Annotated[int, Bounds(1, 100)] = 1
-    """Fully connected layers of the encoder, and of the decoder; the paper had one or two."""
+    """The number of fully connected layers in the encoder, and in the decoder; one or two in the paper."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 class EDLSTM(nn.Module):
-    """Encoder-decoder LSTM of Fig 7: image v_{t-1} is encoded, an LSTM takes it in, its state is decoded into image t.
+    """Encoder-decoder LSTM of Fig 7: image v_{t-1} is encoded and fed to an LSTM, whose state is decoded into image t.
 
-    A ReLU follows each layer of encoder and of decoder but its last.
+    A ReLU follows each layer of the encoder and of the decoder except the last.
     """
 
     def __init__(self, config: EDLSTMConfig) -> None:
@@ -63,15 +63,16 @@ class EDLSTM(nn.Module):
             nn.init.normal_(p, std=p.numel() ** -0.25) if p.dim() == 2 else nn.init.zeros_(p)
 
     def forward(self, images: Tensor, n_seen: int | None = None) -> Tensor:
-        """Logits (B, T, H, W) of every frame given the frames before it; of the first, given a black image.
+        """Returns logits (B, T, H, W) of every frame given those before it; the first is preceded by a black image.
 
         Args:
             images: (B, T, H, W) in [0, 1] or uint8.
-            n_seen: frames of ``images`` that are used; behind them the network's own probabilities take their place.
-                So the logits of frames 1 to n_seen + 1 do not depend on it. None: all, as the paper trains.
+            n_seen: the number of frames of ``images`` that are used; later ones are replaced by the network's own
+                probabilities. With None all are used, as in the paper's training. The logits of frames 1 to n_seen + 1
+                are the same in both cases.
 
         Raises:
-            ValueError: if the images are of another size, or ``n_seen`` is negative.
+            ValueError: if the images have another size, or ``n_seen`` is negative.
         """
         size = (self.config.height, self.config.width)
         if images.dim() != 4 or 0 in images.shape or images.shape[2:] != size:
@@ -83,7 +84,7 @@ class EDLSTM(nn.Module):
         previous = F.pad(images[:, : given - 1].flatten(2).to(next(self.parameters())), (0, 0, 1, 0))
         x, (h, c) = self.lstm(self.encoder(previous))
         logits, h, c = [self.decoder(x)], h[0], c[0]
-        for _ in range(given, T):  # a cell, which is faster here than an LSTM of one frame
+        for _ in range(given, T):  # a cell is faster here than the LSTM on one frame
             x = self.encoder(logits[-1][:, -1].sigmoid())
             h, c = torch.lstm_cell(x, (h, c), *self.lstm.all_weights[0])
             logits.append(self.decoder(h).unsqueeze(1))
@@ -91,14 +92,14 @@ class EDLSTM(nn.Module):
 
     @torch.no_grad()
     def generate(self, images: Tensor, n_frames: int) -> Tensor:
-        """Pixel probabilities (B, T, H, W) from the seen frames (Sec 3.4).
+        """Returns pixel probabilities (B, T, H, W) given the observed frames (Sec 3.4).
 
-        Frames up to tau are predictions one step ahead, each from the true frames before it; the others follow from
-        the network's own predictions.
+        Frames up to tau + 1 are one-step predictions from the true frames before them; later ones continue from the
+        network's own predictions.
 
         Args:
-            images: (B, tau, H, W), the seen frames.
-            n_frames: T, the number of frames in all, more than tau.
+            images: (B, tau, H, W), the observed frames.
+            n_frames: T, the total number of frames, more than tau.
 
         Raises:
             ValueError: if tau >= T, or as in `forward`.
@@ -115,22 +116,23 @@ def fit_edlstm(
     progress: bool = True, on_evaluation: Callable[[dict[str, float]], None] | None = None, evaluate_every: int = 500,
     config: Any = None,
 ) -> FitResult:  # fmt: skip
-    """Minimises -log p of all frames with Adam, in place, on the device that ``net`` is on.
+    """Minimises -log p of all frames with Adam, in place, on the device of ``net``.
 
     Args:
-        data: what to learn from; only the images are looked at.
-        own_predictions: False: every frame is predicted from the true frames before it, as the paper trains. True: only
-            the first 5 are given, and the gradient passes through the predictions: trained for what it is tested on.
-        seed: of the order of the sequences; the caller's random state is not used.
-        run_dir: folder for metrics.jsonl and checkpoint.pt; None: nothing is written.
+        data: the training data; only the images are used.
+        own_predictions: if False, every frame is predicted from the true frames before it, as in the paper. If True,
+            only the first 5 frames are given and gradients pass through the predictions, so that training matches
+            testing.
+        seed: seeds the order of the sequences; the caller's random state is not used.
+        run_dir: the folder for metrics.jsonl and checkpoint.pt; with None nothing is written.
         resume: continue from the checkpoint in ``run_dir``; on a CPU the numbers are those of an uninterrupted run.
-        on_evaluation: called with each line of metrics, once in ``evaluate_every`` steps.
-        config: a dataclass that is written to config.json once all that is read from the folder fits.
+        on_evaluation: called with each line of metrics, every ``evaluate_every`` steps.
+        config: a dataclass, written to config.json after the contents of the folder have been checked.
 
     Raises:
-        ValueError: if a number is out of range; if ``resume`` finds no checkpoint or one trained otherwise; or if the
-            folder holds a run and ``resume`` is not given.
-        FloatingPointError: if the loss is no longer finite; the last checkpoint before it is kept.
+        ValueError: if a number is out of range; if ``resume`` finds no checkpoint, or one of a different training; or
+            if the folder holds a run and ``resume`` is False.
+        FloatingPointError: if the loss is no longer finite; the last checkpoint before that is kept.
     """
     for name, value in {"steps": steps, "batch_size": batch_size, "evaluate_every": evaluate_every}.items():
         check_number(name, value, 1)
@@ -147,7 +149,7 @@ def fit_edlstm(
 
 
 class _Training(Loop):
-    """The training of one network. Arguments as in `fit_edlstm`."""
+    """The training of one network; arguments as in `fit_edlstm`."""
 
     def __init__(
         self, net: EDLSTM, data: ImageSequences, steps: int, evaluate_every: int, *, own_predictions: bool,
@@ -160,7 +162,7 @@ class _Training(Loop):
         self.optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, fused=True)
         self.settings = {"config": dataclasses.asdict(net.config), "own_predictions": own_predictions, "seed": seed,
                          "batch_size": batch_size, "learning_rate": learning_rate}  # fmt: skip
-        self.nll = torch.zeros((), dtype=torch.float64, device=self.device)  # summed over steps, nats a frame
+        self.nll = torch.zeros((), dtype=torch.float64, device=self.device)  # summed over steps, in nats per frame
 
     def begin(self, resume: bool) -> None:
         self._mark = None if self.run_dir is None else states.fingerprint(self.data)
@@ -222,10 +224,10 @@ class _Training(Loop):
 
 
 def load_edlstm(folder: str | Path, device: torch.device | str = "cpu") -> EDLSTM:
-    """The network that `fit_edlstm` left in a folder.
+    """Loads the network that `fit_edlstm` saved in a folder.
 
     Raises:
-        ValueError: if there is no checkpoint, or it is damaged or of something else.
+        ValueError: if there is no checkpoint, or if it is damaged or not that of an ED-LSTM.
     """
     path = Path(folder) / "checkpoint.pt"
     state = load_checkpoint(path)
@@ -242,20 +244,20 @@ def load_edlstm(folder: str | Path, device: torch.device | str = "cpu") -> EDLST
 def evaluate_edlstm(
     net: EDLSTM, data: ImageSequences, *, n_seen: int = N_SEEN, batch_size: int = 100, radius: float = RADIUS
 ) -> dict[str, Any]:
-    """Losses of the generated images, and how far the balls in them are from the true ones; layout as `evaluate`'s.
+    """Returns the losses of generated images and the errors of the balls in them, in the layout of `evaluate`.
 
-    ``generation_error_px`` is in the network's favour: balls are what `find_disks` finds in each generated image, its
-    pixels above 1/2 taken as white, and are matched with the true noisy positions anew in every frame, so that identity
-    does not count. An object that is not found is taken to be at the centre of the image; ``missing_share`` says how
-    many are not, ``generation_found_error_px`` is the error of the others.
+    ``generation_error_px`` favours the network: balls are detected with `find_disks` in each generated image, whose
+    pixels above 1/2 count as white, and are matched with the true noisy positions in each frame separately, so that
+    identities do not matter. A missing object counts as being at the centre of the image; ``missing_share`` is the
+    fraction of missing objects, and ``generation_found_error_px`` the error of the others.
 
     Args:
-        data: fresh sequences. Without ``positions`` there are losses only.
-        n_seen: frames seen before generation.
-        radius: of a ball, in pixels.
+        data: held-out sequences; without ``positions`` only losses are returned.
+        n_seen: observed frames before generation.
+        radius: radius of a ball, in pixels.
 
     Raises:
-        ValueError: if the sequences are too short, or of another size than the network's.
+        ValueError: if the sequences are too short, or their size is not the network's.
     """
     T = data.images.shape[1]
     if not 1 <= n_seen < T:
@@ -285,7 +287,7 @@ def evaluate_edlstm(
 
 
 def _layers(sizes: list[int]) -> nn.Sequential:
-    """Fully connected layers started as the paper's, a ReLU after each but the last."""
+    """Returns fully connected layers with the paper's initial weights and a ReLU after each but the last."""
     layers: list[nn.Module] = []
     for n_in, n_out in pairwise(sizes):
         layers += [nn.Linear(n_in, n_out), nn.ReLU()]
@@ -294,7 +296,7 @@ def _layers(sizes: list[int]) -> nn.Sequential:
 
 
 def _batch(n: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """The sequences of a step, a function of seed and step alone; an epoch uses each once, but for the last few."""
+    """Returns the sequences of a step from seed and step alone; an epoch uses each at most once, leaving out a rest."""
     epoch, place = divmod(step, max(1, n // batch_size))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[place * batch_size : (place + 1) * batch_size]

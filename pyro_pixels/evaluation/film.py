@@ -1,11 +1,11 @@
-"""What can be known of a model on a film without true positions: forecasts beside forecasts that know no motion.
+"""Measures of a model on films without true positions: forecasts compared with forecasts that assume no motion.
 
-A model that has understood the motion forecasts frames better than the mean image, which is the same at any time, and
-than the persistence of the last frame that was seen. Both are given the best parameters for the very frames on which
-they are measured, so that they cost as little as they ever could; the model is given none. All three are densities, or
-probabilities, of every pixel by itself, in nats a frame.
+A model that has understood the motion forecasts frames better than the mean image, which is the same at all times, and
+than persistence of the last observed frame. Both baselines use the best parameters for the very frames on which they
+are measured, so they cost as little as they possibly can; the model has no such advantage. All three are -log densities
+or probabilities with independent pixels, in nats per frame.
 
-Innovations say whether the model knows how certain it is: standardised, they have a mean square of 1.
+Innovations show whether the model's uncertainty is right: standardised, they have a mean square of 1.
 """
 
 import math
@@ -20,16 +20,16 @@ from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.model.pixel_model import PixelModel
 
 SMALLEST_SD = 1e-3  # grey value
-START_FRAMES = 2  # innovations of the first frames depend on the covariance of the start, the others on the noises
+START_FRAMES = 2  # innovations in these first frames depend on the covariance of h_1, later ones on the noises
 
 
 def mean_image_nll_per_frame(images: Tensor, n_seen: int, *, is_density: bool) -> Tensor:
-    """Minus log p (n,) of the frames behind the first ``n_seen`` under the mean of all frames, in nats a frame.
+    """Returns -log p (n,) of the frames after the first ``n_seen`` under the mean of all frames, in nats per frame.
 
     Args:
-        images: (n, T, H, W), NaN in frames that were not seen.
-        is_density: whether pixels are grey: then p is a Gaussian around the mean with one variance for all pixels,
-            else a pixel is white with the mean's probability.
+        images: (n, T, H, W), NaN in unobserved frames.
+        is_density: whether pixels are grey. Then p is a Gaussian around the mean with one variance for all pixels;
+            otherwise the mean is the probability that a pixel is white.
     """
     v, seen = _floats(images)
     mean = v[seen].mean(0)
@@ -37,11 +37,11 @@ def mean_image_nll_per_frame(images: Tensor, n_seen: int, *, is_density: bool) -
 
 
 def persistence_nll_per_frame(images: Tensor, n_seen: int, *, is_density: bool) -> Tensor:
-    """Minus log p (n,) of the frames behind the first ``n_seen`` where these stay as the last of them, in nats a frame.
+    """Returns -log p (n,) of the frames after the first ``n_seen`` if the last of those persists, in nats per frame.
 
-    Grey pixels vary around it with one variance for all; of others, those that were white are still white with one
-    probability, and those that were black become white with another. A sequence none of whose first frames was seen
-    counts as black before.
+    Grey pixels vary around that frame with one variance for all. Binary pixels that were white stay white with one
+    probability, and those that were black become white with another. If none of a sequence's first frames was observed,
+    its pixels count as black.
     """
     v, seen = _floats(images)
     frame = torch.arange(n_seen)
@@ -59,11 +59,11 @@ def persistence_nll_per_frame(images: Tensor, n_seen: int, *, is_density: bool) 
 
 @torch.no_grad()
 def forecast_nll_per_frame(model: PixelModel, samples: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
-    """Minus log p (B,) of images, every pixel by itself, averaged over S futures, in nats a frame; on the CPU.
+    """Returns -log p (B,) of images, with p of each pixel averaged over S futures, in nats per frame, on the CPU.
 
     Args:
-        samples: (S, B, N, T, 2), positions in these frames, each drawn given what came before.
-        images: (B, T, H, W), NaN in frames that were not seen.
+        samples: (S, B, N, T, 2), positions in these frames, sampled given the frames before them.
+        images: (B, T, H, W), NaN in unobserved frames.
         n_objects: (B,).
     """
     seen, present = ~unseen_frames(images), object_mask(n_objects, samples.shape[2])
@@ -79,14 +79,13 @@ def forecast_nll_per_frame(model: PixelModel, samples: Tensor, images: Tensor, n
 
 @torch.no_grad()
 def innovation_mean_square(dynamics: Dynamics, drawn: Tensor, data: ImageSequences) -> Tensor:
-    """The mean square (n,) of the standardised innovations of tracks, from the third frame on; 1 if calibrated.
+    """Returns the mean square (n,) of the standardised innovations of tracks from the third frame on; 1 if calibrated.
+
+    It is NaN for sequences with no observed frame from the third on.
 
     Args:
         drawn: (n, N, T, 2), samples of q(a | v).
-        data: the sequences, whose ``seen`` frames count.
-
-    Returns:
-        NaN where fewer than three frames were seen.
+        data: the sequences; only their ``seen`` frames count.
     """
     present = object_mask(data.n_objects, drawn.shape[1])
     tracks = drawn[present].to(dynamics.mu.device)
@@ -100,9 +99,9 @@ def innovation_mean_square(dynamics: Dynamics, drawn: Tensor, data: ImageSequenc
 
 
 def standardised_innovations(dynamics: Dynamics, a: Tensor) -> Tensor:
-    """L_t^-1 (a_t - E[a_t | a_{1:t-1}, z = k]) (..., K, T, 2) of tracks (..., T, 2) under each component.
+    """Returns L_t^-1 (a_t - E[a_t | a_{1:t-1}, z = k]) (..., K, T, 2) of tracks (..., T, 2) under each component.
 
-    L_t L_t' is the covariance of a_t given a_{1:t-1}. Independent standard normals for draws from p(a | z = k).
+    L_t L_t' is the covariance of a_t given a_{1:t-1}. For draws from p(a | z = k) these are iid standard normals.
     """
     lgssm = dynamics.lgssm()
     filtered = kalman.kalman_filter(lgssm, a.unsqueeze(-3))
@@ -114,12 +113,12 @@ def standardised_innovations(dynamics: Dynamics, a: Tensor) -> Tensor:
 
 
 def _floats(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The images in double precision, 0 where they were not seen, and the mask (n, T) of the frames that were."""
+    """Returns the images in double precision, with 0 in unobserved frames, and the mask (n, T) of observed frames."""
     return images.double().nan_to_num(), ~unseen_frames(images)
 
 
 def _cost(v: Tensor, p: Tensor, seen: Tensor, is_density: bool) -> Tensor:
-    """-log p (n,) of images (n, T, H, W) around predictions of the same shape, mean over the frames that were seen."""
+    """Returns -log p (n,) of images (n, T, H, W) given predictions of the same shape, averaged over observed frames."""
     if is_density:
         variance = (v - p)[seen].square().mean().clamp(min=SMALLEST_SD**2)
         cost = 0.5 * ((v - p).square() / variance + (2 * math.pi * variance).log())

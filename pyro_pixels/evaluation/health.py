@@ -31,25 +31,25 @@ from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.predict import smooth
 
 EXPECTED: dict[str, tuple[float, float]] = {
-    # Good runs of quick presets: 0.15 to 0.21; an earlier recipe on a seed on which it failed: 0.5 after 1,000 steps.
+    # Good runs of quick presets: 0.15 to 0.21; a failed seed of an earlier recipe: 0.5 after 1,000 steps.
     "bound_ratio": (-math.inf, 0.5),
-    # 1 if calibrated. Good runs: 0.68 to 0.96, rising slowly once Sigma_A is learned; 0.47 to 0.50 while it is held.
+    # 1 if calibrated. Good runs: 0.68 to 0.96, rising slowly once Sigma_A is learned; 0.47 to 0.50 while it is fixed.
     "innovation_mean_square": (0.5, 2.0),
     # 0 if calibrated. Good runs: within 0.06. At 0.3 a tenth of the variance of an innovation could be predicted.
     "innovation_autocorrelation": (-0.3, 0.3),
-    # Good runs: 0.10 to 0.12, nearly all of it the noise of Sec 3.1's data. Folded ones, where an affine map explains
-    # half of the variance of the true positions: 0.42 to 0.48, though every other measure may be in order.
+    # Good runs: 0.10 to 0.12, nearly all of it the noise of Sec 3.1's data. Folded runs, where an affine map explains
+    # half of the variance of the true positions: 0.42 to 0.48, though every other measure may be in range.
     "path_residual": (0.0, 0.2),
-    # 1e-4 by the definition of UNEXPLAINED where the model is right. Good runs: below 0.01.
+    # 1e-4 by the definition of UNEXPLAINED if the model is right. Good runs: below 0.01.
     "unexplained_tracks": (0.0, 0.05),
-    # Objects that start in K ways, each in at least one case of fifty.
+    # Assumes that objects start in K ways, each in at least one case of fifty.
     "smallest_component": (0.02, 1.0),
-    # 1 / K by chance. Runs whose components mean the sides: 1.00; others: 0.60 to 0.71.
+    # 1 / K by chance. Runs whose components correspond to the launch sides: 1.00; others: 0.60 to 0.71.
     "component_certainty": (0.8, 1.0),
     # Good runs: below 0.02.
     "coinciding_objects": (0.0, 0.1),
 }
-"""Where each measure should lie (`check_health` says what they are). Runs are trials on images of 32 x 32 or less."""
+"""The range in which each measure of `check_health` should lie. The runs are trials on images of 32 x 32 or less."""
 
 UNEXPLAINED = 1e-4  # a track is unexplained beyond this upper quantile of the sum of squares of its innovations
 COINCIDING = 0.1  # two tracks coincide when their mean distance is below this share of the spread of all positions
@@ -60,9 +60,9 @@ class Health(NamedTuple):
 
     measures: dict[str, float]
     problems: list[str]
-    """One sentence each: what was found, what it usually means, what to do. Empty if all is well."""
+    """One sentence per problem: the finding, what it usually means, and a remedy. Empty if all is well."""
     causes: tuple[str, ...] = ()
-    """Names of likely causes, if there are problems: white, noise, background, come and go, walls."""
+    """The names of likely causes, if there are problems: white, noise, background, come and go, walls."""
 
     @property
     def ok(self) -> bool:
@@ -102,13 +102,13 @@ def check_health(
     - ``coinciding_objects``: share of the sequences with N >= 2 in which the mean tracks of two objects coincide.
 
     Args:
-        data: some hundred sequences with at least 4 frames, fresh ones or those of the training.
-        seed: of the draws; the caller's random state is left as it was.
-        inferred: `infer_all` of these sequences, if it is there already.
+        data: about a hundred sequences of at least 4 frames, held-out or training ones.
+        seed: seeds the draws; the caller's random state is not changed.
+        inferred: the result of `infer_all` for these sequences, if it has been computed already.
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: if the sequences have fewer frames or do not fit model and guide.
+        ValueError: if the sequences are too short or do not fit model and guide.
     """
     T = data.images.shape[1]
     if T < START_FRAMES + 2:
@@ -153,8 +153,8 @@ def format_health(health: Health, *, options: bool = False, details: bool = Fals
     """Formats the result as five plain lines, the verdict first.
 
     Args:
-        options: speak of options of the scripts, not of fields of the library.
-        details: also all measures with the range that they should lie in, and a sentence for each that does not.
+        options: name options of the scripts instead of fields of the library.
+        details: add all measures with the range in which they should lie, and a sentence for each sign of failure.
     """
     found = signs(health.measures)
     lines = five_lines(health.measures, found, health.causes, options=options)
@@ -183,7 +183,7 @@ def _bound_measures(model: PixelModel, data: ImageSequences, inferred: Inference
 
 
 def _whitening(points: Tensor) -> Tensor:
-    """W (2, 2) such that W x has the identity for its covariance, for points x (m, 2)."""
+    """Returns W (2, 2) such that W x has identity covariance, for points x (m, 2)."""
     cov = points.mT.cov()
     identity = torch.eye(2, dtype=cov.dtype, device=cov.device)
     L = torch.linalg.cholesky_ex(cov + 1e-12 * cov.trace() * identity).L  # the second term for points on a line
@@ -191,19 +191,19 @@ def _whitening(points: Tensor) -> Tensor:
 
 
 def _second_moment(x: Tensor) -> Tensor:
-    """Mean of x_t x_t' (2, 2) for x (M, T, 2)."""
+    """Returns the mean of x_t x_t' (2, 2) for x (M, T, 2)."""
     return torch.einsum("mti,mtj->ij", x, x) / x[..., 0].numel()
 
 
 def _largest_rms(second_moment: Tensor, whiten: Tensor) -> float:
-    """Root of the largest eigenvalue of a second moment (2, 2) in units of spread; NaN stays NaN."""
+    """Returns the root of the largest eigenvalue of a second moment (2, 2), in units of spread; NaN stays NaN."""
     C = whiten @ second_moment @ whiten.mT
     half, difference = C.trace() / 2, (C[0, 0] - C[1, 1]) / 2
     return float((half + torch.hypot(difference, C[0, 1])).sqrt())
 
 
 def _path_residuals(dynamics: Dynamics, a: Tensor) -> Tensor:
-    """Tracks a (M, T, 2) minus the nearest path, by least squares over h_1, that the dynamics take without noise."""
+    """Returns tracks a (M, T, 2) minus the nearest noise-free paths of the dynamics, by least squares over h_1."""
     F, drift, _ = response(dynamics.lgssm(), a.shape[-2])
     Q = torch.linalg.qr(F).Q  # (2T, 4), an orthonormal basis of what h_1 can add to the drift
     e = a.flatten(1) - drift
@@ -211,7 +211,7 @@ def _path_residuals(dynamics: Dynamics, a: Tensor) -> Tensor:
 
 
 def _coinciding(mean: Tensor, present: Tensor) -> float:
-    """Share of the sequences with N >= 2 in which two tracks of ``mean`` (n, N, T, 2), in units of spread, coincide."""
+    """Returns the share of sequences with N >= 2 in which two tracks of ``mean`` (n, N, T, 2), whitened, coincide."""
     several = present.sum(1) > 1
     if not bool(several.any()):
         return 0.0
@@ -220,7 +220,7 @@ def _coinciding(mean: Tensor, present: Tensor) -> float:
 
 
 def signs(measures: dict[str, float]) -> list[str]:
-    """The signs of failure among the measures, keys of `health_words.SIGNS`, or ["diverged"] alone."""
+    """Returns the signs of failure among the measures, keys of `health_words.SIGNS`, or ["diverged"] alone."""
     if not all(math.isfinite(x) for x in measures.values()):
         return ["diverged"]
     found = []

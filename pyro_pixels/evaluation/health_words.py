@@ -1,4 +1,4 @@
-"""What `check_health` found, in words: five plain lines, the verdict first, in the terms of a script or the library."""
+"""The findings of `check_health` in words: five lines, the verdict first, for users of scripts or of the library."""
 
 import math
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 
 class Advice(NamedTuple):
-    """What to do, by names of the library's fields or of the scripts' options."""
+    """A remedy, in terms of the library's fields and of the scripts' options."""
 
     fields: str
     options: str
 
 
 class Cause(NamedTuple):
-    """A likely cause."""
+    """A likely cause and its remedy."""
 
     words: str
     advice: Advice
@@ -130,20 +130,20 @@ SIGNS: dict[str, tuple[str, Advice]] = {
         ),
     ),
 }
-"""What each measure says when it is out of range, and what to do."""
+"""Sign of failure -> the words for it, with x for the measure's value, and the remedy."""
 DIVERGED = Advice(
     "train again with a smaller learning rate or `Schedule.clip_norm`", "train again with another --seed or --preset"
 )
 
 
 def sentence(sign: str, x: float, *, options: bool) -> str:
-    """One sign in one sentence, with what to do."""
+    """Returns one sentence about a sign, with its remedy."""
     words, advice = SIGNS[sign]
     return f"{words.format(x=x)}; {advice.options if options else advice.fields}"
 
 
 def five_lines(measures: Mapping[str, float], signs: list[str], causes: tuple[str, ...], *, options: bool) -> list[str]:
-    """The verdict; how images, motion and objects are understood; and what to do."""
+    """Returns the verdict, a line each on images, motion and objects, and the remedy."""
     n = len(signs)
     verdict = "no sign of failure" if not n else f"{n} sign{'s' if n > 1 else ''} of failure"
     if causes:

@@ -7,7 +7,7 @@ with a guide of the same family, prod_{n,t} N(a_t^n; mu, sigma^2), its gain in t
 
 `AutoNormal` is wrapped in a `Guide` because it has two problems here. It ignores masks, so that an absent object adds
 its entropy, which is unbounded: use sequences with one N only. And under `pyro.infer.SVI` it keeps its parameters in
-Pyro's global parameter store, where a second one would find them under the same names.
+Pyro's global parameter store, where a second guide would find them under the same names.
 """
 
 import pyro

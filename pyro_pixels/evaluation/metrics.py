@@ -1,4 +1,4 @@
-"""Metrics: errors in pixels, identity switches, pixel losses, and the floors that the physics sets.
+"""Metrics: errors in pixels, identity switches, pixel losses, and the floors set by the physics.
 
 Latent positions are identified up to an affine map (Sec 3.3). One map, fitted by least squares on the sequences with a
 single object, takes all latent positions to pixels; objects are matched with the true ones sequence by sequence.
@@ -56,7 +56,7 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
         )
     x = latent[alone, 0].reshape(-1, 2).double()
     y = positions[alone, 0].reshape(-1, 2).double()
-    there = y.isfinite().all(-1)  # frames that were not seen have no true positions
+    there = y.isfinite().all(-1)  # unobserved frames have no true positions
     x, y = x[there], y[there]
     design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     solution = torch.linalg.lstsq(design, y, driver="gelsd").solution
@@ -105,7 +105,7 @@ def errors(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 def switches(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
     """Returns (B,) bool, True where the best assignments over the first and over the last frames differ.
 
-    Counting changes of the best permutation frame by frame would not do: noise alone causes many without any switch.
+    Counting changes of the best permutation frame by frame would mislead: noise alone causes many without any switch.
     """
     k = min(SWITCH_FRAMES, truth.shape[2])
     first = assign(predicted[:, :, :k], truth[:, :, :k], n_objects)
@@ -114,9 +114,9 @@ def switches(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 
 
 def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
-    """Returns -log p (B,) of binary images (B, T, H, W) under pixel probabilities, in nats per frame that was seen.
+    """Returns -log p (B,) of binary images (B, T, H, W) under pixel probabilities, in nats per observed frame.
 
-    Probabilities are clamped to [1e-6, 1 - 1e-6]. The value is NaN where no frame was seen.
+    Probabilities are clamped to [1e-6, 1 - 1e-6]. The value is NaN if no frame was observed.
     """
     p = probabilities.clamp(1e-6, 1 - 1e-6)
     seen = ~unseen_frames(images)
@@ -125,7 +125,7 @@ def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def constant_image_nll(images: Tensor, *, batch_size: int = 100) -> Tensor:
-    """Returns `nll_per_frame` (B,), float64, of one grey value everywhere: the mean of all pixels that were seen."""
+    """Returns `nll_per_frame` (B,), float64, of a single grey value, the mean of all observed pixels."""
     parts = images.split(batch_size)
     total = sum(float(part.double().nansum()) for part in parts)
     n = sum(int((~part.isnan()).sum()) if part.is_floating_point() else part.numel() for part in parts)
@@ -164,7 +164,7 @@ def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tenso
 
 
 def likeliest_labels(dynamics: TrueDynamics, positions: Tensor, n_objects: Tensor, *, reach: float = 4.0) -> Tensor:
-    """Relabels true positions (B, N, T, 2) by maximum likelihood, as an observer would who sees them unlabelled.
+    """Relabels true positions (B, N, T, 2) by maximum likelihood, as an observer of unlabelled positions would.
 
     The likelihood is Eq (10) with the data's true parameters. The search starts from the true labels and exchanges two
     objects over an interval of frames, the best exchange first, as long as that raises the likelihood. The `switches`

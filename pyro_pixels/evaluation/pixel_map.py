@@ -1,10 +1,10 @@
-"""From latent units to pixels without true positions: by asking the renderer where it draws.
+"""The map from latent units to pixels without true positions, found from what the renderer draws.
 
-Latent positions are found up to an affine map (Sec 3.3). A guide whose measurements are centroids of pixels
-(`AttentionHead`, `TrackingHead`) has it built in: each axis runs from -1 to 1 over the image. For every other guide a
-single object is drawn at a grid of latent positions, within the range of those that were inferred, and the map is the
-least-squares fit to the centroids of what was drawn, less the empty canvas. Its error is the root mean square distance
-of the centroids from the fit; where it is large, the latent space is not an affine picture of the image.
+Latent positions are identified up to an affine map (Sec 3.3). Guides whose measurements are centroids of pixels
+(`AttentionHead`, `TrackingHead`) fix it: each axis runs from -1 to 1 over the image. For every other guide a single
+object is drawn on a grid of latent positions within the range of the inferred ones, and the map is the least-squares
+fit to the centroids of these drawings minus the empty canvas. Its error is the root mean square distance of the
+centroids from the fit; if it is large, the latent space is not an affine picture of the image.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.model.pixel_model import PixelModel
 
 GRID = 24  # positions along each axis
-FAINT = 0.5  # of the median mass: what is drawn less is not counted
+FAINT = 0.5  # fraction of the median mass below which drawings are ignored
 
 
 class PixelMap(NamedTuple):
@@ -26,20 +26,20 @@ class PixelMap(NamedTuple):
 
     affine: Affine
     error_px: float
-    """Root mean square distance of what is drawn from the map; 0 where the guide knows it."""
+    """Root mean square distance of the drawn centroids from the map; 0 if the guide fixes the map."""
     known: bool
-    """Whether it is the guide's own, and not fitted."""
+    """Whether the guide fixes the map, so that none was fitted."""
 
 
 @torch.no_grad()
 def map_to_pixels(model: PixelModel, guide: Guide, inferred: Tensor | None = None) -> PixelMap:
-    """The map of a trained model and guide, without true positions.
+    """Returns the map of a trained model and guide, without true positions.
 
     Args:
-        inferred: (..., 2), latent positions; the map is fitted over their range. Not needed where the guide knows it.
+        inferred: (..., 2), latent positions, over whose range the map is fitted. Not needed if the guide fixes the map.
 
     Raises:
-        ValueError: if the map is not known and nothing was inferred, or the renderer draws nothing there.
+        ValueError: if the map must be fitted and ``inferred`` is None, or if the renderer draws nothing there.
     """
     height, width = model.renderer.height, model.renderer.width
     if isinstance(getattr(guide, "head", None), AttentionHead):
@@ -66,7 +66,7 @@ def map_to_pixels(model: PixelModel, guide: Guide, inferred: Tensor | None = Non
 
 @torch.no_grad()
 def drawn_centroids(model: PixelModel, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Centroid (M, 2), (column, row), and mass (M,) of one object drawn at latent positions a (M, 2), in pixels."""
+    """Returns centroid (M, 2), (column, row), and mass (M,) of one object drawn at latent a (M, 2), in pixels."""
     device = next(model.parameters()).device
     present = torch.ones(1, dtype=torch.bool, device=device)
     image = model.likelihood.mean(model.renderer(a[None].to(device), present))  # (M, H, W)

@@ -1,4 +1,4 @@
-"""The table of a trained model's errors and losses on held-out sequences (Secs 3.3-3.5), beside their floors."""
+"""The table of a trained model's errors and losses on held-out sequences (Secs 3.3-3.5), with their floors."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ from pyro_pixels.model.pixel_model import PixelModel
 
 __all__ = ["N_SEEN", "errors_in_pixels", "evaluate", "format_table", "means_by_n", "table_of"]
 
-N_FUTURES = 20  # that forecasts are averaged over where there are no true positions
+N_FUTURES = 20  # futures over which forecasts are averaged if there are no true positions
 
 Table = dict[str, dict[str, float | int | None]]
 
@@ -48,12 +48,12 @@ def evaluate(
     Args:
         model: the trained model.
         guide: the trained guide.
-        data: held-out sequences. Errors in pixels need ``positions``, floors also need ``dynamics``; without positions
-            forecasts are measured against those that know no motion, and innovations (`evaluation.film`).
+        data: held-out sequences. Errors in pixels need ``positions``, floors also need ``dynamics``. Without positions,
+            forecasts are compared with baselines without motion, and innovations are measured (`evaluation.film`).
         n_seen: observed frames before generation, and at either end for interpolation; default: 5, or fewer where
             sequences have fewer than 11 frames.
-        n_futures: sampled futures per sequence whose images are averaged, for the measures of forecasts; 0 leaves these
-            out. Default: 20 without positions, else 0.
+        n_futures: sampled futures per sequence whose images are averaged, for the measures of forecasts; 0 leaves those
+            measures out. Default: 20 without positions, else 0.
         batch_size: sequences per batch.
         progress: show a progress bar on a terminal.
 
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def table_of(model: PixelModel, data: ImageSequences, inferred: Inferences, predicted: Predictions) -> dict[str, Any]:
-    """The result of `evaluate`, from answers that are there already."""
+    """Returns the result of `evaluate` from inferences and predictions that have been computed already."""
     n_seen, T = predicted.n_seen, data.images.shape[1]
     values = dict(predicted.losses)
     values["bound_per_frame_nats"] = inferred.terms.bound / data.seen.sum(1)
@@ -103,7 +103,7 @@ def table_of(model: PixelModel, data: ImageSequences, inferred: Inferences, pred
 
 
 def _known_of_a_film(model: PixelModel, data: ImageSequences, inferred: Inferences, n_seen: int) -> dict[str, Tensor]:
-    """Measures (n,) that need no true positions, beside the forecasts of the model."""
+    """Returns the measures (n,) that need no true positions, except those of the model's forecasts."""
     density = model.likelihood.is_density
     return {
         "mean_image_nll_per_frame_nats": mean_image_nll_per_frame(data.images, n_seen, is_density=density),
@@ -124,7 +124,7 @@ def errors_in_pixels(
         data: sequences with ``positions``.
         inferred: positions (n, N, T, 2) in pixels, as all the others.
         generated: positions after ``n_seen`` observed frames.
-        interpolated: positions between observed frames at both ends; None where there are none between.
+        interpolated: positions between observed frames at both ends; None if no frame lies between.
         ends: (T,) bool, the frames observed for interpolation.
         n_seen: the number of frames observed for generation.
     """
@@ -157,7 +157,7 @@ def errors_in_pixels(
 
 @torch.no_grad()
 def _side_accuracy(model: PixelModel, inferred: Tensor, in_pixels: Tensor, data: ImageSequences) -> Tensor:
-    """Returns (n, N), 1 where the likeliest component gives the launch side and else 0, NaN for absent objects.
+    """Returns (n, N), 1 where the likeliest component matches the launch side and else 0, NaN for absent objects.
 
     Components are matched with sides once for all sequences.
     """
@@ -228,11 +228,11 @@ FILM_COLUMNS: dict[str, tuple[str, str]] = {
     "persistence_nll_per_frame_nats": ("persistence", "nats/frame"),
     "innovation_mean_square": ("innovations", "(1 if true)"),
 }
-"""Of sequences without true positions."""
+"""The columns for sequences without true positions."""
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """Formats the result of `evaluate` as a short text table, of what was measured."""
+    """Formats the result of `evaluate` as a short text table; for films, only of what was measured."""
     film = "innovation_mean_square" in result["all"]
     columns = FILM_COLUMNS if film else COLUMNS
     columns = {key: title for key, title in columns.items() if film is False or result["all"].get(key) is not None}

@@ -1,4 +1,4 @@
-"""How good a trained model is with names put right by p(a) (`guides.untangling`), or refined (`guides.refining`)."""
+"""Evaluation with identities corrected by p(a) (`guides.untangling`), or with refined tracks (`guides.refining`)."""
 
 from typing import Any
 
@@ -25,17 +25,17 @@ MEASURES = (
 def evaluate_untangled(
     model: PixelModel, guide: Guide, data: ImageSequences, *, n_seen: int = N_SEEN, batch_size: int = 100
 ) -> dict[str, Any]:
-    """The measures of `evaluate` that names change, as ``untangled_...``, for each N and for all sequences.
+    """Returns the `MEASURES`, which depend on identities, as ``untangled_...``, for each N and for all sequences.
 
-    All of them with an `UntangledGuide` in the place of ``guide`` where there can be one; otherwise the first two, of
-    untangled means.
+    If ``guide`` can be untangled, all are those of its `UntangledGuide`; otherwise only the first two are returned,
+    for untangled means.
 
     Args:
-        data: fresh sequences; those without ``positions`` have no errors in pixels.
-        n_seen: frames seen before generation, and at either end for interpolation.
+        data: held-out sequences; without ``positions`` there are no errors in pixels.
+        n_seen: observed frames before generation, and at either end for interpolation.
 
     Raises:
-        ValueError: as `evaluate`.
+        ValueError: as in `evaluate`.
     """
     device = next(model.parameters()).device
     some = data[:1]
@@ -57,18 +57,18 @@ def evaluate_refined(
     batch_size: int = 100,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The measures of `evaluate_untangled`, as ``refined_...``, with a `RefinedGuide` in the place of ``guide``.
+    """Returns the `MEASURES` of the guide's `RefinedGuide`, as ``refined_...``, for each N and for all sequences.
 
-    Takes a few tenths of a second a sequence.
+    It takes a few tenths of a second per sequence.
 
     Args:
-        data: fresh sequences; those without ``positions`` have no errors in pixels.
-        n_seen: frames seen before generation, and at either end for interpolation.
-        n_steps: of `guides.refine`.
+        data: held-out sequences; without ``positions`` there are no errors in pixels.
+        n_seen: observed frames before generation, and at either end for interpolation.
+        n_steps: as in `guides.refine`.
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: as `evaluate`, or if the guide's frames cannot be exchanged.
+        ValueError: as in `evaluate`, or if the guide's frames cannot be exchanged.
     """
     refined = RefinedGuide(guide, model, n_steps=n_steps)
     found = evaluate(model, refined, data, n_seen=n_seen, batch_size=batch_size, progress=progress)
@@ -76,13 +76,13 @@ def evaluate_refined(
 
 
 def merged(result: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """The result of `evaluate` with the measures of `evaluate_untangled` or `evaluate_refined` in its groups."""
+    """Returns the result of `evaluate` with those of `evaluate_untangled` or `evaluate_refined` added to its groups."""
     rows = {n: {**row, **other["by_n_objects"][n]} for n, row in result["by_n_objects"].items()}
     return {**result, "by_n_objects": rows, "all": {**result["all"], **other["all"]}}
 
 
 def _measures(found: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The groups of a result with those measures alone that names change, called PREFIX_MEASURE."""
+    """Returns the groups of a result with only the `MEASURES`, renamed to PREFIX_MEASURE."""
 
     def named(row: dict[str, Any]) -> dict[str, Any]:
         return {f"{prefix}_{name}": row[name] for name in MEASURES if name in row}
@@ -91,7 +91,7 @@ def _measures(found: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _positions_alone(model: PixelModel, guide: Guide, data: ImageSequences, batch_size: int) -> dict[str, torch.Tensor]:
-    """Errors (n, N) and switches (n,) of untangled means, as far as positions are known."""
+    """Returns errors (n, N) and switches (n,) of untangled means, or {} if they cannot be measured in pixels."""
     if data.positions is None or not bool((data.n_objects == 1).any()):
         return {}
     device, N = next(model.parameters()).device, int(data.n_objects.max())

@@ -117,4 +117,5 @@ def _launch(kernel: Any, n_rows: int, *args: Any) -> None:
     """Runs a kernel over rows of D entries; D is the last but one of ``args``."""
     D = args[-2]
     block = min(BLOCK, triton.next_power_of_2(D))
-    kernel[(n_rows, triton.cdiv(D, block))](*args, BLOCK=block)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensors'
+        kernel[(n_rows, triton.cdiv(D, block))](*args, BLOCK=block)

@@ -66,7 +66,7 @@ class ConditionedTracks(TorchDistribution):
         columns = torch.cat([self._F.expand(*e.shape, d), e.unsqueeze(-1)], -1)
         self._solved, log_det = solve_sum(self._V, self._R, columns, self._L)  # S^-1 [F, e], log det S
         M, g = (self._F.mT @ self._solved).split((d, 1), -1)  # F' S^-1 F, F' S^-1 e
-        self._mu, self._U = lgssm.mu, torch.linalg.cholesky_ex(lgssm.Sigma).L  # (K, d), (K, d, d)
+        self._mu, self._U = lgssm.mu, dynamics.start_roots()  # (K, d), (K, d, d)
         left = g.mT - self._mu @ M  # (..., K, d), F' S^-1 (e - F mu_k)
         identity = torch.eye(d, dtype=M.dtype, device=M.device)
         self._root_Q = torch.linalg.cholesky_ex(identity + self._U.mT @ (M.unsqueeze(-3) @ self._U)).L  # (..., K, d, d)
@@ -121,11 +121,8 @@ class ConditionedTracks(TorchDistribution):
         start = mixture_moments(self.component.probs, starts).cov  # (..., d, d)
         by_start = self._F - self._V @ self._solved[..., :-1]  # da / dh_1
         by_start = by_start.unflatten(-2, self.event_shape)  # (..., T, 2, d)
-        white = torch.linalg.solve_triangular(self._L, self._V.expand_as(self._L), upper=False)  # V S^-1 V = W' W
-        x, y = white.unflatten(-1, self.event_shape).unbind(-1)  # (..., 2T, T) each
-        xy = (x * y).sum(-2)
-        explained = torch.stack([x.square().sum(-2), xy, xy, y.square().sum(-2)], -1).unflatten(-1, (2, 2))
-        return by_start @ start.unsqueeze(-3) @ by_start.mT + _frame_blocks(self._V) - explained
+        explained = self._V @ solve_sum(self._V, self._R, self._V.expand_as(self._L), self._L)[0]
+        return by_start @ start.unsqueeze(-3) @ by_start.mT + _frame_blocks(self._V - explained)
 
     @property
     def variance(self) -> Tensor:
@@ -226,7 +223,7 @@ class _SolveSum(torch.autograd.Function):
         d = L.shape[-1]
         grad_b = torch.zeros_like(x) if grad_x is None else cholesky_solve(grad_x, L)
         grad_R = -(grad_b * x).sum(-1)
-        grad_C = -torch.einsum("rim,rjm->ij", grad_b.flatten(0, -3), x.flatten(0, -3))
+        grad_C = -torch.einsum("rim,rjm->ij", *(columns.reshape(-1, *x.shape[-2:]) for columns in (grad_b, x)))
         if grad_log_det is not None:
             W = cholesky_inverse(L)
             W = W if W.is_contiguous() else W.mT  # the same: it is symmetric

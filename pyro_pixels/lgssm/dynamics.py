@@ -192,18 +192,30 @@ class Dynamics(nn.Module):
         dtype, device = kalman.exact_dtype(self.mu.device), self.mu.device
         I = torch.eye(4, dtype=dtype, device=device)
         delta = self.log_delta.to(dtype).exp()
-        root_Sigma_A = F.pad(self.root_Sigma_A, (0, 2, 0, 2))  # as large as the others, so that all are one call
-        roots = torch.cat([root_Sigma_A.unsqueeze(0), self.root_Sigma_H.unsqueeze(0), self.root_Sigma])
-        Sigma_A, Sigma_H, Sigma = _covariance(roots.to(dtype)).split((1, 1, len(self.root_Sigma)))
+        roots = once("roots", self._roots, self)
+        covariances = roots @ roots.mT
         return ConstantVelocity(
             A=I + delta * torch.ones(2, dtype=dtype, device=device).diag(2),
             B=I[:2],
             u=self.u.to(dtype),
-            Sigma_H=Sigma_H.squeeze(0),
-            Sigma_A=Sigma_A.squeeze(0)[:2, :2] + self.config.position_noise_floor * I[:2, :2],
+            Sigma_H=covariances[1],
+            Sigma_A=covariances[0, :2, :2] + self.config.position_noise_floor * I[:2, :2],
             mu=self.mu.to(dtype),
-            Sigma=Sigma,
+            Sigma=covariances[2:],
         )
+
+    def start_roots(self) -> Tensor:
+        """Returns U_k (K, 4, 4) with U_k U_k' = Sigma_k, lower triangular."""
+        if type(self)._lgssm is not Dynamics._lgssm:  # a subclass may have another Sigma_k
+            return kalman.semidefinite_cholesky(self.lgssm().Sigma)
+        return once("roots", self._roots, self)[2:]
+
+    def _roots(self) -> Tensor:
+        """Returns lower triangular roots (2 + K, 4, 4) of Sigma_A less its floor, padded, Sigma_H, and Sigma_k."""
+        root_Sigma_A = F.pad(self.root_Sigma_A, (0, 2, 0, 2))
+        roots = torch.cat([root_Sigma_A.unsqueeze(0), self.root_Sigma_H.unsqueeze(0), self.root_Sigma])
+        roots = roots.to(kalman.exact_dtype(roots.device))
+        return roots.tril(-1) + torch.diag_embed(roots.diagonal(dim1=-2, dim2=-1).exp())
 
     def positions(self, n_frames: int) -> TrackMixture:
         """Returns p(a_{1:T}) of one object, Eq (10), with batch shape () and event shape (T, 2)."""
@@ -243,11 +255,5 @@ def select_component(lgssm: LGSSM, k: Tensor) -> LGSSM:
 
 
 def _log_root(variance: float, d: int) -> Tensor:
-    """Returns the unconstrained (d, d) matrix that `_covariance` maps to ``variance`` I."""
+    """Returns the unconstrained (d, d) matrix that `Dynamics` maps to ``variance`` I."""
     return 0.5 * torch.tensor(variance).log() * torch.eye(d)
-
-
-def _covariance(root: Tensor) -> Tensor:
-    """Returns L L' with L the lower triangle of ``root`` and its diagonal exponentiated."""
-    L = root.tril(-1) + torch.diag_embed(root.diagonal(dim1=-2, dim2=-1).exp())
-    return L @ L.mT

@@ -1,6 +1,5 @@
 """The joint Gaussian over the positions in all frames: Eq (3) with the states integrated out."""
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -58,9 +57,19 @@ def _uniform_response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A:
     return Response(F, drift, V.view(T, T, p, p).transpose(1, 2).reshape(T * p, T * p))
 
 
+_KEPT: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+
 def _sums_over_steps(T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what `_sums` does; for short sequences it is computed once, and kept for recorded steps to read."""
-    return (_kept_sums if T <= KEPT_FRAMES else _sums)(T, dtype, device)
+    """Returns `_sums`, computed once for short sequences and never freed, because recorded steps read them."""
+    key = T, dtype, device
+    if key in _KEPT:
+        return _KEPT[key]
+    made = _sums(*key)
+    if T <= KEPT_FRAMES and all(type(x) is Tensor for x in made):  # neither fake tensors nor a recording's memory
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _KEPT[key] = made
+    return made
 
 
 @torch.inference_mode(False)
@@ -77,9 +86,6 @@ def _sums(T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Ten
     products = torch.einsum("tsx,usy->tuxy", acted, acted).flatten(2)
     same = torch.eye(T, dtype=dtype, device=device).unsqueeze(-1)
     return one_and_j, acted.sum(1), torch.cat([products, same], -1).flatten(0, 1)
-
-
-_kept_sums = cache(_sums)
 
 
 def on_diagonal(block: Tensor, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A contact sheet of a film that was prepared: what it was, what the model will see, and what to doubt."""
+"""A contact sheet of a prepared film: the source, what the model will see, and statistics that reveal problems."""
 
 from collections.abc import Sequence
 
@@ -8,22 +8,22 @@ from numpy.typing import ArrayLike
 
 from pyro_pixels.plots.style import FONT, OBJECTS, QUIET, SEEN, TEXT, TRUTH, style_axes
 
-SHOWN = 6  # frames
+SHOWN = 6  # number of frames shown
 
 
 def plot_contact_sheet(
     source: ArrayLike, images: ArrayLike, counts: ArrayLike, n_objects: ArrayLike, *, threshold: float | None = None,
     notes: Sequence[str] = (),
 ) -> Figure:  # fmt: skip
-    """Frames of the source above those that the model will see, the histogram of pixels, and component counts.
+    """Draws frames of the source above those that the model will see, the histogram of pixels, and component counts.
 
     Args:
-        source: (T, H, W), the film that the first sequence comes from, from its first frame on.
-        images: (n, T, H, W), the sequences, NaN where frames were not seen.
-        counts: (n, T), connected components of each frame; below 0 where there is none.
+        source: (T, H, W), the film of the first sequence, starting at that sequence's first frame.
+        images: (n, T, H, W), the sequences, NaN in unobserved frames.
+        counts: (n, T), the number of connected components in each frame; negative where there is no frame.
         n_objects: (n,).
-        threshold: of the pixels, if there was one.
-        notes: lines below.
+        threshold: the threshold of the pixels, if one was used.
+        notes: lines of text below the figure.
     """
     film, v = np.asarray(source, float), np.asarray(images, float)
     c, n = np.asarray(counts), np.asarray(n_objects)

@@ -300,15 +300,15 @@ def save_figure(figure: Figure, path: str | Path, title: str = "") -> None:
     """Writes a figure in the format of the path's suffix, PNG without one, replacing an older file atomically.
 
     Args:
-        figure: as the functions here return it.
-        path: of the file.
-        title: written above it, in several lines where it is longer than the figure is wide.
+        figure: a figure from one of the functions here.
+        path: the file to write.
+        title: written above the figure, wrapped to its width.
     """
     if title:
         letters = max(20, int(figure.get_figwidth() * 72 / (0.55 * (FONT + 1))))
         figure.suptitle("\n".join(textwrap.wrap(title, letters)), fontsize=FONT + 1, color=TRUTH)
     layout, box = figure.get_layout_engine(), "tight"
-    if layout is not None and len(figure.texts) == bool(title):  # its margins are right then, and one drawing is enough
+    if layout is not None and len(figure.texts) == bool(title):  # margins are right then, and one drawing is enough
         layout.execute(figure)
         figure.set_layout_engine("none")
         box = None

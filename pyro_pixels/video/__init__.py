@@ -1,4 +1,4 @@
-"""Films of one's own: from files to image sequences, and from tracks back to the film's own pixels."""
+"""Your own films: from files to image sequences, and from tracks back to the film's pixels."""
 
 from pyro_pixels.video.check import check_film, count_components
 from pyro_pixels.video.prepare import (

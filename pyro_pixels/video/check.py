@@ -1,6 +1,6 @@
-"""What may go wrong when a model learns from these sequences, said before the first step, with what to do.
+"""Warnings, before the first step, about what may go wrong when a model learns from given sequences, with remedies.
 
-Each check looks at images and numbers of objects alone.
+The checks use only images and numbers of objects.
 """
 
 import numpy as np
@@ -10,19 +10,19 @@ from numpy.typing import NDArray
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.pixel_evidence import PixelEvidence, components
 
-FRAMES = 1_500  # that are looked at
-SMALLEST = 2  # pixels of an object
+FRAMES = 1_500  # frames that are checked
+SMALLEST = 2  # size of the smallest objects, in pixels
 
 
 def count_components(white: NDArray[np.bool_], least: int = SMALLEST) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many connected components of at least so many pixels each frame (F, H, W) has, and the sizes of all."""
+    """Returns the number of components of at least ``least`` pixels in each frame (F, H, W), and the sizes of all."""
     frame, sizes = components(white)
     large = sizes >= least
     return np.bincount(frame[large], minlength=len(white)), sizes[large]
 
 
 def check_film(data: ImageSequences) -> list[str]:
-    """Warnings, one line each: what was found, and the option that helps; empty if there is nothing to say."""
+    """Returns warnings, one line each, with the finding and the option that helps; empty if there are none."""
     warnings: list[str] = []
     n, (H, W) = len(data), data.size
     rows = np.unique(np.linspace(0, n - 1, max(1, min(n, FRAMES // data.images.shape[1]))).round().astype(int))
@@ -79,7 +79,7 @@ def check_film(data: ImageSequences) -> list[str]:
 
 
 def _motion(weights: NDArray[np.float32], data: ImageSequences) -> list[str]:
-    """Jumps of single objects, and frames whose order is not that of time."""
+    """Returns warnings about jumps of single objects and about frames that are not in temporal order."""
     warnings = []
     y, x = np.mgrid[: data.size[0], : data.size[1]]
     alone = (data.n_objects == 1).numpy()

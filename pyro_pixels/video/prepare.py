@@ -1,6 +1,6 @@
-"""From films to image sequences that a model can hold: crop, shrink, invert, background, threshold, count, cut.
+"""From films to image sequences for a model: crop, shrink, invert, subtract the background, threshold, count, cut.
 
-`prepare_video` says what it did in `Prepared.notes`, and keeps the map back to the film's own pixels (`Source`).
+`prepare_video` describes what it did in `Prepared.notes` and keeps the map back to the film's own pixels (`Source`).
 """
 
 import json
@@ -19,30 +19,30 @@ from pyro_pixels.video.check import count_components
 from pyro_pixels.video.read import Film, Origin, optional, read_films, read_with_origins
 
 Background = Literal["keep", "median", "local"]
-COARSE = 1 / 8  # of the film's resolution
-LONG, CUT = 60, 30  # a film of more frames than LONG is cut into sequences of CUT, half overlapping
+COARSE = 1 / 8  # fraction of the film's resolution below which a note warns
+LONG, CUT = 60, 30  # films of more than LONG frames are cut into sequences of CUT, half overlapping
 
 
 class Source(NamedTuple):
-    """Where the sequences come from: source pixels = (pixels + 0.5 - offset) / scale - 0.5 + corner."""
+    """The origin of the sequences: source pixels = (pixels + 0.5 - offset) / scale - 0.5 + corner."""
 
     scale: float
-    """Pixels of the sequences for one of the film."""
+    """Pixels of the sequences per pixel of the film."""
     offset: tuple[float, float]
-    """(column, row) of the film's corner in the sequences, whose rest is black."""
+    """(column, row) of the film's corner in the sequences, whose margins are black."""
     corner: tuple[int, int]
-    """(column, row) where the film was cropped."""
+    """(column, row) of the crop's corner in the film."""
     size: tuple[int, int]
     """(H, W) of the film."""
     first_frames: tuple[tuple[int, int], ...] = ()
-    """(film, frame) that each sequence begins with."""
+    """(film, frame) at which each sequence begins."""
     films: tuple[Origin, ...] = ()
-    """Where each film was read from."""
+    """The origin of each film."""
     axes: str | None = None
-    """Of films that are arrays, as they were read."""
+    """The ``axes`` with which films that are arrays were read."""
 
     def frames(self, row: int, n_frames: int) -> Film | None:
-        """The film's own frames (T, H, W) of a sequence, read again; None if they are not there any more."""
+        """Reads the film's own frames (T, H, W) of a sequence again; returns None if they are no longer available."""
         if row >= len(self.first_frames) or not self.films:
             return None
         film, first = self.first_frames[row]
@@ -54,7 +54,7 @@ class Source(NamedTuple):
         return frames if len(frames) and frames.shape[1:] == self.size else None
 
     def to_source(self, positions: Any) -> NDArray[np.float64]:
-        """Positions (..., 2), (column, row), in the film's own pixels."""
+        """Maps positions (..., 2), (column, row), to the film's own pixels."""
         inside = np.asarray(positions, np.float64) + 0.5 - np.asarray(self.offset)
         return inside / self.scale - 0.5 + np.asarray(self.corner)
 
@@ -67,14 +67,14 @@ class Prepared(NamedTuple):
     """What was done, and what may be wrong, one line each."""
     source: Source
     films: list[Film]
-    """As they were read, (T, H, W)."""
+    """The films as they were read, each (T, H, W)."""
     threshold: float | None
     counts: NDArray[np.int64]
-    """(n, T), connected components of each frame."""
+    """(n, T), the number of connected components in each frame, -1 beyond a film's end."""
 
 
 def load_video(paths: str | Path | Sequence[str | Path], **options: Any) -> ImageSequences:
-    """Image sequences from films of one's own; options and errors as `prepare_video`, which also says what it did."""
+    """Returns sequences from your own films; options and errors as in `prepare_video`, which also returns notes."""
     return prepare_video(paths, **options).data
 
 
@@ -92,23 +92,23 @@ def prepare_video(
     grey: bool = False,
     axes: str | None = None,
 ) -> Prepared:
-    """Reads films and makes sequences of them.
+    """Reads films and converts them to sequences.
 
     Args:
-        paths, axes: as `read_films`.
-        n_objects: of every sequence, or one a film or a sequence; default: those in an .npz beside the images, else
-            connected components are counted.
-        size: films are shrunk, by area averaging and with their aspect kept, until the longer side is ``size`` pixels,
-            and made square with black. Smaller films stay as they are.
-        frames: T of the sequences that each film is cut into; default: films of up to 60 frames are left whole.
-        stride: frames between the starts of two; default half of ``frames``.
+        paths, axes: as in `read_films`.
+        n_objects: one number for all sequences, or one per film or per sequence; default: those stored with the images
+            in an .npz, else connected components are counted.
+        size: films are shrunk, by area averaging and with their aspect ratio kept, until the longer side is ``size``
+            pixels, and padded to a square with black. Smaller films are not enlarged.
+        frames: T of the sequences into which each film is cut; default: films of up to 60 frames are kept whole.
+        stride: frames between the starts of successive sequences; default: half of ``frames``.
         crop: (top, bottom, left, right), in the film's pixels.
-        invert: whether objects are darker than the ground; default: found by itself.
-        background: "keep", or what is subtracted: the "median" over time, or what is "local" in each frame, a smoothed
-            grey opening, which leaves what is bright and smaller than a quarter of the sequences' size: light that is
-            uneven or changes, and neighbours out of focus, go. Default: the median where objects stand out better
-            without it.
-        threshold: grey value, after all of this, above which a pixel is white; default: Otsu's.
+        invert: whether objects are darker than the background; default: detected.
+        background: "keep", or what is subtracted: the "median" over time, or the "local" background of each frame, a
+            smoothed grey opening. The latter leaves what is bright and smaller than a quarter of the sequences' size,
+            and removes uneven or changing light and out-of-focus neighbours. Default: the median if objects stand out
+            better without it.
+        threshold: grey value, after all these steps, above which a pixel is white; default: Otsu's.
         grey: keep grey values, for the likelihoods "gaussian" and "continuous_bernoulli".
 
     Raises:
@@ -186,7 +186,7 @@ def prepare_video(
 
 
 def save_prepared(path: str | Path, prepared: Prepared) -> None:
-    """Writes the .npz that every ``--data`` reads, with the map back to the film's pixels for `load_source`."""
+    """Writes the .npz for the scripts' ``--data``, with the map back to the film's pixels for `load_source`."""
     data = prepared.data
     arrays: dict[str, Any] = {"images": data.images.numpy(), "n_objects": data.n_objects.numpy()}
     arrays["source"] = np.array(json.dumps(prepared.source._asdict()))
@@ -195,7 +195,7 @@ def save_prepared(path: str | Path, prepared: Prepared) -> None:
 
 
 def load_source(path: str | Path) -> Source | None:
-    """The map back to the film's pixels of a file that `save_prepared` wrote; None in others.
+    """Returns the map back to the film's pixels from a file written by `save_prepared`, None from other files.
 
     Raises:
         ValueError: if the file cannot be read, or the map is damaged.
@@ -226,7 +226,7 @@ def _shrink(films: list[Film], size: int) -> tuple[list[Film], float]:
 def _without_background(
     excess: list[Film], background: Background | None, n_objects: int | Sequence[int] | None
 ) -> tuple[list[Film], str]:
-    """The films without what `prepare_video` calls their background."""
+    """Returns the films without their background, as `prepare_video` defines it, and a note."""
     if background == "local":
         return [x - _local(x) for x in excess], "what is larger than a quarter of the image was subtracted (local)"
     without = [x - np.median(x, 0) for x in excess]
@@ -247,7 +247,7 @@ def _without_background(
 
 
 def _local(film: Film) -> Film:
-    """A background for each frame: its grey opening, which no object fits into, smoothed before and after."""
+    """Returns a background per frame: its grey opening by a window larger than objects, smoothed before and after."""
     width = max(film.shape[1:]) // 4 | 1  # odd
     smooth = scipy.ndimage.gaussian_filter(film, (0, 0.7, 0.7))
     opened = scipy.ndimage.grey_opening(smooth, (1, width, width))
@@ -270,7 +270,7 @@ def _letterbox(film: NDArray[Any], square: int, offset: tuple[int, int]) -> NDAr
 def _cuts(
     lengths: list[int], frames: int | None, stride: int | None, notes: list[str]
 ) -> tuple[list[tuple[int, int]], int]:
-    """(film, first frame) of each sequence, and T."""
+    """Returns (film, first frame) of each sequence, and T."""
     if frames is None and max(lengths) <= LONG:
         if stride is not None:
             raise ValueError(f"stride is {stride} without frames; say how long sequences are (--frames)")
@@ -294,7 +294,7 @@ def _per_film(n_objects: int | Sequence[int] | None, n_films: int) -> list[float
 
 
 def _numbers_beside(origins: list[Origin]) -> list[int] | None:
-    """N of each film, if all are from .npz files with an ``n_objects`` for each, as every ``--data`` has it."""
+    """Returns N of each film if all are from .npz files that store ``n_objects``, as files for ``--data`` do."""
     in_file: dict[str, NDArray[Any] | None] = {}
     numbers = []
     for path, i in origins:
@@ -316,7 +316,7 @@ def _numbers(
     n_films: int,
     notes: list[str],
 ) -> tuple[list[int], list[bool]]:
-    """N of each sequence, and which have any object."""
+    """Returns N of each sequence, and whether each has any object."""
     if n_objects is not None:
         if isinstance(n_objects, int):
             n = [n_objects] * len(counts)

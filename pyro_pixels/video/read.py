@@ -1,7 +1,7 @@
-"""Films from files: GIF, APNG, MP4 and its like, TIFF, folders and globs of pictures, and NumPy's arrays.
+"""Films from files: GIF, APNG, MP4 and similar, TIFF, folders and globs of pictures, and NumPy arrays.
 
-Everything becomes grey frames (T, H, W), float32 from 0 to 1. What reads the formats is imageio with its pyav plugin,
-tifffile and scikit-image, which ``pip install "pyro_pixels[video]"`` brings; they are imported when they are needed.
+All films become grey frames (T, H, W), float32 in [0, 1]. The formats are read by imageio with its pyav plugin,
+tifffile and scikit-image, which ``pip install "pyro_pixels[video]"`` installs; they are imported only when needed.
 """
 
 import gc
@@ -21,13 +21,13 @@ PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
 MOVIES = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"}
 ANIMATIONS = {".gif", ".apng", ".webp"}
 ARRAYS = {".npy", ".npz"}
-LUMA = np.array([0.2125, 0.7154, 0.0721], np.float32)  # as scikit-image's rgb2gray
+LUMA = np.array([0.2125, 0.7154, 0.0721], np.float32)  # as in scikit-image's rgb2gray
 
 Film = NDArray[np.float32]
 
 
 def optional(name: str) -> Any:
-    """A module of the `video` extra; a ValueError that says what to install where it is missing."""
+    """Imports a module of the `video` extra; a ValueError names what to install if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -37,34 +37,34 @@ def optional(name: str) -> Any:
 
 
 def read_films(paths: str | Path | Sequence[str | Path], *, axes: str | None = None) -> list[Film]:
-    """Films (T, H, W), grey, float32 from 0 to 1.
+    """Reads films (T, H, W), grey, float32 in [0, 1].
 
     Args:
         paths: a file, a folder of pictures (in natural order: 2 before 10) or of films, a glob such as ``"run*.png"``,
             or several of these. A ``.npy`` or ``.npz`` holds (T, H, W), (n, T, H, W), or either with colours last.
-        axes: what the axes of arrays are, of the letters N, T, H, W and C, such as ``"HWT"``; default: as above.
+        axes: the axes of arrays, in the letters N, T, H, W and C, such as ``"HWT"``; default: as above.
 
     Raises:
-        ValueError: if there is no such file, its kind or the meaning of its values is not known, or a library misses.
+        ValueError: if there is no such file, its format or the range of its values is unknown, or a library is missing.
     """
     return [film for film, _ in read_with_origins(paths, axes=axes)]
 
 
 class Origin(NamedTuple):
-    """Where a film was read from, so that it can be read again by itself."""
+    """The place from which a film was read, so that it alone can be read again."""
 
     path: str
     """Absolute: a file, a folder, or a glob."""
     index: int
-    """Which of the films that `read_films` finds there."""
+    """The film's index among those that `read_films` finds there."""
 
 
 def read_with_origins(
     paths: str | Path | Sequence[str | Path], *, axes: str | None = None
 ) -> list[tuple[Film, Origin]]:
-    """`read_films`, each film with its `Origin`."""
+    """Reads films as `read_films` does, and returns each with its `Origin`."""
     found: list[tuple[Film, Origin]] = []
-    gc.freeze()  # pyav's plugin collects garbage at every film, among all that torch has made
+    gc.freeze()  # pyav's plugin collects garbage at every film, which is slow among all objects of torch
     try:
         for path in [paths] if isinstance(paths, str | Path) else paths:
             found += _read(str(path), axes)
@@ -128,7 +128,7 @@ def _read_file(path: Path, axes: str | None) -> list[Film]:
             )
     except ValueError:
         raise
-    except Exception as error:  # whatever a damaged file makes of the readers
+    except Exception as error:  # damaged files make readers raise errors of any kind
         raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it whole?") from None
     if not frames:
         raise ValueError(f"{path} has no frames")
@@ -190,7 +190,7 @@ def _read_picture(path: Path) -> NDArray[Any]:
 
 
 def to_grey(x: NDArray[Any], colour: bool) -> NDArray[Any]:
-    """Colours in the last axis, if there are any, to luminance; transparency is left out."""
+    """Converts colours in the last axis, if there are any, to luminance and drops transparency."""
     if not colour:
         return x
     if x.shape[-1] in (1, 2):
@@ -199,10 +199,10 @@ def to_grey(x: NDArray[Any], colour: bool) -> NDArray[Any]:
 
 
 def to_unit(x: NDArray[Any], where: str = "the film") -> Film:
-    """Values from 0 to 1: bytes by 255, other integers by the largest value of their film, floats as they are.
+    """Scales values to [0, 1], if they exceed 1: up to 255 by 255, larger integers by the largest value of their film.
 
     Raises:
-        ValueError: if floats lie outside [0, 1] and are not 0 to 255, or are not finite.
+        ValueError: if values are negative or not finite, or if floats exceed 255.
     """
     if x.dtype == bool:
         return x.astype(np.float32)
@@ -219,7 +219,7 @@ def to_unit(x: NDArray[Any], where: str = "the film") -> Film:
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """A key that sorts frame2 before frame10."""
+    """Returns a key that sorts frame2 before frame10."""
     parts = re.split(r"(\d+)", path.name.lower())
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in parts if p]
 

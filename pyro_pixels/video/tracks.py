@@ -1,4 +1,4 @@
-"""Tracks for other programs and for people: a CSV with trackpy's columns, and a GIF over the film itself."""
+"""Export of tracks: a CSV with trackpy's columns, and a GIF over the film itself."""
 
 import csv
 import io
@@ -21,22 +21,22 @@ def track_rows(
     positions: ArrayLike, covariances: ArrayLike, components: ArrayLike, n_objects: ArrayLike, *,
     source: Source | None = None, scale: float | None = None, fps: float | None = None,
 ) -> tuple[list[str], Iterator[list[Any]]]:  # fmt: skip
-    """The header, and one row a sequence, frame and object.
+    """Returns the header, and one row per sequence, frame and object.
 
-    ``frame`` counts from 0, in the film where ``source`` says where sequences begin; ``particle`` counts all objects of
-    all sequences. Rows are downwards, as y.
+    ``frame`` counts from 0, within the film if ``source`` holds the first frames of the sequences; ``particle`` counts
+    the objects of all sequences. y points downwards.
 
     Args:
         positions: (n, N, T, 2) in pixels of the sequences, (column, row).
         covariances: (n, N, T, 2, 2), in square pixels.
         components: (n, N), the likeliest component of each object.
         n_objects: (n,).
-        source: takes positions to the film's own pixels.
-        scale: metres in one pixel of the film; then x and y are in metres.
-        fps: frames in a second; then there is a column ``time``, in seconds.
+        source: maps positions to the film's own pixels.
+        scale: metres per pixel of the film; if given, x and y are in metres.
+        fps: frames per second; if given, a column ``time`` in seconds is added.
 
     Raises:
-        ValueError: if ``scale`` or ``fps`` are not above 0.
+        ValueError: if ``scale`` or ``fps`` is not above 0.
     """
     for name, value in (("scale", scale), ("fps", fps)):
         if value is not None and not 0 < value < np.inf:
@@ -65,7 +65,7 @@ def track_rows(
 
 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterator[list[Any]]) -> None:
-    """Writes what `track_rows` gives."""
+    """Writes the header and rows of `track_rows`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -77,10 +77,12 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterator[list[Any]]
 def draw_tracks_gif(
     path: str | Path, frames: ArrayLike, positions: ArrayLike, *, height: int = 320, tail: int = 12, duration: int = 80
 ) -> None:
-    """A GIF of frames (T, H, W), 0 to 1, with tracks (N, T, 2) in their pixels drawn over them.
+    """Writes a GIF of frames (T, H, W), in [0, 1], with tracks (N, T, 2), in the frames' pixels, drawn over them.
 
     Args:
-        height: of the picture, in pixels; tail: frames that a track is drawn back in time; duration: ms a frame.
+        height: height of the GIF, in pixels; smaller frames are enlarged to it.
+        tail: the number of past frames over which tracks are drawn.
+        duration: milliseconds per frame.
 
     Raises:
         ValueError: if there are not as many positions as frames.
@@ -98,7 +100,7 @@ def draw_tracks_gif(
 def _picture(
     frame: NDArray[np.float64], tracks: NDArray[np.float64], size: tuple[int, int], zoom: float
 ) -> Image.Image:
-    from pyro_pixels.plots.style import OBJECTS  # loads matplotlib, which not everyone who reads films needs
+    from pyro_pixels.plots.style import OBJECTS  # loads matplotlib, which reading films does not need
 
     picture = Image.fromarray((255 * frame.clip(0, 1)).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     picture = picture.convert("RGB")

@@ -1,6 +1,6 @@
 """The cannonballs of Sec 3.1.
 
-How Sec 3.1 was read where it is ambiguous (docs/decisions.md): Sigma_A = 0.001 I is taken as a covariance; setting
+Readings of Sec 3.1 where it is ambiguous (docs/decisions.md): Sigma_A = 0.001 I is taken as a covariance; setting
 `CannonballConfig.position_noise` to 1e-6 takes it as a standard deviation. max_x is the largest displacement between
 the first and the last frame. Positions are mapped into the image by one affine map for the whole configuration, with
 separate scales for x and y, so that the motion stays linear in pixels and all data sets of a configuration share it.
