@@ -13,10 +13,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_pixels._batch import object_mask
 from pyro_pixels._options import Count, Seed, Sequences
 from pyro_pixels.evaluation.table import evaluate, format_table
-from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides import Guide, object_mask
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.queries.predict import generate, infer
 from pyro_pixels.run_sequences import TEST_SEED

@@ -1,5 +1,6 @@
 """Amortised guides q(a | v) (Sec 2.2.1): the base class, the paper's network, and guides that contain the dynamics."""
 
+from pyro_pixels._batch import most_objects, object_mask
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead, LinearHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
@@ -29,6 +30,8 @@ __all__ = [
     "TrackingHead",
     "Untangled",
     "UntangledGuide",
+    "most_objects",
+    "object_mask",
     "refine",
     "resample_labels",
     "start_alike",
