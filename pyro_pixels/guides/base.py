@@ -5,8 +5,8 @@ The base class turns it into a Pyro guide: it owns the plate, the mask of absent
 
 `RecurrentGuide` is the paper's guide: a network with states s_t^n, recurrent over time and over objects
 (`InferenceRNN`), and a *head* that maps s_t^n to the mean and scale of a_t^n. `LinearHead` is Eq (9). `AttentionHead`
-departs from the paper: its mean is the centroid of the white pixels that s_t^n claims, so that from the start positions
-are a linear function of the object's place in the image (docs/decisions.md).
+departs from the paper: its mean is the centroid of the white pixels that s_t^n claims, so that positions are a linear
+function of the object's place in the image from the start (docs/decisions.md).
 """
 
 from abc import ABC, abstractmethod
@@ -47,8 +47,8 @@ class Guide(nn.Module, ABC):
     ) -> tuple[dist.TorchDistribution, dist.Categorical] | None:
         """Returns q(a, z | observed frames) over all T frames if the guide contains the dynamics, else None.
 
-        For None the queries follow Secs 3.4-3.5 and take the means of `encode` as observations of the model's dynamics,
-        which would count the dynamics twice for guides that contain them.
+        If it returns None, the queries follow Secs 3.4-3.5 and treat the means of `encode` as observations of the
+        model's dynamics. For guides that contain the dynamics, this would count the dynamics twice.
 
         Args:
             images: (B, T, H, W); unobserved frames are generated ones and carry no information on the positions.
@@ -63,7 +63,7 @@ class Guide(nn.Module, ABC):
         return None
 
     def q(self, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> dist.TorchDistribution:
-        """Returns `encode` of images of any type, with the shapes checked.
+        """Returns `encode` of images of any type, and checks the shapes.
 
         Args:
             images: (B, T, H, W).
@@ -87,7 +87,8 @@ class Guide(nn.Module, ABC):
     def q_observed(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> dist.TorchDistribution:
         """Returns `q` for a query in which some frames are not ``observed``, bool, (T,) or (B, N or 1, T).
 
-        Unobserved ``images`` are generated ones, for networks to run through; what is said of them is not used.
+        Unobserved ``images`` are generated ones, which recurrent networks need as input; positions inferred in them
+        are not used.
         """
         return self.q(images, n_objects)
 
@@ -121,6 +122,6 @@ class Guide(nn.Module, ABC):
 
 
 def sample_positions(q_a: dist.TorchDistribution, n_objects: Tensor) -> Tensor:
-    """Samples the site ``a`` (B, N, T, 2) in a plate of B sequences; absent objects do not count."""
+    """Samples the site ``a`` (B, N, T, 2) in a plate of B sequences; absent objects are masked."""
     with pyro.plate("sequences", len(n_objects), dim=-1):
         return pyro.sample("a", ExactDensity(q_a.mask(object_mask(n_objects, q_a.batch_shape[1])).to_event(1)))

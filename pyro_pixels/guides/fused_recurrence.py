@@ -1,12 +1,12 @@
-"""The recursion of Eq (8) for CUDA with few kernels: a diagonal is one matrix product and one kernel of Triton's.
+"""The recursion of Eq (8) for CUDA with few kernels: one matrix product and one Triton kernel per diagonal.
 
-`recurrence` has the same in plain torch operations: a diagonal takes two products there, one for what comes from the
-frame before and one for what comes from the object before, and three elementwise kernels forward and two backward. On a
-GPU their number is what costs. Here the two inputs of a cell lie side by side, so that one product serves both, and a
-kernel that has computed a state writes it wherever it is read.
+`recurrence` does the same in plain torch operations. There a diagonal takes two products, one for the input from the
+previous frame and one for the input from the previous object, and three elementwise kernels forward and two backward.
+On a GPU the number of kernels determines the time. Here the two inputs of a cell are stored side by side, so that one
+product serves both, and the kernel that computes a state writes it wherever it is read.
 
-Tests hold states and gradients to `recurrence.recur_reference`, on a CPU by Triton's interpreter
-(tests/test_fused_recurrence.py). Imported only where it is used, as Triton comes with torch for CUDA and with no other.
+Tests compare states and gradients with `recurrence.recur_reference`, on a CPU with Triton's interpreter
+(tests/test_fused_recurrence.py). Imported only where it is used, because Triton comes only with torch for CUDA.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 1024  # entries of a state that a program works on
+BLOCK = 1024  # entries of a state per Triton program
 
 
 @triton.jit(do_not_specialize=["d", "first"])
@@ -62,15 +62,15 @@ def _backward(
 
 
 def _diagonals(N: int, T: int) -> list[tuple[int, int, int]]:
-    """The diagonals d = t + n, and the first object with a cell on each and the one behind the last."""
+    """Returns (d, first, end) for the diagonals d = t + n: objects first, ..., end - 1 have a cell on each."""
     return [(d, max(0, d - T + 1), min(N - 1, d) + 1) for d in range(T + N - 1)]
 
 
 class FusedRecurrence(torch.autograd.Function):
-    """What `recurrence._Recurrence` computes, for float32 on CUDA.
+    """The function `recurrence._Recurrence`, for float32 on CUDA.
 
-    Cells lie by diagonal, that of s_t^n at [d, n] with d = t + n, and have rows for all sequences. The inputs of a cell
-    are [s_{t-1}^n, s_t^{n-1}], or s_{t-1}^n alone where there is one object.
+    Cells are stored by diagonal, that of s_t^n at [d, n] with d = t + n, and have a row for each sequence. The inputs
+    of a cell are [s_{t-1}^n, s_t^{n-1}], or s_{t-1}^n alone if there is only one object.
     """
 
     @staticmethod
@@ -97,7 +97,7 @@ class FusedRecurrence(torch.autograd.Function):
         inputs, gates, W = ctx.saved_tensors
         (N, T, B, D), width = grad_s.shape, W.shape[1]
         grad_s, W = grad_s.contiguous(), W.contiguous()
-        grad_inputs, grad_gates = torch.empty_like(inputs), torch.zeros_like(gates)  # corners have no part in products
+        grad_inputs, grad_gates = torch.empty_like(inputs), torch.zeros_like(gates)  # corners must be 0 in products
         grad_states = gates.new_empty(T + N - 1, N, B, D)
         for d, first, end in reversed(_diagonals(N, T)):
             _launch(
@@ -114,7 +114,7 @@ class FusedRecurrence(torch.autograd.Function):
 
 
 def _launch(kernel: Any, n_rows: int, *args: Any) -> None:
-    """Runs a kernel over rows of D entries; D is the last but one of ``args``."""
+    """Runs a kernel over rows of D entries; D is the second to last of ``args``."""
     D = args[-2]
     block = min(BLOCK, triton.next_power_of_2(D))
     with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensors'

@@ -26,7 +26,7 @@ class InferenceRNN(StateNetwork):
         height: H of the images.
         width: W of the images.
         state_size: D.
-        max_objects: s_0^n is learned separately for every N up to this one (footnote 2). Sequences with more objects
+        max_objects: s_0^n is learned separately for every N up to this number (footnote 2). Sequences with more objects
             start from the s_0 of ``max_objects``, and additional objects from that of the last object.
         front_end: maps images (B, T, H, W) to features (B, T, P) that replace v in Eq (8); by default the pixels.
     """
@@ -64,6 +64,6 @@ class InferenceRNN(StateNetwork):
         return self.phi_s0[(n_objects - 1).clamp(max=last)[:, None], n].tanh()
 
     def advance(self, s: Tensor, images: Tensor) -> Tensor:
-        """Returns the states (B, N, T, D) in T more frames (B, T, H, W), given the states ``s`` (B, N, D) before."""
+        """Returns the states (B, N, T, D) in T more frames (B, T, H, W) from the states ``s`` (B, N, D) before them."""
         from_image = F.linear(self.front_end(images), self.from_image.weight, self.from_states.bias)  # (B, T, 2 D)
         return recur(from_image.transpose(0, 1), s.transpose(0, 1), self.from_states.weight).permute(2, 0, 1, 3)

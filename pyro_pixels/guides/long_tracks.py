@@ -25,10 +25,10 @@ from pyro_pixels.lgssm.small_matrices import categorical_sample
 
 
 class FilteredTracks(TorchDistribution):
-    """The posterior p(a_{1:T} | y) given measurements y = a + N(0, R), as `ConditionedTracks`, in O(T).
+    """The posterior p(a_{1:T} | y) given measurements y = a + N(0, R), the same as `ConditionedTracks`, in O(T).
 
     Args:
-        dynamics: gives the prior p(a), Eq (10).
+        dynamics: the dynamics, whose p(a) of Eq (10) is the prior.
         y: (..., T, 2), measurements.
         R: (..., T, 2), their variances, above 0.
     """
@@ -48,7 +48,7 @@ class FilteredTracks(TorchDistribution):
         self.log_evidence = log_joint.logsumexp(-1)  # log Z, (...)
 
     def _factorise(self) -> Tensor:
-        """Gains and covariances of filter and smoother, kept for every frame; log p(y | z) (..., K)."""
+        """Stores the gains and covariances of filter and smoother for every frame; returns log p(y | z) (..., K)."""
         lgssm, (A, B) = self._lgssm, (self._lgssm.A, self._lgssm.B)
         identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
         noise = lgssm.Sigma_A + torch.diag_embed(self._R)  # (..., 1, T, 2, 2)
@@ -75,7 +75,7 @@ class FilteredTracks(TorchDistribution):
         return log_evidence
 
     def _mean_given(self, y: Tensor, mu: Tensor, u: Tensor) -> Tensor:
-        """E[a | y] (..., K, T, 2) for another y (..., K or 1, T, 2), of the model started at mu with the drift u."""
+        """Returns E[a | y] (..., K, T, 2) for any y (..., K or 1, T, 2), in the model with start mu and drift u."""
         A, B = self._lgssm.A, self._lgssm.B
         m, predicted, innovations = mu, [], []
         for t, gain in enumerate(self._gains):
@@ -120,7 +120,7 @@ class FilteredTracks(TorchDistribution):
         return self._dynamics.positions(self.event_shape[0]).log_prob(a) + potentials - self.log_evidence
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draws a prior path and a measurement of it, moves the path by what the real measurement says, and picks z."""
+        """Draws a prior path and measurements of it, corrects the path by the actual measurements, and draws z."""
         lgssm, T = self._lgssm, self.event_shape[0]
         batch = torch.Size(sample_shape) + self.component.probs.shape  # (S, ..., K)
         _, a = kalman.sample(lgssm._replace(mu=lgssm.mu.expand(*batch, lgssm.mu.shape[-1])), T)
@@ -131,5 +131,5 @@ class FilteredTracks(TorchDistribution):
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    """matrix (..., i, j) times vector (..., j), batches broadcast."""
+    """Returns the products of matrices (..., i, j) and vectors (..., j); batches broadcast."""
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

@@ -40,8 +40,8 @@ class ConvolutionalFrontEnd(nn.Module):
 class BidirectionalRNN(StateNetwork):
     """Two recursions in opposite directions with concatenated states; D is the sum of their sizes.
 
-    Do not use it in a `StructuredGuide`: the states of an observed frame depend on all later frames, also on those that
-    are filled in for unobserved ones, so that queries would not depend on the observed frames alone.
+    Do not use it in a `StructuredGuide`: the states of an observed frame depend on all later frames, including images
+    that are filled in for unobserved frames, so queries would depend on more than the observed frames.
 
     Args:
         forward_rnn: runs over frames 1, ..., T.

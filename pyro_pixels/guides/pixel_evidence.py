@@ -1,84 +1,85 @@
 """Which pixels show an object: weights from a likelihood ratio of object against background.
 
-Guides read images as weights: a white pixel speaks for an object, a black one for none (Secs 2.2.1 and 3.1, where
-images are binary). In a film from a camera the background has structure and every pixel has noise, and brightness
-is no measure of evidence any more. `PixelEvidence` estimates from a film, once, before training:
+Guides read images as weights: a white pixel is evidence for an object, a black one is not (Secs 2.2.1 and 3.1, where
+images are binary). In a film from a camera the background has structure and every pixel is noisy, so brightness no
+longer measures evidence. `PixelEvidence` estimates the following from a film, once, before training:
 
-- the background, the median of every still pixel over all frames of all sequences, and whether to subtract it: only
-  where the number of connected components then agrees better with the known numbers of objects;
-- the noise: smoothed with a 3 x 3 kernel, the background is a bulk with a centre and a spread, the empirical null of
-  Efron (Large-Scale Inference, 2010), and the local false discovery rate says how likely a pixel above it is object;
-- fainter things than objects, such as neighbours out of focus: where frames show more connected components than
-  objects, pixels count from the height on at which the numbers agree;
-- clutter, single white pixels of nobody: the share of white pixels among those whose neighbours are all black, and with
-  it the probability that a white pixel with so many white neighbours belongs to an object;
-- others, what is left of things that are none of the objects: the share of the pixels in components beyond the N
-  heaviest of a frame. Images are not changed by it; a `TrackingHead` takes it for the density of its background.
+- the background, the median of every still pixel over all frames of all sequences. It is subtracted unless the number
+  of connected components then agrees worse with the known numbers of objects;
+- the noise: after smoothing with a 3 x 3 kernel, background pixels form a bulk with a centre and a spread, the
+  empirical null of Efron (Large-Scale Inference, 2010). The local false discovery rate gives the probability that a
+  pixel above it shows an object;
+- things fainter than the objects, such as neighbours out of focus: where frames show more connected components than
+  objects, only pixels above the height at which the numbers agree count;
+- clutter, single white pixels that belong to no object: the share of white pixels among those whose neighbours are all
+  black, and from it the probability of an object at a white pixel, given its number of white neighbours;
+- others, the remains of things that are none of the objects: the share of the pixels in components beyond the N
+  heaviest of a frame. It does not change the images; a `TrackingHead` adds it to the density of its background.
 
-The weight of a pixel is the product of these probabilities and of its brightness relative to an object's. Where a film
-has no noise, no background and no clutter nothing is done, and images reach the guide as they are, to the bit.
+The weight of a pixel is the product of these probabilities and of its brightness relative to an object's. If a film
+has no noise, no background and no clutter, the images reach the guide unchanged, bit for bit.
 
-Not in the paper, whose images have none of the three.
+Not in the paper, whose images have no noise, background or clutter.
 """
 
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import scipy  # whose modules are loaded where they are first used
+import scipy  # its modules are loaded at their first use
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-FRAMES = 2_000  # that the estimates are made from
-FRAMES_LEAST = 30  # in fewer an object that is slow looks like background
-Z_STEP, Z_BINS = 0.25, 80  # the grid on which the probability of an object is kept, in standard deviations of the noise
-Z_LEAST = 2.0  # below it the noise explains a pixel
-WORSE = 0.1  # objects a frame
-COUNTED = 2**19  # pixels, about so many, of frames whose components are counted at every height
-OTHERS_LEAST = 1.0  # pixels in a frame; fewer are left over from noise
-CLUTTER_LEAST = 0.05  # white pixels of nobody in a frame; fewer are not looked for
-BACKGROUND_LEAST = 0.02  # grey value; a background below it is black
-SPREAD_LEAST = 1e-4  # grey value
-STILL_MOST = 0.75  # share of pixels that noise, cut at 0, leaves exactly black, subtracted backgrounds included
-OBJECT_LEAST = 0.5  # probability below which a pixel is background
+FRAMES = 2_000  # the largest number of frames that the estimates use
+FRAMES_LEAST = 30  # in fewer frames a slow object looks like background
+Z_STEP, Z_BINS = 0.25, 80  # the grid of P(object), in standard deviations of the smoothed noise
+Z_LEAST = 2.0  # pixels below this height are explained by noise
+WORSE = 0.1  # objects per frame; smaller differences between errors in counts are ignored
+COUNTED = 2**19  # approximate number of pixels of the frames in which components are counted
+OTHERS_LEAST = 1.0  # pixels per frame; fewer are remains of noise
+CLUTTER_LEAST = 0.05  # white background pixels per frame; fewer are ignored
+BACKGROUND_LEAST = 0.02  # grey value; a darker background counts as black
+SPREAD_LEAST = 1e-4  # grey value; noise with a smaller spread is ignored
+STILL_MOST = 0.75  # largest share of exactly black pixels under noise clipped at 0, with or without the background
+OBJECT_LEAST = 0.5  # a pixel with a smaller probability counts as background
 Floats = NDArray[Any]  # float32 or float64
 WITHIN_FRAMES = np.zeros((3, 3, 3), bool)
-WITHIN_FRAMES[1] = True  # what is next to each other: 8 neighbours in a frame, none in other frames
+WITHIN_FRAMES[1] = True  # 8 neighbours in the same frame, none in other frames
 KERNEL = np.outer([0.25, 0.5, 0.25], [0.25, 0.5, 0.25])
 
 
 class FilmStatistics(NamedTuple):
-    """What `PixelEvidence` found in a film, in grey values from 0 to 1."""
+    """The estimates of `PixelEvidence` from a film, in grey values from 0 to 1."""
 
     has_background: bool
     """Whether the background is subtracted."""
     noise: float
-    """Standard deviation of the background's pixels; 0 if they do not move."""
+    """Standard deviation of the background's pixels; 0 if they are constant."""
     clutter: float
     """Share of the background's pixels that are white."""
     contrast: float
-    """How much brighter than the background an object is."""
+    """The brightness of an object above the background."""
     others: float = 0.0
-    """Share of the pixels that show things that are none of the objects."""
+    """Share of the pixels that show things other than the objects."""
 
 
 class PixelEvidence(nn.Module):
-    """Images (B, T, H, W) -> weights of the same shape in [0, 1]; the images themselves until `estimate` found noise.
+    """Images (B, T, H, W) -> weights of the same shape in [0, 1]; the images themselves until `estimate` finds noise.
 
-    What was found is kept in buffers, and goes into checkpoints only where there is something to keep.
+    The estimates are kept in buffers, which checkpoints contain only if `estimate` has found something.
     """
 
     background: Tensor  # (H, W)
     scalars: Tensor  # (5,): noise, clutter, contrast, the null's centre and spread
     others: Tensor  # ()
-    by_height: Tensor  # (Z_BINS,), P(object) by how far the smoothed pixel is above the null
+    by_height: Tensor  # (Z_BINS,), P(object) by the height of the smoothed pixel above the null
     by_neighbours: Tensor  # (9,), P(object) of a white pixel by its number of white neighbours
     kernel: Tensor  # (3, 3)
     may_have: ClassVar[dict[str, tuple[int | None, ...]]] = {
         "background": (None, None), "scalars": (5,), "by_height": (Z_BINS,), "by_neighbours": (9,), "others": ()
     }  # fmt: skip
-    """What a checkpoint may have of it but need not, and the shapes (`states.check_weights`); None is any size."""
+    """The optional buffers of a checkpoint and their shapes (`states.check_weights`); None is any size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,12 +99,12 @@ class PixelEvidence(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether images are changed."""
+        """Whether `estimate` has found anything."""
         return self._shown is not None
 
     @property
     def statistics(self) -> FilmStatistics:
-        """What was found; all zeros, and a contrast of 1, where images are left alone."""
+        """The estimates; all zeros with a contrast of 1 if nothing has been found."""
         return FilmStatistics(False, 0.0, 0.0, 1.0) if self._shown is None else self._shown
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,10 +126,10 @@ class PixelEvidence(nn.Module):
 
     @torch.no_grad()
     def estimate(self, images: Tensor, n_objects: Tensor) -> FilmStatistics:
-        """Looks at images (n, T, H, W) with ``n_objects`` (n,), and keeps what it finds.
+        """Makes the estimates from images (n, T, H, W) with ``n_objects`` (n,), and keeps them.
 
         Returns:
-            What was found, in words of the film.
+            The `statistics`.
         """
         device = self.background.device
         self._reset()
@@ -138,7 +139,7 @@ class PixelEvidence(nn.Module):
             return self.statistics
         background = _background(frames)
         plain, without = _evidence(frames), None
-        # A background is one if what is left without it looks more like the objects that are known to be there.
+        # The background is subtracted unless the remaining components then agree worse with the numbers of objects.
         if background.max() > BACKGROUND_LEAST:
             without = _evidence(frames - background)
             if _count_error(without, counts) > _count_error(plain, counts) + WORSE:
@@ -165,7 +166,7 @@ class PixelEvidence(nn.Module):
         return self.statistics
 
     def _persist(self) -> None:
-        """Makes the buffers part of the state, and their numbers known without asking the device."""
+        """Makes the buffers part of the state, and keeps their numbers so that no query waits for the device."""
         noise, clutter, contrast, _, _ = self.scalars.tolist()
         self._shown = FilmStatistics(bool(self.background.any()), noise, clutter, contrast, float(self.others))
         for name in self.may_have:
@@ -175,7 +176,7 @@ class PixelEvidence(nn.Module):
         mine = {name: state_dict.get(prefix + name) for name in self.may_have}
         device = self.background.device
         self._reset()
-        if mine["others"] is None:  # of a version that did not look for them
+        if mine["others"] is None:  # saved by a version without this buffer
             mine["others"] = self.others
         if all(x is not None for x in mine.values()):
             for name, x in mine.items():
@@ -191,7 +192,7 @@ class _Null(NamedTuple):
 
 
 class _Evidence(NamedTuple):
-    """What is made of frames without their background."""
+    """The evidence in frames whose background, if any, is subtracted."""
 
     table: Floats  # (Z_BINS,), P(object) by the height of the smoothed image above the null
     null: _Null
@@ -201,7 +202,7 @@ class _Evidence(NamedTuple):
 
 
 def _some_frames(images: Tensor, n_objects: Tensor) -> tuple[Floats, NDArray[np.int64]]:
-    """At most FRAMES frames (F, H, W), evenly from all sequences, and how many objects each shows."""
+    """Returns at most FRAMES frames (F, H, W), evenly spaced over all sequences, and the numbers of objects in them."""
     n, T = images.shape[:2]
     each = np.unique(np.linspace(0, n * T - 1, min(n * T, FRAMES)).round().astype(np.int64))
     frames = images.flatten(0, 1)[torch.from_numpy(each).to(images.device)].float().cpu().numpy()
@@ -211,9 +212,9 @@ def _some_frames(images: Tensor, n_objects: Tensor) -> tuple[Floats, NDArray[np.
 
 
 def _background(frames: Floats) -> Floats:
-    """The median of every pixel, where it is still: an object that passes often makes no background."""
+    """Returns the median of every pixel, limited so that objects that often pass it do not become background."""
     low, middle = np.quantile(frames, (0.05, 0.5), axis=0)
-    wide = float(np.median(middle - low))  # as far as noise goes below the median
+    wide = float(np.median(middle - low))  # typical depth of the noise below the median
     return np.minimum(middle, low + wide).astype(np.float32)
 
 
@@ -226,7 +227,7 @@ def _bins(smooth: Floats, null: _Null) -> NDArray[np.int64]:
 
 
 def _evidence(excess: Floats) -> _Evidence:
-    """The empirical null of the smoothed pixels, and P(object) by the local false discovery rate above it."""
+    """Returns the empirical null of the smoothed pixels, and P(object) from the local false discovery rate."""
     smooth, top, table = _smoothed(excess), float(excess.max()), np.ones(Z_BINS)
     low, centre, high = (float(q) for q in np.quantile(smooth[:: max(1, len(smooth) // 500)], (0.3, 0.5, 0.7)))
     spread = max(centre - low, high - centre) / float(scipy.special.ndtri(0.7))
@@ -251,15 +252,15 @@ def _evidence(excess: Floats) -> _Evidence:
 
 
 def _few(frames: Floats) -> slice:
-    """Some of the frames (F, H, W), evenly, of `COUNTED` pixels in all."""
+    """Returns a slice of evenly spaced frames (F, H, W), with about `COUNTED` pixels in all."""
     return slice(None, None, max(1, frames.size // COUNTED))
 
 
 def _without_fainter(found: _Evidence, counts: NDArray[np.int64]) -> _Evidence:
-    """The evidence with P(object) = 0 below the height from which on there are not more components than objects.
+    """Returns the evidence with P(object) = 0 below the height at which components no longer outnumber the objects.
 
-    Heights are compared by surplus components a frame, and by objects that the lowest height shows and they do not. Of
-    those that are as good as the best, within `WORSE`, the lowest is taken, which leaves most of the objects' rims.
+    Heights are compared by the surplus components per frame plus the objects that they miss and the lowest height
+    shows. The lowest height within `WORSE` of the best is taken, as it keeps most of the objects' rims.
     """
     if not found.null.noise:
         return found
@@ -276,12 +277,12 @@ def _without_fainter(found: _Evidence, counts: NDArray[np.int64]) -> _Evidence:
 
 
 def _count_error(found: _Evidence, counts: NDArray[np.int64]) -> float:
-    """How far the number of connected components of the object pixels is from that of the objects, mean over frames."""
+    """Returns the mean absolute difference between the numbers of connected components and of objects in a frame."""
     return float(np.abs(count_blobs(found.weights > 0.5) - counts).mean())
 
 
 def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float, Floats]:
-    """The share of white pixels of nobody, and P(object) of a white pixel by its number of white neighbours."""
+    """Returns the share of white background pixels, and P(object) of a white pixel by the number of its white neighbours."""
     all_objects = np.ones(9)
     kernel = np.ones((1, 3, 3), np.int8)
     neighbours = scipy.ndimage.convolve(white.astype(np.int8), kernel, mode="constant") - white
@@ -294,7 +295,7 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
         return 0.0, all_objects
     observed = np.bincount(neighbours[white], minlength=9).astype(float)
     k = np.arange(9)
-    binomial = scipy.special.comb(8, k) * rate**k * (1 - rate) ** (8 - k)  # of the numbers of neighbours
+    binomial = scipy.special.comb(8, k) * rate**k * (1 - rate) ** (8 - k)  # probabilities of k white neighbours
     expected = rate * binomial * white.size
     table = 1 - np.divide(expected, observed, out=np.zeros(9), where=observed > 0)
     table = np.maximum.accumulate(np.clip(table, 0, 1))
@@ -304,7 +305,7 @@ def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float
 
 
 def _others(weights: Floats, counts: NDArray[np.int64]) -> float:
-    """The share of the pixels in components beyond those of the objects, the heaviest; 0 for what noise leaves over."""
+    """Returns the share of the pixels in components beyond the N heaviest; 0 if noise explains so few."""
     frame, mass = components(weights > 0, weights)
     order = np.lexsort((-mass, frame))
     frame, mass = frame[order], mass[order]
@@ -314,11 +315,11 @@ def _others(weights: Floats, counts: NDArray[np.int64]) -> float:
 
 
 def components(white: NDArray[np.bool_], weights: Floats | None = None) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """The connected components of the white pixels of frames (F, H, W), 8 neighbours: the frame of each, and its size.
+    """Returns the frame and the size of each connected component (8 neighbours) of white pixels.
 
     Args:
         white: (F, H, W).
-        weights: (F, H, W), what a pixel adds to a size; default 1.
+        weights: (F, H, W), the contribution of each pixel to a size; 1 by default.
     """
     labels, n = scipy.ndimage.label(white, WITHIN_FRAMES)
     sizes = np.bincount(labels.ravel(), None if weights is None else weights.ravel(), n + 1)[1:]
@@ -326,11 +327,11 @@ def components(white: NDArray[np.bool_], weights: Floats | None = None) -> tuple
 
 
 def count_blobs(white: NDArray[np.bool_], least: int = 2) -> NDArray[np.int64]:
-    """How many `components` of at least so many pixels each frame (F, H, W) has."""
+    """Returns the number of `components` of at least ``least`` pixels in each frame (F, H, W)."""
     frame, sizes = components(white)
     return np.bincount(frame[sizes >= least], minlength=len(white))
 
 
 def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
-    """x (B, T, H, W) with a kernel (3, 3), zeros outside."""
+    """Returns x (B, T, H, W) convolved with a kernel (3, 3), with zeros outside."""
     return F.conv2d(x.flatten(0, 1).unsqueeze(1), kernel[None, None], padding=1).squeeze(1).unflatten(0, x.shape[:2])

@@ -3,11 +3,11 @@
 s_t^n depends only on s_{t-1}^n and s_t^{n-1}, so all cells with equal t + n are computed at once, in T + N - 1 steps
 instead of T N. States are stored by diagonal, s_t^n at `H[d + 1, n + 1]` with d = t + n (t, n counted from 0), so that
 the cells of a step and their inputs are contiguous rows. The gradient of the weights is one product over all cells at
-the end instead of one per step. The first object has none before it, and no product is spent on it.
+the end instead of one per step. The first object has no object before it, which saves a product.
 tests/test_guides.py compares states and gradients with the literal double loop.
 
-On CUDA a diagonal can be one product and one kernel of Triton's, with ``PYRO_PIXELS_FUSED=1`` in the environment
-(`fused_recurrence`). No whole training was run with it yet, so it is off.
+On CUDA, ``PYRO_PIXELS_FUSED=1`` in the environment computes a diagonal with one product and one Triton kernel
+(`fused_recurrence`). It is off by default, because no complete training has been run with it yet.
 """
 
 import os
@@ -36,7 +36,7 @@ def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
 
 
 def recur_reference(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
-    """What `recur` computes, cell by cell as Eq (8) has it, its gradient torch's."""
+    """Computes the same as `recur`, cell by cell as in Eq (8), with gradients by autograd."""
     (T, _, _), (N, _, D) = from_image.shape, s_0.shape
     states, nobody = [], torch.zeros_like(s_0[0])
     for n in range(N):
@@ -51,10 +51,10 @@ def recur_reference(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
 
 
 def _cells(x: Tensor, T: int, after: int = 0) -> list[Tensor]:
-    """The rows of x (T + N - 1, N, B, ...) of each diagonal's cells with n >= ``after``; most diagonals have them all.
+    """Selects the rows of x (T + N - 1, N, B, ...) that belong to the cells with n >= ``after`` of each diagonal.
 
     Returns:
-        For each diagonal d, (cells B, ...), those with n = max(after, d - T + 1), ..., min(N - 1, d).
+        For each diagonal d, (cells B, ...), those with n = max(after, d - T + 1), ..., min(N - 1, d); mostly all n.
     """
     _, N, B, *_ = x.shape
     found = []
@@ -65,30 +65,30 @@ def _cells(x: Tensor, T: int, after: int = 0) -> list[Tensor]:
 
 
 FUSED = os.environ.get("PYRO_PIXELS_FUSED", "0") == "1"
-"""Whether Triton's kernels are used where they can be: on CUDA, in float32."""
+"""Whether Triton kernels are used where possible: on CUDA, in float32."""
 
 
 _CHECKED: dict[torch.device, Any] = {}
 
 
 def _function(x: Tensor) -> Any:
-    """The autograd function for tensors such as x."""
+    """Returns the autograd function for tensors such as x."""
     if not (FUSED and x.device.type == "cuda" and x.dtype == torch.float32):
         return _Recurrence
     if x.device not in _CHECKED:
-        if torch.cuda.is_current_stream_capturing():  # where nothing can be checked
+        if torch.cuda.is_current_stream_capturing():  # no check can run while recording
             return _Recurrence
         _CHECKED[x.device] = _fused(x.device)
     return _CHECKED[x.device]
 
 
 def _fused(device: torch.device) -> Any:
-    """`FusedRecurrence` if it computes what the plain one does, else the plain one, and a warning that says why."""
+    """Returns `FusedRecurrence` if it agrees with the plain function, else the latter with a warning and the reason."""
     try:
         from pyro_pixels.guides import fused_recurrence  # imports Triton
 
         difference = largest_difference(fused_recurrence.FusedRecurrence, device)
-    except Exception as error:  # whatever a compiler may raise
+    except Exception as error:  # a compiler may raise anything
         difference, why = float("inf"), f"{type(error).__name__}: {error}"
     else:
         why = f"they differ by {difference:.1g} from the plain ones"
@@ -99,11 +99,11 @@ def _fused(device: torch.device) -> Any:
 
 
 def largest_difference(found: Any, device: torch.device) -> float:
-    """The largest difference of states and gradients, of order 1, between an autograd function and the plain one."""
+    """Returns the largest difference of states and gradients, of order 1, between a function and the plain one."""
     differences = []
     for N, T, B, D in ((1, 4, 2, 70), (3, 4, 2, 70), (2, 3, 1, 1040), (4, 2, 16, 64)):
         with torch.inference_mode(False), torch.enable_grad(), _full_precision():
-            generator = torch.Generator().manual_seed(0)  # no other random numbers are touched
+            generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
             shapes = (T, B, 2 * D), (N, B, D), (2 * D, 2 * D)
             drawn = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
             results = []
@@ -117,10 +117,10 @@ def largest_difference(found: Any, device: torch.device) -> float:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Within it products of float32 matrices are not rounded to TF32."""
+    """Within this context, products of float32 matrices are not rounded to TF32."""
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses where its newer setting is in use
+    except RuntimeError:  # torch refuses if its newer setting is in use
         matmul: Any = torch.backends.cuda.matmul
         before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
         try:
@@ -136,7 +136,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def _add_product(to: Tensor, x: Tensor, W: Tensor) -> None:
-    """Computes to += x W in place; torch's counter of operations does not know ``to.addmm_``."""
+    """Computes to += x W in place; torch's FLOP counter does not know ``to.addmm_``."""
     torch.addmm(to, x, W, out=to)
 
 

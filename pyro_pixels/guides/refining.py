@@ -1,25 +1,26 @@
-"""Positions improved at query time, by ascent on log p(v, a): what a guide proposes is where it starts.
+"""Positions improved at query time by gradient ascent on log p(v, a), starting from the means of a guide.
 
-An amortised guide answers at once and errs a little in every frame; what it exchanged in a meeting, `untangle` cannot
-always put right, because its tracks bend there, and bent tracks can make a false name the likelier one under p(a)
-alone. The model knows more: its renderer says where in the image an object is drawn. `refine` climbs on
+An amortised guide answers at once, but errs a little in every frame. If it switches two identities when they meet,
+`untangle` cannot always correct this: the tracks bend there, and with bent tracks the wrong identities can be likelier
+under p(a) alone. The model knows more: its renderer determines where in the image an object is drawn. `refine` climbs
 
     log p(a) + w log p(v | a)
 
-from the guide's means, with Adam. The weight w grows from nearly 0 to 1 over the first half of the steps: tracks are
-first drawn towards paths of the dynamics, on which names can be told, and then to the pixels. Names are put right by
-`untangle` on the way. At the end the two objects that came closest are exchanged from that frame on, the ascent is
-repeated from there, and the end with the higher log p(v, a) is kept. No labels and no other guide are used.
+from the guide's means, with Adam. The weight w grows from nearly 0 to 1 over the first half of the steps: tracks first
+move towards paths of the dynamics, on which identities can be recognised, and then towards the pixels. `untangle`
+corrects identities on the way. At the end the two objects that came closest are exchanged from that frame on, the
+ascent is repeated from there, and the result with the higher log p(v, a) is kept. No labels and no other guide are
+used.
 
 A track moves in two kinds of coordinates at once: a^n = a_0^n + L_k e^n + Sigma_A^(1/2) x^n, where L_k L_k' is the
-covariance of p(a^n | z = k). Along e, whose first entries are the object's start, a whole path moves; along x every
-frame by itself.
+covariance of p(a^n | z = k). Changes of e, whose first entries are the object's start, move a whole path; changes of x
+move each frame separately.
 
-`RefinedGuide` is a guide whose means are refined and whose standard deviations are those of the guide inside, renamed:
-amortised inference improved for each sequence (Kim et al., Semi-amortized variational autoencoders, 2018; Marino et
-al., Iterative amortized inference, 2018). All queries and the bound can be asked with it.
+`RefinedGuide` is a guide with refined means and the standard deviations of the guide inside, renamed: amortised
+inference improved for each sequence (Kim et al., Semi-amortized variational autoencoders, 2018; Marino et al.,
+Iterative amortized inference, 2018). It supports all queries and the bound.
 
-Departures from the paper: it has nothing of the kind; its positions are those of the network (Sec 3.3).
+Departures from the paper: refinement is not in the paper; its positions are those of the network (Sec 3.3).
 """
 
 from math import ceil
@@ -49,21 +50,21 @@ from pyro_pixels.lgssm.marginal import marginal_moments
 
 N_STEPS = 100
 LOWEST, LOWEST_AFTER = 0.002, 0.02  # w at the first step, and at the first one after an exchange
-SHARE_AFTER = 0.6  # of the steps, after an exchange
-PATH_RATE, FRAME_RATE, LAST = 0.05, 0.2, 0.05  # rates of Adam, in standard deviations, and their fraction at the end
+SHARE_AFTER = 0.6  # steps after an exchange, as a share of n_steps
+PATH_RATE, FRAME_RATE, LAST = 0.05, 0.2, 0.05  # Adam's rates, in standard deviations, and their final fraction
 RENAMINGS = 10
-PIXELS_AT_ONCE = 2**23  # of all objects' images in one part
+PIXELS_AT_ONCE = 2**23  # pixels times objects that are processed at once
 
 
 class Refined(NamedTuple):
     """Tracks with a higher log p(v, a)."""
 
     a: Tensor  # (B, N, T, 2)
-    labels: Tensor  # (B, N, T) int64: object n of frame t began as what was given as object labels[b, n, t]
-    gain: Tensor  # (B,), growth of log p(v, a) in nats, at least 0
+    labels: Tensor  # (B, N, T) int64: object n of frame t started from the given object labels[b, n, t]
+    gain: Tensor  # (B,), increase of log p(v, a) in nats, at least 0
 
     def rename(self, x: Tensor) -> Tensor:
-        """Anything else of each object and frame, (B, N, T, ...), renamed alike, such as standard deviations."""
+        """Returns other values of each object and frame (B, N, T, ...), such as standard deviations, renamed alike."""
         return renamed(x, self.labels)
 
 
@@ -80,7 +81,7 @@ class _Joint:
         self.frame = torch.linalg.cholesky_ex(lgssm.Sigma_A).L
 
     def terms(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(a) and log p(v | a), both (B,), in float64, for tracks (B, n, T, 2)."""
+        """Returns log p(a) and log p(v | a), both (B,), in float64, for tracks (B, n, T, 2)."""
         log_p_a = self.p_a.log_prob(a).sum(1)
         logits = self.model.renderer(a, self.present)
         p_v, seen = without_unseen(self.model.likelihood(logits), self.images)
@@ -91,7 +92,7 @@ class _Joint:
         return log_p_a + log_p_v
 
     def climb(self, a: Tensor, labels: Tensor, n_steps: int, lowest: float) -> tuple[Tensor, Tensor]:
-        """The tracks and their labels after so many steps, w growing from ``lowest``."""
+        """Returns the tracks and their labels after ``n_steps`` steps, in which w grows from ``lowest``."""
         rename_every = max(1, n_steps // (2 * RENAMINGS))
         moving = _Moving(self, a)
         for step in range(n_steps):
@@ -131,17 +132,17 @@ class _Moving:
 
 @torch.no_grad()
 def refine(model: ImageModel, a: Tensor, n_objects: Tensor, images: Tensor, *, n_steps: int = N_STEPS) -> Refined:
-    """Tracks with a higher log p(v, a) than those given, found by gradient ascent and exchanges of names.
+    """Returns tracks with a higher log p(v, a) than those given, found by gradient ascent and exchanges of objects.
 
-    A local maximum, close to it after 100 steps. No sequence ends lower than it began. The weights of the model and the
-    random state stay as they are.
+    After 100 steps the result is close to a local maximum. No sequence ends with a lower value than at the start. The
+    weights of the model and the random state do not change.
 
     Args:
         model: a trained `PixelModel`.
         a: (B, N, T, 2), in latent units, such as `infer(...).mean`; absent objects are last.
         n_objects: (B,).
-        images: (B, T, H, W) in [0, 1] or uint8; where frames are NaN, not seen, tracks follow the dynamics.
-        n_steps: of the ascent, and 60 % of them again after names are exchanged. Time is proportional to it.
+        images: (B, T, H, W) in [0, 1] or uint8; in frames of NaN, which are unobserved, tracks follow the dynamics.
+        n_steps: steps of the ascent; 60 % as many follow after the exchange. Time is proportional to it.
 
     Raises:
         ValueError: if the shapes do not fit each other, or ``n_steps`` is not a whole number above 0.
@@ -186,7 +187,7 @@ def _refine(joint: _Joint, a: Tensor, n_steps: int) -> Refined:
 
 
 def exchange_where_closest(a: Tensor) -> Tensor:
-    """Labels (B, N, T) that exchange the two objects of (B, N, T, 2), N > 1, that come closest, from that frame on."""
+    """Returns labels (B, N, T) that exchange the two of N > 1 objects that come closest, from that frame on."""
     N, T = a.shape[1:3]
     i, j = pairs_of(N, a.device)
     closest = (a[:, i] - a[:, j]).norm(dim=-1).flatten(1).argmin(1)  # over pairs and frames
@@ -196,31 +197,31 @@ def exchange_where_closest(a: Tensor) -> Tensor:
 
 
 class RefinedGuide(Guide):
-    """A guide whose means are those of another one, refined by the model, with its standard deviations.
+    """A guide with the means of another guide, refined by the model, and with that guide's standard deviations.
 
-    For queries; it is not for training, as its means do not depend on its parameters by any gradient. The time of a
-    query grows by a hundred passes through the renderer and back.
+    It is for queries, not for training, as no gradient flows from its means to its parameters. A query needs up to
+    1.6 ``n_steps`` more forward and backward passes through the renderer.
 
     Args:
-        guide: whose `encode` gives independent normals, such as a `RecurrentGuide`.
+        guide: a guide whose `encode` returns independent normals, such as a `RecurrentGuide`.
         model: the trained model.
-        n_steps: of `refine`.
+        n_steps: as in `refine`.
     """
 
     def __init__(self, guide: Guide, model: ImageModel, *, n_steps: int = N_STEPS) -> None:
         super().__init__()
         self.guide, self.n_steps, self.pixel_evidence = guide, n_steps, guide.pixel_evidence
-        self._model = [model]  # in a list, so that its parameters are not taken for the guide's
+        self._model = [model]  # in a list, so that its parameters are not registered as the guide's
 
     def see(self, images: Tensor) -> Tensor:
-        """Images as they are, in the guide's type: the likelihood is theirs, and unseen frames stay NaN."""
+        """Returns the images, unchanged for the likelihood, in the guide's type; unobserved frames stay NaN."""
         return images.to(self.dtype)
 
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
         return self._refined(images, images, n_objects)
 
     def q_observed(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> dist.TorchDistribution:
-        """Returns q(a | v), for which no frame counts in which an object is not ``observed``."""
+        """Returns q(a | v) given only those frames in which all objects are ``observed``."""
         if observed.dim() > 1:
             absent = ~object_mask(n_objects, observed.shape[1]).unsqueeze(-1)
             observed = (observed | absent).all(1)

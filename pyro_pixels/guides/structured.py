@@ -10,8 +10,7 @@ correlated in time. In the ELBO, log q(a) - log p(a) = sum_t log N(y_t; a_t, R_t
 a with Gaussian noise, the true potentials would make the bound tight.
 
 The gradient of a sample flows through the Gaussian of the drawn component, not through the component probabilities. It
-is exact for K = 1 and where z is certain, and biased where components overlap, as they still do after the quick preset
-(docs/decisions.md).
+is exact for K = 1 and where z is certain, as it is after the quick preset, and biased where components overlap.
 """
 
 import math
@@ -34,16 +33,16 @@ from pyro_pixels.lgssm.kalman import Gaussians, mixture_moments
 from pyro_pixels.lgssm.marginal import response
 from pyro_pixels.lgssm.small_matrices import categorical_sample, cholesky_inverse, cholesky_solve
 
-DENSE_FRAMES = 128  # up to this many frames p(a | y) is one dense Gaussian a component; beyond, a filter
+DENSE_FRAMES = 128  # up to this many frames p(a | y) is one dense Gaussian per component; beyond, a filter
 UNSEEN = 1e8  # variance of the potentials of unobserved frames, which makes them uninformative
 
 
 class ConditionedTracks(TorchDistribution):
     """The posterior p(a_{1:T} | y) given measurements y = a + N(0, R), with event shape (T, 2), exact in float64.
 
-    Given h_1 the positions are F h_1 + drift + N(0, V) whatever the component (`marginal.Response`). So everything of
-    size 2 T is done once for all components, with S = V + diag R, and what is left of each is a Gaussian over the four
-    coordinates of h_1 = mu_k + U_k eps: a posteriori eps has precision Q_k = I + U_k' F' S^-1 F U_k.
+    Given h_1 the positions are F h_1 + drift + N(0, V) for every component (`marginal.Response`). Everything of size
+    2 T is therefore computed once for all components, with S = V + diag R. For each component there remains a Gaussian
+    over the four coordinates of h_1 = mu_k + U_k eps: a posteriori eps has precision Q_k = I + U_k' F' S^-1 F U_k.
 
     Args:
         dynamics: the dynamics, whose p(a) of Eq (10) is the prior.
@@ -84,7 +83,7 @@ class ConditionedTracks(TorchDistribution):
         return self._prior.log_prob(a) + potentials - self.log_evidence
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draws z, h_1, then a path from h_1 with measurements of it, and moves it by the actual measurements."""
+        """Draws z, h_1, and a path from h_1 with measurements of it; corrects the path by the actual measurements."""
         n, K = torch.Size(sample_shape).numel(), len(self._mu)
         z = categorical_sample(self.component.probs.unsqueeze(-2).expand(*self.batch_shape, n, K))  # (..., n)
         eps = self._white + self._normal(*self._white.shape[:-1], n)
@@ -99,12 +98,12 @@ class ConditionedTracks(TorchDistribution):
         return self._V.new_empty(shape).normal_()
 
     def _start(self, eps: Tensor) -> Tensor:
-        """The first states h_1 (..., K, d, n) of draws root(Q_k)' eps (..., K, d, n)."""
+        """Returns the first states h_1 (..., K, d, n) of draws root(Q_k)' eps (..., K, d, n)."""
         eps = torch.linalg.solve_triangular(self._root_Q.mT, eps, upper=True)
         return self._mu.unsqueeze(-1) + self._U @ eps
 
     def _given(self, h: Tensor) -> Tensor:
-        """E[a | h_1, y] (..., 2T, n) for first states h (..., d, n)."""
+        """Returns E[a | h_1, y] (..., 2T, n) for first states h (..., d, n)."""
         S_inv_rest = self._solved @ torch.cat([-h, torch.ones_like(h[..., :1, :])], -2)  # S^-1 (e - F h)
         return self._drift.unsqueeze(-1) + self._F @ h + self._V @ S_inv_rest
 
@@ -156,7 +155,7 @@ class StructuredGuide(Guide):
         seen = images * frames_seen[..., None, None]  # identities must not depend on generated images
         first = int(frames_seen.any(0).nonzero().min())  # the network starts here
         T = images.shape[1]
-        if T > DENSE_FRAMES:  # nor behind the last, and there the head's work would grow with T^3
+        if T > DENSE_FRAMES:  # and ends after the last observed frame, as the head's work grows with T^3
             T = int(frames_seen.any(0).nonzero().max()) + 1
         s = F.pad(self.rnn(images[:, first:T], n_objects), (0, 0, first, 0))
         y, sigma = (F.pad(x, (0, 0, 0, images.shape[1] - T)) for x in self._measure(s, seen[:, :T], n_objects))
@@ -164,7 +163,7 @@ class StructuredGuide(Guide):
         return q_a, q_a.component
 
     def _measure(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y and sqrt(R); a head that tracks is told of things in the film that are none of the objects."""
+        """Returns y and sqrt(R); a tracking head also receives the share of pixels that show other things than objects."""
         others = self.pixel_evidence.statistics.others
         tracks = any(isinstance(part, TrackingHead) for part in self.head.modules())
         told = {"others": others} if others and tracks else {}
@@ -172,7 +171,7 @@ class StructuredGuide(Guide):
 
 
 def _tracks_given(dynamics: Dynamics, y: Tensor, R: Tensor) -> ConditionedTracks | FilteredTracks:
-    """p(a | y), in the form that suits the number of frames."""
+    """Returns p(a | y) in the form that suits the number of frames."""
     return (ConditionedTracks if y.shape[-2] <= DENSE_FRAMES else FilteredTracks)(dynamics, y, R)
 
 
@@ -203,7 +202,7 @@ def solve_sum(C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tenso
 
 
 def solve_sum_reference(C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-    """What `solve_sum` computes, through Cholesky factors of its own, its gradient torch's."""
+    """Computes the same as `solve_sum`, by its own Cholesky factors, with gradients by autograd."""
     L = torch.linalg.cholesky_ex(C + torch.diag_embed(R)).L
     return cholesky_solve(b, L), 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
@@ -226,7 +225,7 @@ class _SolveSum(torch.autograd.Function):
         grad_C = -torch.einsum("rim,rjm->ij", *(columns.reshape(-1, *x.shape[-2:]) for columns in (grad_b, x)))
         if grad_log_det is not None:
             W = cholesky_inverse(L)
-            W = W if W.is_contiguous() else W.mT  # the same: it is symmetric
+            W = W if W.is_contiguous() else W.mT  # the same, as W is symmetric
             grad_R = grad_R + grad_log_det.unsqueeze(-1) * W.diagonal(dim1=-2, dim2=-1)
             grad_C = grad_C + (grad_log_det.reshape(1, -1) @ W.reshape(-1, d * d)).view(d, d)
         return grad_C, grad_R, grad_b, None

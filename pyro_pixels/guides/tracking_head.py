@@ -1,9 +1,9 @@
-"""A guide's head that tracks: soft data association of pixels to objects with the model's dynamics.
+"""A head that tracks objects by soft data association of pixels, with the model's dynamics.
 
-When two objects cross, what tells them apart is not where they are but where they come from (the failure in Fig 5b is
-to use the former). So the network's claims count only in the few frames in which tracks start; from there on each
-object is followed with p(a) of the model's own dynamics, its components merged into one Gaussian. Every white pixel x
-of frame t is assigned to the objects n with responsibilities r, and measurements y are the weighted centroids,
+When two objects cross, they can be told apart not by where they are but by where they come from (the failure in Fig 5b
+is to use the former). The network's claims therefore count only in the few frames in which tracks start. From there,
+each object is followed with p(a) of the model's own dynamics, with its components merged into one Gaussian. Every white
+pixel x of frame t is assigned to the objects n with responsibilities r, and measurements y are the weighted centroids,
 
     r_t^n(x) = softmax_n(log r_t^n(x)),   y_t^n = centroid of the white pixels with weights r_t^n
 
@@ -18,8 +18,8 @@ where the unnormalised log-responsibilities (`log_r`) come from four stages:
 4. Choose. Among tracks with different starting frames, those with the highest likelihood of the white pixels are kept,
    two after a few sweeps and one at the end: a start in which one object hides another loses to one in which none does.
 
-If the background has white pixels of its own (salt-and-pepper noise), `clutter` is their rate, and the background takes
-part in the assignment: pixels far from every object are assigned to it, as in probabilistic data association.
+If the background also has white pixels (salt-and-pepper noise), `clutter` is their rate, and the background takes part
+in the assignment: pixels far from every object are assigned to it, as in probabilistic data association.
 
 The head returns y_t^n and R_t^n = sigma_t^n^2 (1 + 1 / mass), with the mass of the pixels assigned to the object. None
 of this is in the paper, whose network has to learn data association by itself. Gradients flow only through sigma, and
@@ -40,7 +40,7 @@ from pyro_pixels.lgssm.marginal import response, start_moments
 from pyro_pixels.lgssm.small_matrices import cholesky_solve, det_2x2, inverse_2x2
 
 CLAIM_BOUND = 3.0  # largest claim of the network, in nats; it weighs about as much as a distance of 3 pixels
-TRACK_NOISE = 0.02  # standard deviation of y in the stages 2 and 3, latent units
+TRACK_NOISE = 0.02  # standard deviation of y in stages 2 and 3, in latent units
 DETECTION_ROUNDS = 10
 DETECTION_WIDTH = 16.0  # with clutter, initial factor on the blobs' variance: narrow blobs would miss objects nearby
 FIRST_SWEEPS, LAST_SWEEPS = 3, 8  # sweeps of all tracks, and of the two that are kept
@@ -61,7 +61,7 @@ class TrackingHead(AttentionHead):
         n_starts: S, the number of tracks from different starting frames, half of them forward in time; even.
 
     Raises:
-        ValueError: if ``n_starts`` is not even, or below 2, or ``clutter`` not in [0, 1).
+        ValueError: if ``n_starts`` is odd or below 2, or ``clutter`` is not in [0, 1).
     """
 
     blob: Tensor  # (2, 2), rho^2 I in latent units
@@ -98,7 +98,7 @@ class TrackingHead(AttentionHead):
             s: states (B, N, T, D).
             images: (B, T, H, W).
             n_objects: (B,).
-            others: probability that a pixel shows what is none of the objects, besides `clutter`
+            others: probability that a pixel shows something other than the objects, added to `clutter`
                 (`FilmStatistics.others`).
         """
         clutter = (self.clutter + others) * self.pixel_density
@@ -109,7 +109,7 @@ class TrackingHead(AttentionHead):
         start = orders[:, 0]
         claim = self.claims(s.index_select(2, start), white.at(start)).transpose(1, 2)  # (B, S, N, k)
         claim = CLAIM_BOUND * torch.tanh(claim / CLAIM_BOUND) + penalty[:, None, :, None]
-        log_r, background = torch.zeros_like(pixels.v).unsqueeze(2), None  # a single object has all the pixels
+        log_r, background = torch.zeros_like(pixels.v).unsqueeze(2), None  # a single object owns all pixels
         if N > 1 or clutter:
             tracks = Tracks.of(self.dynamics, self.blob, pixels.v.shape[1], claim.dtype, clutter)
             with torch.no_grad():
@@ -136,15 +136,15 @@ class TrackingHead(AttentionHead):
 
 
 class Pixels(NamedTuple):
-    """The white pixels of each frame, laid out as the rows that products read."""
+    """The white pixels of each frame, as rows of coordinates for matrix products."""
 
     v: Tensor  # (B, T, k), their values; 0 for padding
     homogeneous: Tensor  # (B, T, 3, k), rows: column, row and 1
-    weighed: Tensor  # (B, T, 3, k), the same times v; their sums are moments and masses
+    weighed: Tensor  # (B, T, 3, k), the same times v; sums over pixels are moments and masses
 
     @classmethod
     def of(cls, white: WhitePixels) -> "Pixels":
-        """The pixels that a head found."""
+        """Returns the white pixels in this layout."""
         homogeneous = white.homogeneous()
         return cls(white.v, homogeneous, white.v.unsqueeze(-2) * homogeneous)
 
@@ -164,7 +164,7 @@ class Tracks(NamedTuple):
     def of(cls, dynamics: Dynamics, blob: Tensor, T: int, dtype: torch.dtype, clutter: float = 0.0) -> "Tracks":
         """Makes the approximation for T frames, in ``dtype``."""
         lgssm = dynamics.lgssm()
-        answer = response(lgssm, T)  # with their graph, which model and guide share
+        answer = response(lgssm, T)  # with its graph, which model and guide share
         with torch.no_grad():
             lgssm = collapse_components(lgssm, dynamics.pi)
             mean, C = start_moments(answer, lgssm.mu, lgssm.Sigma)
@@ -244,7 +244,7 @@ def follow(tracks: Tracks, pixels: Pixels, claim: Tensor, penalty: Tensor, order
         y, _ = centroids(share(weighed[0], log_r, background))  # (S B, 2, N)
         blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
         log_r = log_density(homogeneous[0], with_slopes(y, blob_precision), penalty)
-        if narrow >= 0.5:  # before, every pixel is an object's: an object without a blob nearby would be background
+        if narrow >= 0.5:  # earlier, objects own all pixels: one far from every blob would be lost to the background
             background = tracks.log_clutter(homogeneous[0], blob_precision)
     precision = precision.to(dtype).unsqueeze(2).expand(T, S, B, 2, 2).reshape(T, S * B, 2, 2)
     e, ys = claim.new_zeros(S, B * N, 2 * T), []
@@ -267,7 +267,7 @@ def share(weighed: Tensor, log_r: Tensor, background: Tensor | None = None, n_hy
     Args:
         weighed: (..., 3, k), `Pixels.weighed`.
         log_r: (..., N S, k), log-responsibilities for each of S independent hypotheses about all objects.
-        background: (..., k), the log-responsibilities of the background, if it has white pixels of its own.
+        background: (..., k), the log-responsibilities of the background, if it may have white pixels.
         n_hypotheses: S.
 
     Returns:
@@ -291,7 +291,7 @@ def log_density(homogeneous: Tensor, blobs: Tensor, penalty: Tensor) -> Tensor:
 
     Args:
         homogeneous: (..., 3, k), the pixels' x, y and 1.
-        blobs: (..., 4, n), what `with_slopes` makes of the centres and the precision.
+        blobs: (..., 4, n), from `with_slopes` of the centres and the precision.
         penalty: (..., 1, n), `absent_penalty`: no pixel is assigned to absent objects.
     """
     centre, slope = blobs.split(2, -2)

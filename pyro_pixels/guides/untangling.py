@@ -1,28 +1,28 @@
-"""Identities put right by the dynamics: exchanges of parts of the tracks of two objects, judged by p(a) of Eq (10).
+"""Identities corrected by the dynamics: parts of two objects' tracks are exchanged according to p(a) of Eq (10).
 
-A guide without dynamics, such as the paper's, may swap two objects halfway (the paper's Fig 5b). Swapped tracks are no
-paths of the dynamics, and p(a) says so without pixels or labels. A move exchanges two objects i, j over frames
+A guide without dynamics, such as the paper's, may swap two objects halfway (the paper's Fig 5b). Swapped tracks do not
+follow the dynamics, so p(a) detects swaps without pixels or labels. A move exchanges two objects i, j over frames
 s, ..., e - 1:
 
     a_t^i <-> a_t^j   for s <= t < e
 
 With e = T it exchanges tails. Every move is its own inverse.
 
-- `untangle` takes the best move, over and over, as long as log p(a) grows. It is meant for the means of any guide.
-- `resample_labels` makes Metropolis-Hastings moves whose target is p(a | v), or p(a) where no images are given. Moves
+- `untangle` makes the best move, repeatedly, as long as log p(a) grows. It is meant for the means of any guide.
+- `resample_labels` makes Metropolis-Hastings moves whose target is p(a | v), or p(a) if no images are given. Moves
   are proposed with the locally balanced probabilities of Zanella (Informed proposals for local MCMC in discrete spaces,
-  2020). What it does to draws of q(a | v) brings them closer to p(a | v) in KL divergence, or leaves them as they are.
-- `UntangledGuide` is a guide like any other: it gives q(a | v) of another guide, which must be independent from frame
-  to frame, with its objects renamed in every frame as `untangle` renames its means.
+  2020). Applied to draws of q(a | v), they never increase the KL divergence of their distribution from p(a | v).
+- `UntangledGuide` wraps another guide, whose q(a | v) must be independent from frame to frame, and renames its objects
+  in every frame as `untangle` renames its means. It is itself a guide like any other.
 
-All T (T + 1) / 2 moves of all pairs are judged at once. log p(a^n | z = k) is quadratic in a^n, so with d = a^j - a^i,
+All T (T + 1) / 2 moves of all pairs are scored at once. log p(a^n | z = k) is quadratic in a^n, so with d = a^j - a^i,
 P_k the precision matrix of p(a | z = k) and e = a^i - E[a | z = k] the exchange over a window w adds
 
     2 sum_{t in w} (P_k e)_t' d_t + sum_{t, t' in w} d_t' P_k[t, t'] d_t'
 
 to e' P_k e: differences of cumulative sums, O(T^2) for all windows together.
 
-Departures from the paper: it has nothing of the kind. The posterior of the model stays what it is.
+Departures from the paper: these moves are not in the paper. They do not change the posterior of the model.
 """
 
 import itertools
@@ -45,21 +45,21 @@ from pyro_pixels.lgssm.small_matrices import cholesky_inverse
 
 MOST_EXCHANGES = 30
 LEAST_GAIN = 1e-6  # nats
-SHORTEST_FIRST = 1e-7  # nats a frame: of the exchange of a tail and that of the head before it, which p(a) cannot tell
-# apart, the shorter one is made, so that most frames keep their names
+SHORTEST_FIRST = 1e-7  # nats per frame: p(a) is the same whether a tail or the head before it is exchanged; this cost
+# prefers the shorter one, so that most frames keep their labels
 
 
 class ImageModel(Protocol):
-    """The parts of a `PixelModel` that `resample_labels` uses; guides do not import the model."""
+    """The parts of a `PixelModel` that `resample_labels` and `refine` use; guides do not import the model."""
 
     @property
     def dynamics(self) -> Dynamics:
-        """Gives p(a)."""
+        """The dynamics, which define p(a)."""
         ...
 
     @property
     def renderer(self) -> Callable[..., Tensor]:
-        """Maps positions and which objects there are to logits of the pixels."""
+        """Maps positions and the mask of present objects to logits of the pixels."""
         ...
 
     @property
@@ -72,16 +72,16 @@ class Untangled(NamedTuple):
     """Tracks whose objects were renamed frame by frame."""
 
     a: Tensor  # (B, N, T, 2)
-    labels: Tensor  # (B, N, T) int64: a[b, n, t] is what was given as object labels[b, n, t] in frame t
-    gain: Tensor  # (B,), growth of log p(a) in nats
+    labels: Tensor  # (B, N, T) int64: a[b, n, t] was given as object labels[b, n, t] of frame t
+    gain: Tensor  # (B,), increase of log p(a) in nats
 
     def rename(self, x: Tensor) -> Tensor:
-        """Anything else of each object and frame, (B, N, T, ...), renamed alike, such as standard deviations."""
+        """Returns other values of each object and frame (B, N, T, ...), such as standard deviations, renamed alike."""
         return renamed(x, self.labels)
 
 
 def renamed(x: Tensor, labels: Tensor) -> Tensor:
-    """Returns x (B, N, T, ...) with object ``labels[b, n, t]`` of frame t in the place of object n."""
+    """Returns x (B, N, T, ...) with the values of object ``labels[b, n, t]`` of frame t as those of object n."""
     index = labels.reshape(*labels.shape, *(1,) * (x.dim() - 3)).expand_as(x)
     return x.gather(1, index)
 
@@ -108,9 +108,9 @@ class _Moves:
         self.T = T
 
     def gains(self, a: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """(b, pairs, T, T): of exchanging frames s to e, both included, at [..., s, e]; -inf where there is no move.
+        """Returns gains (b, pairs, T, T), at [..., s, e] of exchanging frames s to e, inclusive; -inf if there is no move.
 
-        ``a`` (b, N, T, 2) are the tracks of the sequences ``rows``, by default of all.
+        ``a`` (b, N, T, 2) are the tracks of the sequences ``rows``, by default all.
         """
         K, T = len(self.mean), self.T
         a = a.to(self.P.dtype)
@@ -132,12 +132,12 @@ class _Moves:
         return torch.where(self.allowed[rows], gain, -torch.inf)
 
     def _log_p(self, distance: Tensor, dim: int) -> Tensor:
-        """log p of tracks, up to a constant, from e' P_k e."""
+        """Returns log p of tracks, up to a constant, from e' P_k e."""
         weight = self.log_weight.reshape(-1, *(1,) * (-dim - 1))
         return (weight - 0.5 * distance).logsumexp(dim)
 
     def apply(self, labels: Tensor, move: Tensor, where: Tensor) -> Tensor:
-        """Labels (B, N, T) after each sequence's move, an index into its flattened gains, is made ``where`` (B,)."""
+        """Returns labels (B, N, T) after each ``move`` (B,), an index into flattened gains, ``where`` (B,) is True."""
         T = self.T
         pair, window = move // (T * T), move % (T * T)
         t = torch.arange(T, device=move.device)
@@ -146,13 +146,13 @@ class _Moves:
 
 
 def own_names(a: Tensor) -> Tensor:
-    """Labels (B, N, T) under which every object of tracks (B, N, T, 2) keeps its name."""
+    """Returns labels (B, N, T) under which every object of tracks (B, N, T, 2) keeps its name."""
     B, N, T = a.shape[:3]
     return torch.arange(N, device=a.device).view(1, N, 1).repeat(B, 1, T)
 
 
 def exchanged(labels: Tensor, i: Tensor, j: Tensor, where: Tensor) -> Tensor:
-    """Labels (B, N, T) with objects i and j (B,) exchanged in the frames ``where`` (B, T)."""
+    """Returns labels (B, N, T) with objects i and j (B,) exchanged in the frames ``where`` (B, T) is True."""
     rows = torch.arange(len(labels), device=labels.device)
     x, y = labels[rows, i], labels[rows, j]
     labels = labels.clone()
@@ -162,7 +162,7 @@ def exchanged(labels: Tensor, i: Tensor, j: Tensor, where: Tensor) -> Tensor:
 
 @lru_cache
 def pairs_of(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first and the second object of each pair; kept, so that a recorded step copies nothing to the device."""
+    """Returns the first and second object of each pair; cached, so that recorded steps copy nothing to the device."""
     i, j = torch.tensor(list(itertools.combinations(range(N), 2)), device=device).reshape(-1, 2).unbind(1)
     return i, j
 
@@ -177,17 +177,17 @@ def untangle(
     slack: float = 0.0,
     most: int = MOST_EXCHANGES,
 ) -> Untangled:
-    """Tracks with their objects renamed so that log p(a) grows: the best exchange first, until none gains.
+    """Returns tracks with objects renamed so that log p(a) grows: the best exchange is made until none gains.
 
-    A local optimum, not the best of all labellings. Nothing but the tracks and the dynamics is used.
+    The result is a local optimum, not the best of all labellings. Only the tracks and the dynamics are used.
 
     Args:
-        dynamics: of the model.
+        dynamics: the dynamics of the model.
         a: (B, N, T, 2), in latent units, such as `infer(...).mean`; absent objects are last.
         n_objects: (B,).
-        windows: False exchanges tails alone.
-        slack: added to the diagonal of Sigma_A where moves are judged, for tracks that are noisier than the model's.
-        most: exchanges of one sequence.
+        windows: False exchanges only tails.
+        slack: added to the diagonal of Sigma_A when moves are scored, for tracks that are noisier than the model's.
+        most: the largest number of exchanges per sequence.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -203,7 +203,7 @@ def untangle(
             move = (gains - moves.lengths).flatten(1).argmax(1)
             best = gains.flatten(1).gather(1, move[:, None]).squeeze(1)
             better = best > LEAST_GAIN
-            if a.device.type == "cpu":  # elsewhere nothing waits for what was found, so that it can be recorded
+            if a.device.type == "cpu":  # elsewhere nothing waits for the results, so that the loop can be recorded
                 rows, move, best, better = (x[better] for x in (rows, move, best, better))
                 if not len(rows):
                     break
@@ -223,20 +223,20 @@ def resample_labels(
     windows: bool = True,
     seed: int = 0,
 ) -> Untangled:
-    """Draws with their objects renamed by Metropolis-Hastings moves that leave p(a | v) what it is.
+    """Returns draws with objects renamed by Metropolis-Hastings moves that leave p(a | v) invariant.
 
     A move is proposed with probability proportional to r / (1 + r), r the factor by which it changes p(a), among all
     windows of all pairs, and accepted with probability min(1, p(v | a') Z(a) / (p(v | a) Z(a'))), Z the sum of these
     weights. Renaming changes p(v | a) only as far as the order matters in which the renderer draws.
 
     Args:
-        model: its dynamics and, where there are images, its renderer.
+        model: gives the dynamics and, if there are images, the renderer and the likelihood.
         a: (B, N, T, 2), such as one draw of q(a | v) for each sequence; absent objects are last.
         n_objects: (B,).
-        images: (B, T, H, W), NaN in frames that were not seen; None: the target is p(a).
-        n_moves: proposals for each sequence.
-        windows: False exchanges tails alone.
-        seed: of the moves; the caller's random state is left as it was.
+        images: (B, T, H, W), NaN in unobserved frames; with None the target is p(a).
+        n_moves: proposals per sequence.
+        windows: False exchanges only tails.
+        seed: seeds the moves; the caller's random state is not changed.
 
     Returns:
         `Untangled`; its ``gain``, in log p(a), may be negative.
@@ -281,23 +281,23 @@ def resample_labels(
 
 
 class UntangledGuide(Guide):
-    """The q(a | v) of a guide like the paper's with objects renamed in each frame as `untangle` renames its means.
+    """The q(a | v) of a guide like the paper's, with objects renamed in each frame as `untangle` renames its means.
 
-    Its parameters are those of ``guide``; the dynamics are the model's and not its own. The names are a function of the
-    images, so that this is a distribution over a like any other, with a bound of its own.
+    Its parameters are those of ``guide``; the dynamics belong to the model. The labels are a function of the images, so
+    this is an ordinary distribution over a, which defines a bound.
 
     Args:
-        guide: whose `encode` gives independent normals, such as a `RecurrentGuide`.
-        dynamics: of the model.
-        options: of `untangle`.
+        guide: a guide whose `encode` returns independent normals, such as a `RecurrentGuide`.
+        dynamics: the dynamics of the model.
+        options: keyword arguments of `untangle`.
     """
 
     def __init__(self, guide: Guide, dynamics: Dynamics, **options: float | bool) -> None:
         super().__init__()
         self.guide, self.options, self.pixel_evidence = guide, options, guide.pixel_evidence
-        self._dynamics = [dynamics]  # in a list, so that its parameters are not taken for the guide's
+        self._dynamics = [dynamics]  # in a list, so that its parameters are not registered as the guide's
         self.before: dist.TorchDistribution | None = None
-        """What ``guide`` gave the last time, under its own names."""
+        """The last q(a | v) of ``guide``, before objects were renamed."""
 
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
         q_a = self.before = self.guide.encode(images, n_objects)
@@ -307,12 +307,12 @@ class UntangledGuide(Guide):
 
 
 def can_be_untangled(q_a: dist.TorchDistribution) -> bool:
-    """Whether a distribution over tracks is one of independent normals, whose frames `UntangledGuide` can exchange."""
+    """Returns whether q(a | v) consists of independent normals, whose frames `UntangledGuide` can exchange."""
     return isinstance(q_a, dist.Independent) and isinstance(q_a.base_dist, dist.Normal)
 
 
 def means_and_scales(q_a: dist.TorchDistribution, guide: Guide, instead: str) -> tuple[Tensor, Tensor]:
-    """Those of q(a | v) of a guide whose frames can be exchanged; a ValueError that says what to use ``instead``."""
+    """Returns those of q(a | v) if its frames can be exchanged, else raises a ValueError that suggests ``instead``."""
     if not can_be_untangled(q_a):
         raise ValueError(
             f"{type(guide).__name__} gives {type(q_a).__name__}, whose frames cannot be exchanged; "
@@ -322,7 +322,7 @@ def means_and_scales(q_a: dist.TorchDistribution, guide: Guide, instead: str) ->
 
 
 def check_tracks(a: Tensor, n_objects: Tensor) -> tuple[int, int, int]:
-    """B, N, T of tracks that belong to ``n_objects``, or a ValueError."""
+    """Returns B, N, T of tracks, or raises a ValueError if their shape does not fit ``n_objects``."""
     if a.dim() != 4 or a.shape[-1] != 2 or n_objects.shape != a.shape[:1]:
         raise ValueError(
             f"tracks have shape {tuple(a.shape)} and n_objects {tuple(n_objects.shape)}; wanted (B, N, T, 2) and (B,)"

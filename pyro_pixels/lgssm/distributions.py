@@ -21,7 +21,7 @@ from pyro_pixels.lgssm.kalman import LGSSM
 from pyro_pixels.lgssm.marginal import on_diagonal, response
 from pyro_pixels.lgssm.small_matrices import inverse_lower
 
-BLOCK_FRAMES = 32  # frames per step of `BlockTracks`: fewer make more steps, more make larger matrices
+BLOCK_FRAMES = 32  # frames per step of `BlockTracks`: fewer frames need more steps, more need larger matrices
 
 
 class DenseTracks(TorchDistribution):
@@ -81,7 +81,7 @@ class DenseTracks(TorchDistribution):
 
 
 class BlockTracks(TorchDistribution):
-    """The distribution of positions (T, 2) by a Kalman filter whose observations are whole blocks of frames.
+    """The distribution of positions (T, 2), computed by a Kalman filter whose observations are whole blocks of frames.
 
     Given the state in its first frame, the positions of a block and the first state of the next one are jointly
     Gaussian, with the same covariance for every block. Time and memory are O(T), and gains and covariances are computed

@@ -74,7 +74,7 @@ class TrackMixture(dist.MixtureSameFamily):
 
     support = constraints.independent(constraints.real, 2)  # type: ignore[assignment]  # torch's own has no bijection
 
-    _origin: "TrackMixture | None" = None  # what this is an expansion of: it has the same densities
+    _origin: "TrackMixture | None" = None  # the mixture that this one expands, with the same densities
 
     def expand(self, batch_shape: torch.Size, _instance: None = None) -> "TrackMixture":
         new = super().expand(batch_shape, self._get_checked_instance(TrackMixture, _instance))
@@ -184,7 +184,7 @@ class Dynamics(nn.Module):
         self.root_Sigma.copy_(L.tril(-1) + torch.diag_embed(L.diagonal(dim1=-2, dim2=-1).log()))
 
     def lgssm(self) -> LGSSM:
-        """The parameters of Eq (3) as `_lgssm` makes them, once where model and guide share them (`sharing`)."""
+        """Returns the parameters of Eq (3) in float64, computed once where model and guide share them (`sharing`)."""
         return once("lgssm", self._lgssm, self)
 
     def _lgssm(self) -> LGSSM:

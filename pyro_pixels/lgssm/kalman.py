@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np  # its broadcast_shapes; torch's imports sympy, which takes longer than the filter
+import numpy as np  # for broadcast_shapes; torch's imports sympy, which takes longer than the filter
 import torch
 from torch import Tensor
 
@@ -37,7 +37,7 @@ class LGSSM(NamedTuple):
 class ConstantVelocity(LGSSM):
     """An `LGSSM` whose transition A = I + N has N N = 0, such as that of positions and velocities, so A^j = I + j N.
 
-    The results are those of an `LGSSM`; the moments of whole paths take fewer operations. It is not checked.
+    The results are those of an `LGSSM`, but the moments of whole paths take fewer operations. N N = 0 is not checked.
     """
 
     __slots__ = ()
@@ -103,7 +103,7 @@ def update(lgssm: LGSSM, predicted: Gaussians, a_t: Tensor, observed: Tensor | N
         w = observed.to(P.dtype)
         K, log_density = w[..., None, None] * K, w * log_density
     I_KB = torch.eye(P.shape[-1], dtype=P.dtype, device=P.device) - K @ lgssm.B
-    cov = I_KB @ P @ I_KB.mT + K @ lgssm.Sigma_A @ K.mT  # Joseph's form stays symmetric positive
+    cov = I_KB @ P @ I_KB.mT + K @ lgssm.Sigma_A @ K.mT  # Joseph's form stays symmetric and positive semidefinite
     return Gaussians(m + _apply(K, e), cov), log_density
 
 

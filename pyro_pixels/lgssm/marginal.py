@@ -42,10 +42,10 @@ def _response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor,
 
 
 def _uniform_response(A: Tensor, B: Tensor, u: Tensor, Sigma_H: Tensor, Sigma_A: Tensor, n_steps: int) -> Response:
-    """The same for A^j = I + j N: F_j = B + j B N is linear in j, and sums over j are numbers that depend on T alone.
+    """The same for A^j = I + j N: F_j = B + j B N is linear in j, so the sums over j depend on T alone.
 
     With R = [B; B N], the block of V for frames t and t' is sum_{xy} (sum_j j^x j'^y) (R Sigma_H R')_{xy}, where the
-    inner sum is over the noises that have acted on both, j and j' steps before, and x, y are 0 or 1.
+    inner sum is over the noises that act on both frames, j and j' steps before them, and x, y are 0 or 1.
     """
     T, (p, d) = n_steps, B.shape
     one_and_j, sums, products = _sums_over_steps(T, A.dtype, A.device)
@@ -74,10 +74,10 @@ def _sums_over_steps(T: int, dtype: torch.dtype, device: torch.device) -> tuple[
 
 @torch.inference_mode(False)
 def _sums(T: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns [1, j] (T, 2), its sums over j < t (T, 2), and what `_uniform_response` multiplies, (T^2, 5).
+    """Returns [1, j] (T, 2), its sums over j < t (T, 2), and the factors of V in `_uniform_response` (T^2, 5).
 
-    The last has the sums of the products j^x j'^y over noises that act on both of two frames, for the four pairs of x
-    and y, and whether the two are the same frame.
+    For each pair of frames, the factors are the sums of j^x j'^y over the noises that act on both, for the four pairs
+    of x and y, and 1 or 0 for whether the two frames are the same.
     """
     j = torch.arange(T, dtype=dtype, device=device)
     one_and_j = torch.stack([torch.ones_like(j), j], 1)

@@ -1,7 +1,7 @@
-"""What model and guide have in common in one evaluation of the bound is computed once.
+"""Computes quantities that model and guide have in common only once per evaluation of the bound.
 
-Under a `StructuredGuide` p(a) is part of the model, the guide and its tracking head. Inside `sharing` all of them
-get the same tensors, with one graph behind them. It is meant for one evaluation whose gradient is taken once.
+With a `StructuredGuide`, p(a) is part of the model, the guide and its tracking head. Inside `sharing` all of them use
+the same tensors, with a single autograd graph. It is meant for one evaluation whose gradient is taken once.
 """
 
 from collections.abc import Callable, Hashable, Iterator
@@ -18,7 +18,7 @@ _SHARED: ContextVar[dict[Hashable, Any] | None] = ContextVar("shared", default=N
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """Within it `once` makes things once."""
+    """Within this context, `once` computes each quantity only once."""
     token = _SHARED.set({})
     try:
         yield
@@ -27,14 +27,14 @@ def sharing() -> Iterator[None]:
 
 
 def once(name: str, make: Callable[[], Made], *of: object) -> Made:
-    """What ``make`` gives, made once for the same objects ``of`` (numbers by value) inside `sharing`, else each time.
+    """Returns the result of ``make``: computed once for each ``name`` and ``of`` inside `sharing`, else at each call.
 
-    With and without gradients are two different things.
+    The objects ``of`` are compared by identity, integers by value. Results with and without gradients are kept separately.
     """
     shared = _SHARED.get()
     if shared is None:
         return make()
     key = (name, torch.is_grad_enabled(), *(x if isinstance(x, int) else ("id", id(x)) for x in of))
     if key not in shared:
-        shared[key] = make(), of  # what they are of stays alive as long, so that no other object gets its id
+        shared[key] = make(), of  # keeps the objects alive, so that no other object gets the same id
     return shared[key][0]

@@ -1,9 +1,8 @@
 """Fast linear algebra for batches of small matrices that can be recorded in a CUDA graph.
 
-On a GPU `torch.cholesky_solve`, `cholesky_inverse`, and from some size on `linalg.inv`, `det` and `solve`, go to MAGMA
-for batches of matrices. MAGMA allocates memory of its own, which a recording does not permit
-(`training.step_runners.CapturedSteps`); triangular solves and products are permitted. Where the fastest way depends on
-the device, it is chosen here.
+On a GPU `torch.cholesky_solve`, `cholesky_inverse` and, above some size, `linalg.inv`, `det` and `solve` use MAGMA for
+batches of matrices. MAGMA allocates its own memory, which a recording (`training.step_runners.CapturedSteps`) does not
+permit; triangular solves and products are permitted. Where the fastest method depends on the device, it is chosen here.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""The order in which the renderer draws the objects: as they are, or drawn at random for each sequence.
+"""The order in which the renderer draws the objects: fixed, or random for each sequence.
 
 The renderer of Eqs (1)-(2) draws one object after the other, so p(v | a) depends on their order while p(a) does not. A
-renderer that is trained with the same order throughout learns names of its own: what is drawn first is the upper one,
-say. Objects whose names are exchanged are then drawn badly, and a guide is kept from putting names right.
+renderer trained with a fixed order learns identities: the object drawn first is the upper one, say. It then draws
+objects badly when their identities are exchanged, which keeps a guide from correcting identity switches.
 
-Departures from the paper: it always draws in the same order, which is the default here.
+Departures from the paper: none by default; the paper's order is fixed.
 """
 
 from collections.abc import Iterator
@@ -19,10 +19,10 @@ _random: ContextVar[bool] = ContextVar("random_order", default=False)
 
 @contextmanager
 def drawing_in_random_order(random: bool = True) -> Iterator[None]:
-    """Within it the renderer of every `PixelModel` draws the objects of each sequence in an order drawn at random.
+    """Within this context, every `PixelModel` renders the objects of each sequence in random order, if ``random``.
 
-    Objects have no names in p(a), so E_q[log p(v | pi a)] - KL(q || p) is a lower bound of log p(v) for every order pi,
-    and so is its mean over orders. A renderer that is trained with it comes to draw the same image whatever the order.
+    Objects are exchangeable under p(a), so E_q[log p(v | pi a)] - KL(q || p) is a lower bound of log p(v) for every
+    order pi, and so is its mean over orders. A renderer trained in this way learns to draw the same image in any order.
     """
     token = _random.set(random)
     try:
@@ -32,7 +32,7 @@ def drawing_in_random_order(random: bool = True) -> Iterator[None]:
 
 
 def in_order(a: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions a (..., B, N, T, 2) and which objects there are (B, N), in the order in which they are to be drawn."""
+    """Returns positions a (..., B, N, T, 2) and the mask of present objects (B, N), in the order of drawing."""
     if not _random.get() or a.shape[-3] == 1:
         return a, present
     order = torch.rand(present.shape, device=present.device).argsort(-1)

@@ -43,14 +43,14 @@ class PixelModel(nn.Module):
         """The Pyro program. Returns v (B, T, H, W).
 
         Args:
-            images: (B, T, H, W), the observed v in {0, 1} (or [0, 1], as the likelihood has it), or None to draw it.
-                Frames that are NaN were not seen, and count for nothing.
-            n_objects: (B,) int, the number of objects N of each sequence; a list, or one number for all, will do.
-            n_frames: T; needed where ``images`` is None.
+            images: (B, T, H, W), the observed v in {0, 1} (or [0, 1], depending on the likelihood), or None to sample
+                it. Frames of NaN are unobserved and ignored.
+            n_objects: (B,) int, the number of objects N of each sequence; may be a list, or one number for all.
+            n_frames: T; required if ``images`` is None.
 
         Raises:
             ValueError: if the shapes do not fit each other or the renderer, or a site is conditioned on a value of
-                another shape; in half precision and under ``torch.jit``.
+                the wrong shape; also in half precision and under ``torch.jit``.
         """
         announce_parameters("model", self)
         n_objects = counts(n_objects, None if images is None else len(images), next(self.parameters(), None))
@@ -104,7 +104,7 @@ class PixelModel(nn.Module):
 
 
 def _of_shape(site: str, value: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """The value of a site, which `poutine.condition` or `do` may have set: what would broadcast is refused."""
+    """Returns the value of a site; refuses one, set by `poutine.condition` or `do`, that would only broadcast."""
     if value.shape[-len(wanted) :] != torch.Size(wanted):
         raise ValueError(f"site '{site}' has the value's shape {tuple(value.shape)}; wanted {wanted}, samples in front")
     return value
