@@ -41,7 +41,7 @@ def test_triton_computes_what_torch_does():
 def test_kernels_that_cannot_run_are_replaced(monkeypatch):
     """On a CPU there is no Triton, or it cannot compile: one warning, and the plain ones."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.warns(UserWarning, match="fused kernels are not used"):
+    with pytest.warns(UserWarning, match="fused kernels are disabled"):
         assert recurrence._fused(CPU) is _Recurrence
 
 

@@ -113,7 +113,7 @@ def test_what_is_not_supported_is_said_in_one_line(run, data):
 @pytest.mark.parametrize("handler", [poutine.condition, poutine.do])
 @pytest.mark.parametrize("site, shape", [("a", s) for s in ((3, 1, 30, 2), (1, 3, 30, 2), (3, 3, 30, 1), (30, 2))])
 def test_values_that_would_broadcast_over_objects_are_refused(run, data, handler, site, shape):
-    with pytest.raises(ValueError, match=r"site 'a' has the value's shape .*; wanted \(3, 3, 30, 2\)"):
+    with pytest.raises(ValueError, match=r"site 'a' was given a value of shape .*; wanted \(3, 3, 30, 2\)"):
         handler(run.model, {site: torch.zeros(shape)})(data.images, data.n_objects)
     handler(run.model, {"a": torch.zeros(3, 3, 30, 2)})(data.images, data.n_objects)
 
@@ -123,5 +123,5 @@ def test_values_that_would_broadcast_over_objects_are_refused(run, data, handler
 )
 def test_the_joint_model_refuses_them_too(run, data, site, shape):
     value = torch.zeros(shape, dtype=torch.long if site == "z" else torch.float64)
-    with pytest.raises(ValueError, match=f"site '{site}' has the value's shape"):
+    with pytest.raises(ValueError, match=f"site '{site}' was given a value of shape"):
         poutine.condition(run.model.joint, {site: value})(None, data.n_objects, 30)

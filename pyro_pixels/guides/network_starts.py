@@ -32,7 +32,7 @@ def start_as_ramps(rnn: InferenceRNN, *, ramp: float = RAMP, white: float = WHIT
     """
     W: Tensor = rnn.from_image.weight  # (2 D, H W)
     if not isinstance(rnn.front_end, nn.Flatten):
-        raise ValueError("ramps are for a network that reads pixels; this one has a front_end")
+        raise ValueError("start_as_ramps needs a network that reads pixels; this one has a front_end")
     std = (rnn.state_size * (2 * rnn.state_size + W.shape[1])) ** -0.25  # as in `InferenceRNN`
     rows, columns = torch.linspace(-1, 1, rnn.height), torch.linspace(-1, 1, rnn.width)
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1]).flatten(1)  # (2, H W): column, row

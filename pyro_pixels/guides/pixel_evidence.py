@@ -166,7 +166,7 @@ class PixelEvidence(nn.Module):
         return self.statistics
 
     def _persist(self) -> None:
-        """Makes the buffers part of the state, and keeps their numbers so that no query waits for the device."""
+        """Makes the buffers part of the state, and copies their numbers, so that reading them needs no device."""
         noise, clutter, contrast, _, _ = self.scalars.tolist()
         self._shown = FilmStatistics(bool(self.background.any()), noise, clutter, contrast, float(self.others))
         for name in self.may_have:
@@ -282,7 +282,7 @@ def _count_error(found: _Evidence, counts: NDArray[np.int64]) -> float:
 
 
 def _clutter(white: NDArray[np.bool_], counts: NDArray[np.int64]) -> tuple[float, Floats]:
-    """Returns the share of white background pixels, and P(object) of a white pixel by the number of its white neighbours."""
+    """Returns the share of white background pixels, and P(object) of white pixels by number of white neighbours."""
     all_objects = np.ones(9)
     kernel = np.ones((1, 3, 3), np.int8)
     neighbours = scipy.ndimage.convolve(white.astype(np.int8), kernel, mode="constant") - white

@@ -91,10 +91,10 @@ def _fused(device: torch.device) -> Any:
     except Exception as error:  # a compiler may raise anything
         difference, why = float("inf"), f"{type(error).__name__}: {error}"
     else:
-        why = f"they differ by {difference:.1g} from the plain ones"
+        why = f"their results differ by {difference:.1g} from those of the plain recursion"
     if difference < 1e-4:
         return fused_recurrence.FusedRecurrence
-    warnings.warn(f"fused kernels are not used, as {why}; steps are as exact, and slower", stacklevel=2)
+    warnings.warn(f"fused kernels are disabled: {why}; training continues with the plain recursion, as accurate but slower", stacklevel=2)
     return _Recurrence
 
 

@@ -9,8 +9,7 @@ under p(a) alone. The model knows more: its renderer determines where in the ima
 from the guide's means, with Adam. The weight w grows from nearly 0 to 1 over the first half of the steps: tracks first
 move towards paths of the dynamics, on which identities can be recognised, and then towards the pixels. `untangle`
 corrects identities on the way. At the end the two objects that came closest are exchanged from that frame on, the
-ascent is repeated from there, and the result with the higher log p(v, a) is kept. No labels and no other guide are
-used.
+ascent is repeated from there, and the result with the higher log p(v, a) is kept. No labels or other guides are used.
 
 A track moves in two kinds of coordinates at once: a^n = a_0^n + L_k e^n + Sigma_A^(1/2) x^n, where L_k L_k' is the
 covariance of p(a^n | z = k). Changes of e, whose first entries are the object's start, move a whole path; changes of x
@@ -51,7 +50,7 @@ from pyro_pixels.lgssm.marginal import marginal_moments
 N_STEPS = 100
 LOWEST, LOWEST_AFTER = 0.002, 0.02  # w at the first step, and at the first one after an exchange
 SHARE_AFTER = 0.6  # steps after an exchange, as a share of n_steps
-PATH_RATE, FRAME_RATE, LAST = 0.05, 0.2, 0.05  # Adam's rates, in standard deviations, and their final fraction
+PATH_RATE, FRAME_RATE, LAST = 0.05, 0.2, 0.05  # learning rates, in standard deviations, and their final fraction
 RENAMINGS = 10
 PIXELS_AT_ONCE = 2**23  # pixels times objects that are processed at once
 

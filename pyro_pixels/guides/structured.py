@@ -163,7 +163,7 @@ class StructuredGuide(Guide):
         return q_a, q_a.component
 
     def _measure(self, s: Tensor, images: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns y and sqrt(R); a tracking head also receives the share of pixels that show other things than objects."""
+        """Returns y and sqrt(R); a tracking head also receives the share of pixels that show other things."""
         others = self.pixel_evidence.statistics.others
         tracks = any(isinstance(part, TrackingHead) for part in self.head.modules())
         told = {"others": others} if others and tracks else {}

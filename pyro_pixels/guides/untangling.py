@@ -108,7 +108,7 @@ class _Moves:
         self.T = T
 
     def gains(self, a: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Returns gains (b, pairs, T, T), at [..., s, e] of exchanging frames s to e, inclusive; -inf if there is no move.
+        """Returns gains (b, pairs, T, T), at [..., s, e] of exchanging frames s to e, inclusive; -inf for no move.
 
         ``a`` (b, N, T, 2) are the tracks of the sequences ``rows``, by default all.
         """
@@ -315,7 +315,7 @@ def means_and_scales(q_a: dist.TorchDistribution, guide: Guide, instead: str) ->
     """Returns those of q(a | v) if its frames can be exchanged, else raises a ValueError that suggests ``instead``."""
     if not can_be_untangled(q_a):
         raise ValueError(
-            f"{type(guide).__name__} gives {type(q_a).__name__}, whose frames cannot be exchanged; "
+            f"{type(guide).__name__}.encode returned {type(q_a).__name__}, whose frames cannot be exchanged; "
             f"wanted independent normals; use {instead}"
         )
     return q_a.base_dist.loc, q_a.base_dist.scale  # type: ignore[attr-defined]
@@ -328,5 +328,5 @@ def check_tracks(a: Tensor, n_objects: Tensor) -> tuple[int, int, int]:
             f"tracks have shape {tuple(a.shape)} and n_objects {tuple(n_objects.shape)}; wanted (B, N, T, 2) and (B,)"
         )
     if len(n_objects) and most_objects(n_objects) > a.shape[1]:
-        raise ValueError(f"n_objects says {most_objects(n_objects)} objects, the tracks have {a.shape[1]}")
+        raise ValueError(f"n_objects contains {most_objects(n_objects)}, but the tracks have only {a.shape[1]} objects")
     return a.shape[0], a.shape[1], a.shape[2]

@@ -66,9 +66,9 @@ def _sums_over_steps(T: int, dtype: torch.dtype, device: torch.device) -> tuple[
     if key in _KEPT:
         return _KEPT[key]
     made = _sums(*key)
-    if T <= KEPT_FRAMES and all(type(x) is Tensor for x in made):  # neither fake tensors nor a recording's memory
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _KEPT[key] = made
+    plain = all(type(x) is Tensor for x in made)  # a fake tensor is not, and what a recording makes is its own
+    if T <= KEPT_FRAMES and plain and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        _KEPT[key] = made
     return made
 
 

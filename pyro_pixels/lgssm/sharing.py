@@ -29,7 +29,7 @@ def sharing() -> Iterator[None]:
 def once(name: str, make: Callable[[], Made], *of: object) -> Made:
     """Returns the result of ``make``: computed once for each ``name`` and ``of`` inside `sharing`, else at each call.
 
-    The objects ``of`` are compared by identity, integers by value. Results with and without gradients are kept separately.
+    The objects ``of`` are compared by identity, integers by value. Results with and without gradients are separate.
     """
     shared = _SHARED.get()
     if shared is None:
