@@ -196,7 +196,7 @@ def test_an_untangled_guide_is_a_guide():
 def test_what_cannot_be_untangled_is_refused():
     with pytest.raises(ValueError, match="wanted \\(B, N, T, 2\\)"):
         untangle(make_dynamics(), torch.zeros(2, 3, 2), torch.tensor([2, 2]))
-    with pytest.raises(ValueError, match="says 3 objects"):
+    with pytest.raises(ValueError, match="contains 3, but the tracks have only 2"):
         untangle(make_dynamics(), torch.zeros(1, 2, 4, 2), torch.tensor([3]))
 
     class Correlated(type(make_guide())):

@@ -94,7 +94,8 @@ def _fused(device: torch.device) -> Any:
         why = f"their results differ by {difference:.1g} from those of the plain recursion"
     if difference < 1e-4:
         return fused_recurrence.FusedRecurrence
-    warnings.warn(f"fused kernels are disabled: {why}; training continues with the plain recursion, as accurate but slower", stacklevel=2)
+    message = f"fused kernels are disabled: {why}; the plain recursion is used, which is as accurate but slower"
+    warnings.warn(message, stacklevel=2)
     return _Recurrence
 
 

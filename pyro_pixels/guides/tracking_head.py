@@ -81,7 +81,7 @@ class TrackingHead(AttentionHead):
     ) -> None:
         super().__init__(height, width, state_size, sigma=sigma, n_waves=n_waves)
         if n_starts < 2 or n_starts % 2:
-            raise ValueError(f"n_starts is {n_starts}; wanted an even number, at least 2: half of the tracks run backward in time")
+            raise ValueError(f"n_starts is {n_starts}; wanted an even number, at least 2, for both directions of time")
         if not 0 <= clutter < 1:
             raise ValueError(f"clutter is {clutter}; wanted a probability below 1, 0 for a black background")
         self.dynamics, self.n_starts = dynamics, n_starts

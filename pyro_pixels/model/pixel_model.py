@@ -106,5 +106,7 @@ class PixelModel(nn.Module):
 def _of_shape(site: str, value: Tensor, wanted: tuple[int, ...]) -> Tensor:
     """Returns the value of a site; refuses one, set by `poutine.condition` or `do`, that would only broadcast."""
     if value.shape[-len(wanted) :] != torch.Size(wanted):
-        raise ValueError(f"site '{site}' was given a value of shape {tuple(value.shape)}; wanted {wanted}, samples in front")
+        raise ValueError(
+            f"site '{site}' was given a value of shape {tuple(value.shape)}; wanted {wanted}, with samples in front"
+        )
     return value
