@@ -1,7 +1,7 @@
-"""The quick preset's training step beside the same step at an earlier commit, in turn (A B A B ...).
+"""Compares the quick preset's training step with the same step at an earlier commit, alternating (A B A B ...).
 
-Each version runs in a process of its own, from its own files, and takes a step when it is asked to; so that whatever
-else the machine does falls on both alike.
+Each version runs in its own process, from its own files, and takes one step per request, so that other load on the
+machine affects both alike.
 """
 
 import io
@@ -46,7 +46,7 @@ for line in sys.stdin:
 
 
 class Version:
-    """A process that takes steps of the package in a folder."""
+    """A process that takes training steps with the package in a folder."""
 
     def __init__(self, tree: Path, n_threads: int) -> None:
         environment = {
@@ -63,7 +63,7 @@ class Version:
             raise ValueError(f"the package in {tree} takes no steps; is it a commit with benchmarks/steps.py?")
 
     def step(self, N: int) -> tuple[float, float]:
-        """Takes a step on sequences with N objects; returns its seconds by the clock, and of processor time."""
+        """Takes a step on sequences with N objects; returns its wall-clock and processor seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(N, file=self._process.stdin, flush=True)
@@ -77,7 +77,7 @@ class Version:
 
 
 def checkout(commit: str, folder: Path) -> Path:
-    """The files of a commit, in a folder. Raises ValueError where this is no clone that has it."""
+    """Extracts a commit into a folder, which it returns. Raises ValueError if this is no clone with that commit."""
     done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
         raise ValueError(f"there is no commit {commit} here; run this in a clone with its whole history")
@@ -87,7 +87,7 @@ def checkout(commit: str, folder: Path) -> Path:
 
 
 def compare(commit: str = COMMIT, rounds: int = 15, n_threads: int = 1) -> dict[str, Any]:
-    """Seconds of each round's steps with N = 1, 2, 3 of the commit ("before") and of these files ("now")."""
+    """Returns step times of each round for N = 1, 2, 3, at the commit ("before") and here ("now"), and their ratios."""
     with tempfile.TemporaryDirectory() as folder:
         versions = {"before": Version(checkout(commit, Path(folder)), n_threads), "now": Version(ROOT, n_threads)}
         seconds = {name: {"wall": [], "busy": []} for name in versions}
@@ -105,7 +105,7 @@ def compare(commit: str = COMMIT, rounds: int = 15, n_threads: int = 1) -> dict[
 
 
 def measure(watch: Stopwatch) -> dict[str, Any]:
-    """`compare` for `bench.py`; nothing where this is no clone with the commit, or the device no CPU."""
+    """Runs `compare` for `bench.py`; returns why it was skipped if the commit is missing or the device is not a CPU."""
     if watch.device.type != "cpu":
         return {"skipped": f"{watch.device.type}: both versions run on a CPU"}
     try:
@@ -115,7 +115,7 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
 
 
 def ratios(seconds: dict[str, dict[str, list[list[float]]]]) -> dict[str, float]:
-    """How many times as fast the step has become: medians over rounds, of the mean over N and for each N."""
+    """Returns how many times as fast the step is now: medians over rounds, for the mean over N and for each N."""
     before, now = seconds["before"], seconds["now"]
     found = {}
     for kind in before:

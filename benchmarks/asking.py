@@ -1,4 +1,4 @@
-"""The queries, asked of the pretrained weights, and the simulation of data."""
+"""Times the queries with the pretrained weights, and the simulation of data."""
 
 from functools import partial
 from typing import Any
@@ -11,11 +11,11 @@ from pyro_pixels.runs import load_pretrained
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 
-N_SEEN = 5  # frames at the start, and for interpolation at the end
+N_SEEN = 5  # frames at the start and, for interpolation, also at the end
 
 
 def measure(watch: Stopwatch, *, n_sequences: int = 60) -> dict[str, Any]:
-    """Times of each query on so many sequences, and of drawing such sequences."""
+    """Returns times of each query on ``n_sequences`` sequences, and of simulating as many."""
     run = load_pretrained(device=watch.device)
     data = simulate(run.config.data, n_sequences, seed=0)
     images, n_objects = data.images.to(watch.device), data.n_objects.to(watch.device)

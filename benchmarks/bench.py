@@ -1,8 +1,8 @@
-"""Measures what pyro_pixels costs, beside a literal Pyro program of the paper, and writes it down.
+"""Measures time and memory of pyro_pixels, beside a literal Pyro program of the paper, and saves the results.
 
-Leaves benchmarks/results/NAME.json (and NAME_growth.png); parts that are not measured stay as they are in the file.
-Tables are printed; with --page they are also put into docs/performance.md, between its markers <!-- begin NAME PART -->
-and <!-- end NAME PART -->. `--only` without a part measures nothing and does the tables and the figure again.
+Writes benchmarks/results/NAME.json (and NAME_growth.png); parts that are not measured keep their earlier results.
+Tables are printed; with --page they are also inserted into that page, between <!-- begin NAME PART --> and
+<!-- end NAME PART -->. `--only` without a part measures nothing, but redraws the figure and refills the page.
 """
 
 from examples._common import device_of, new_folder, say_where, start, write_json
@@ -58,24 +58,24 @@ Part = Literal[
 @dataclass
 class Arguments:
     only: tuple[Part, ...] = ("step", "against", "density", "queries", "memory", "growth", "memory_growth")
-    """What to measure."""
+    """Parts to measure."""
     paper: bool = False
-    """The steps also at the sizes of the paper's preset (minutes, and 1 GB a program)."""
+    """Measure step and memory also at the paper preset's sizes (takes minutes, and 1 GB per program)."""
     rounds: Seeds = 15
-    """How often each call is timed."""
+    """How many times each call is timed."""
     seconds: Positive = 12.0
-    """A comparison ends after so many seconds, though not before 3 rounds."""
+    """Time limit of a comparison, in seconds; at least 3 rounds are run."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     name: str | None = None
-    """Of the results; default: cpu, or the device's own."""
+    """Name of the results; default: cpu, or the device's name."""
     out: Path = Path("benchmarks/results")
     page: Path | None = None
-    """A page with markers, such as docs/performance.md, to put the tables into."""
+    """A page with markers, such as docs/performance.md, into which the tables are inserted."""
 
 
 def measured_with(device: torch.device) -> dict[str, Any]:
-    """The machine, and how busy it was with other things as well."""
+    """Returns the machine, the versions, the load average and the date."""
     return {
         **environment(device),
         "threads": torch.get_num_threads(),
@@ -85,13 +85,13 @@ def measured_with(device: torch.device) -> dict[str, Any]:
 
 
 def name_of(device: torch.device) -> str:
-    """A file name for the device."""
+    """Returns a file name for the device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """What the file holds already, or nothing."""
+    """Returns the results already in the file, or an empty dictionary."""
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -99,7 +99,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def fill(page: Path, name: str, found: dict[str, Any]) -> None:
-    """Puts the tables between the page's markers, and the figure beside it."""
+    """Inserts the tables between the page's markers, and saves the figure beside the page."""
     text = page.read_text()
     for part, result in found.items():
         shown = report.describe(part, result)
@@ -126,7 +126,7 @@ def main(args: Arguments) -> None:
         print(f"{part} ...", flush=True)
         with_what = measured_with(watch.device)
         result = {**PARTS[part](watch), "environment": with_what}
-        found[part] = json.loads(json.dumps(result))  # sizes become strings, as they are in the file
+        found[part] = json.loads(json.dumps(result))  # sizes become strings, as in the file
         write_json(file, found)
         print(f"\n{report.describe(part, found[part])}\n")
     paths = [file]

@@ -1,6 +1,6 @@
-"""What each gradient that is written by hand gains on a whole step: with and without, in turn.
+"""Measures how much each hand-written gradient speeds up a whole step: with and without it, alternating.
 
-Without, a step runs through the plain reference that stands beside each, and torch's own gradient.
+Without it, a step uses the plain reference implementation and torch's automatic gradient.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +23,12 @@ PIECES: dict[str, tuple[Any, str, Any]] = {
     "recur": (recurrence, "_Recurrence", recurrence.recur_reference),
     "solve_sum": (structured, "_SolveSum", structured.solve_sum_reference),
 }
-"""What is written by hand, where it is looked up, and its plain reference."""
+"""By name: module and attribute of a hand-written function, and its plain reference."""
 HMM = "Pyro's GaussianHMM"
 
 
 class _Plain:
-    """Stands for an autograd function whose ``apply`` is the reference."""
+    """Stand-in for an autograd function; its ``apply`` is the reference."""
 
     def __init__(self, reference: Callable[..., Any]) -> None:
         self.apply = reference
@@ -36,7 +36,7 @@ class _Plain:
 
 @contextmanager
 def plain(name: str) -> Iterator[None]:
-    """Within it the reference takes the place of what is written by hand."""
+    """Replaces a hand-written function by its reference within the context."""
     module, attribute, reference = PIECES[name]
     by_hand = getattr(module, attribute)
     setattr(module, attribute, _Plain(reference) if hasattr(by_hand, "apply") else reference)
@@ -48,7 +48,7 @@ def plain(name: str) -> Iterator[None]:
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Within it the recursion is done by Triton's kernels, where they can be used."""
+    """Runs the recursion with Triton kernels within the context, where they can be used."""
     before, recurrence.FUSED = recurrence.FUSED, True
     try:
         yield
@@ -57,10 +57,10 @@ def fused() -> Iterator[None]:
 
 
 def measure(watch: Stopwatch) -> dict[str, Any]:
-    """Seconds of a step, N = 3, as it is and without each piece: the quick preset's, and the paper's guide's.
+    """Returns seconds of a step, N = 3, as it is and without each piece: for the quick preset and the paper's guide.
 
-    On CUDA with fused kernels, too. Every variant has a step of its own, as one that is recorded stays as it was. Last
-    the density of positions by itself, beside Pyro's `GaussianHMM`.
+    On CUDA also with fused kernels. Each variant has its own step, since a recorded step cannot change. The last entry
+    is the density of positions alone, beside Pyro's `GaussianHMM`.
     """
     quick = with_objects(PRESETS["quick"], 3)
     paper = with_objects(replace(PRESETS["paper"], guide="recurrent"), 3)

@@ -1,9 +1,9 @@
-"""How long the commands that ask a run take, beside those of another commit: ``python benchmarks/commands.py TREE``.
+"""Times the commands that query a run, beside those of another commit: ``python benchmarks/commands.py TREE``.
 
-TREE is a checkout of the other commit, such as ``git worktree add ../before 478dc58``. Each command is asked about 200
-sequences with the pretrained weights, in both trees in turn, in processes of their own with one thread. Seconds are
-those of the processor, as others may use the machine; what Python takes to import everything is measured as well,
-since no query can do anything about it. Writes docs/results/commands.json.
+TREE is a checkout of the other commit, for example from ``git worktree add ../before 478dc58``. Each command processes
+200 sequences with the pretrained weights, alternating between the trees, each time in a new process with one thread.
+Times are processor seconds, as others may use the machine. The time of Python's imports is measured as well, since no
+query can reduce it. Writes docs/results/commands.json.
 """
 
 import json
@@ -31,7 +31,7 @@ HERE, OUT = Path(__file__).absolute().parent.parent, Path("docs/results/commands
 
 
 def seconds_of(tree: Path, words: list[str], folder: Path) -> float:
-    """Processor seconds, user and system, of a script of a tree."""
+    """Returns the processor seconds, user plus system, of a script in a tree."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tree)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, str(tree / "examples" / words[0]), *words[1:]]
@@ -41,7 +41,7 @@ def seconds_of(tree: Path, words: list[str], folder: Path) -> float:
 
 
 def commit_of(tree: Path) -> str:
-    """The commit that a tree has checked out."""
+    """Returns the commit checked out in a tree."""
     command = ["git", "-C", str(tree), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 

@@ -1,6 +1,6 @@
-"""p(a) of Eq (10) and its gradient by several methods, with their errors against a brute-force value.
+"""Times p(a) of Eq (10) and its gradient by several methods, with their errors against a brute-force value.
 
-Add a method to `METHODS` and it is measured with the others.
+A method added to `METHODS` is measured with the others.
 """
 
 import copy
@@ -24,13 +24,13 @@ Density = Callable[[Dynamics, Tensor], Tensor]
 
 
 def mixture(components: Components, dynamics: Dynamics, a: Tensor) -> Tensor:
-    """By the mixture that the model samples from, its components represented in one way or another."""
+    """Returns log p(a) from the mixture that the model samples from, given a representation of its components."""
     dynamics.components = components
     return dynamics.positions(a.shape[-2]).log_prob(a)
 
 
 def kalman_loop(dynamics: Dynamics, a: Tensor) -> Tensor:
-    """By a Kalman filter for each component, a loop over frames."""
+    """Returns log p(a) from a Kalman filter for each component, a loop over frames."""
     log_likelihood = kalman.log_likelihood(dynamics.lgssm(), a.unsqueeze(-3))
     return (log_likelihood + dynamics.log_pi.to(log_likelihood.dtype).log_softmax(-1)).logsumexp(-1)
 
@@ -44,9 +44,9 @@ METHODS: dict[str, Density] = {
 
 
 def brute_force(dynamics: Dynamics, a: Tensor) -> Tensor:
-    """By torch's MultivariateNormal on the stacked positions.
+    """Returns log p(a) from torch's MultivariateNormal on the stacked positions.
 
-    The covariance is written down entry by entry, Cov(a_t, a_s) = B A^{t-s} Var(h_s) B' + [t = s] Sigma_A for t >= s,
+    The covariance is computed entry by entry, Cov(a_t, a_s) = B A^{t-s} Var(h_s) B' + [t = s] Sigma_A for t >= s,
     and shares nothing with `lgssm.marginal_moments`, which the dense method uses.
     """
     A, B, u, Sigma_H, Sigma_A, mu, Sigma = dynamics.lgssm()
@@ -68,21 +68,21 @@ def brute_force(dynamics: Dynamics, a: Tensor) -> Tensor:
 
 
 def value_and_gradients(density: Density, dynamics: Dynamics, a: Tensor) -> list[Tensor]:
-    """log p(a), and the gradients of its sum in a and in every parameter of the dynamics."""
+    """Returns log p(a), and the gradients of its sum with respect to a and every parameter of the dynamics."""
     a = a.detach().requires_grad_()
     value = density(dynamics, a)
     return [value.detach(), *torch.autograd.grad(value.sum(), [a, *dynamics.parameters()])]
 
 
 def relative_error(actual: Tensor, wanted: Tensor) -> float:
-    """Largest absolute error over the largest absolute wanted value."""
+    """Returns the largest absolute error divided by the largest absolute wanted value."""
     return float((actual - wanted).abs().max() / wanted.abs().max())
 
 
 def measure(
     watch: Stopwatch, *, frames: tuple[int, ...] = FRAMES, methods: dict[str, Density] = METHODS
 ) -> dict[str, Any]:
-    """Times of each method for each T, and the relative errors of its value and of its worst gradient."""
+    """Returns times of each method for each T, and the relative errors of its value and of its worst gradient."""
     dynamics = Dynamics(PRESETS["quick"].dynamics).to(watch.device)
     found: dict[str, Any] = {"seconds": {}, "value_error": {}, "gradient_error": {}}
     for T in frames:

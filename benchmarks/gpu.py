@@ -1,9 +1,9 @@
-"""All that needs a GPU, in order of worth: `make gpu`, or `make gpu ARGS="--minutes 9"` on one lent for a while.
+"""Runs all jobs that need a GPU, most useful first: `make gpu`, or `make gpu ARGS="--minutes 9"` on a borrowed one.
 
-Tests, the steps beside the literal program, the quickstart, several seeds at once, and trainings at the paper's size.
-Each leaves a small JSON in --results with what it measured, the device, its driver, versions and the commit. What is
-done is not done again; when time is up the training that runs is told to save (SIGTERM), and goes on from there the
-next time. At the end the tables go into the pages, between their markers <!-- begin gpu ... -->.
+Jobs are the tests, steps beside the literal program, the quickstart, several seeds at once, and trainings at the
+paper's size. Each writes a small JSON file to --results with its measurements, device, driver, versions and commit.
+Finished jobs are not repeated. When time is up, the running training receives SIGTERM, saves, and resumes the next
+time. At the end the tables are inserted into the pages, between their markers <!-- begin gpu ... -->.
 """
 
 from examples._common import device_of, start, write_json
@@ -29,40 +29,40 @@ from pyro_pixels.result_tables import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
-GRACE = 45.0  # seconds that a training has to save and end
+GRACE = 45.0  # seconds for a training to save and exit
 
 
 @dataclass
 class Arguments:
     minutes: Positive | None = None
-    """Stop cleanly after so many; default: when everything is done."""
+    """Stop cleanly after this many minutes; default: when everything is done."""
     only: tuple[str, ...] = ()
-    """Names of jobs; default: all."""
+    """Jobs to run; default: all."""
     runs: Path = Path("runs/gpu")
-    """Folder of the trainings."""
+    """Folder for the trainings."""
     results: Path = Path("docs/results/gpu")
-    """Folder of the JSON files; a folder of the device's name is made in it."""
+    """Folder for the JSON files, in a subfolder named after the device."""
     docs: Path = Path("docs")
     """Folder of the pages."""
     device: str = "cuda"
     tiny: bool = False
-    """A rehearsal: a few tests, steps and sequences. Pages are not filled from it unless --docs is given."""
+    """A rehearsal: a few tests, steps and sequences. It fills the pages as well, so give --docs another folder."""
     again: bool = False
-    """Do what is done already once more."""
+    """Repeat finished jobs."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to do with a GPU."""
+    """A job for a GPU."""
 
     name: str
     command: Callable[[Arguments], Sequence[str]]
     measured: Callable[[Path, Arguments], dict[str, Any]]
-    """From the folder of the job: what to keep."""
+    """Returns the results to keep, from the job's folder."""
     least: float
-    """Seconds below which it is not worth beginning."""
+    """Seconds that must be left, besides `GRACE`, for the job to start."""
     then: Callable[[Arguments], Sequence[str]] | None = None
-    """What follows once the command has ended well, such as an evaluation."""
+    """Command to run once the first has succeeded, such as an evaluation."""
 
 
 def folder(args: Arguments, name: str) -> Path:
@@ -83,7 +83,7 @@ def count_tests(at: Path, args: Arguments) -> dict[str, Any]:
 
 
 def bench(name: str, part: str, *, paper: bool = False) -> Callable[[Arguments], list[str]]:
-    """A part of ``make bench``, in a process of its own: a recording that fails may spoil what comes after it."""
+    """One part of ``make bench``, in its own process, since a failed recording may break whatever runs after it."""
 
     def command(args: Arguments) -> list[str]:
         few = ["--rounds", "1", "--seconds", "0.1"] if args.tiny else ["--paper"] if paper else []
@@ -94,7 +94,7 @@ def bench(name: str, part: str, *, paper: bool = False) -> Callable[[Arguments],
 
 
 def training(name: str, *options: str) -> Callable[[Arguments], list[str]]:
-    """`train.py` of a preset, from its checkpoint where there is one."""
+    """`train.py` with these options, resumed from the run's checkpoint if there is one."""
 
     def command(args: Arguments) -> list[str]:
         run = folder(args, name)
@@ -119,7 +119,7 @@ def read(path: Path) -> Any:
 
 
 def learned(at: Path, args: Arguments) -> dict[str, Any]:
-    """Thirty lines of metrics.jsonl, and the evaluation if it was reached."""
+    """Returns at most 60 lines of metrics.jsonl, evenly spaced, and the evaluation if there is one."""
     file = at / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     thin = max(1, len(lines) // 30)
@@ -170,7 +170,7 @@ JOBS = (
 
 
 def measured_with(device: torch.device) -> dict[str, Any]:
-    """Device, driver, versions, commit and date."""
+    """Returns device, driver, versions, commit and date."""
     driver = None
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -207,7 +207,7 @@ def run(command: Sequence[str], left: float, log: Path) -> tuple[int, bool]:
 
 
 def do(job: Job, args: Arguments, results: Path, until: float, about: dict[str, Any]) -> str:
-    """Does a job as far as time goes, and writes its JSON; returns done, stopped, or failed."""
+    """Runs a job for as long as time allows, and writes its JSON file; returns done, stopped, or failed."""
     at, file = folder(args, job.name), results / f"{job.name}.json"
     at.mkdir(parents=True, exist_ok=True)
     before = 0.0 if args.again else (read(file) or {}).get("seconds", 0.0)

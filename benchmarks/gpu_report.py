@@ -1,4 +1,4 @@
-"""The pages' tables of what was measured on GPUs, from the JSON files of `gpu.py` and of a probe."""
+"""Tables of GPU measurements for the pages, from the JSON files of `gpu.py` and of a probe."""
 
 import json
 import statistics
@@ -12,7 +12,7 @@ Found = dict[str, Any]
 
 
 def fill(docs: Path, results: Path) -> None:
-    """Puts the tables of every device's folder between the markers of the pages."""
+    """Inserts the tables of every device's folder between the markers of the pages."""
     folders = sorted(path for path in results.iterdir() if path.is_dir()) if results.exists() else []
     for page, part, describe in (("performance", "gpu speed", speed), ("reproduction", "gpu learning", learning)):
         file = docs / f"{page}.md"
@@ -26,12 +26,12 @@ def fill(docs: Path, results: Path) -> None:
 
 
 def read_all(folder: Path) -> dict[str, Found]:
-    """By job: its JSON."""
+    """Returns the contents of each job's JSON file, by job."""
     return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
 
 
 def where(results: dict[str, Found]) -> str:
-    """The device and versions of a folder's results."""
+    """Returns the device and versions of a folder's results."""
     e = next(iter(results.values()))["environment"]
     parts = [e["device"], f"driver {e['driver']}" if e.get("driver") else None, f"torch {e['torch']}",
              f"Python {e['python']}", f"pyro {e['pyro']}", f"commit {str(e['commit'])[:7]}", e.get("date"),
@@ -40,7 +40,7 @@ def where(results: dict[str, Found]) -> str:
 
 
 def speed(results: dict[str, Found]) -> str:
-    """Tests, steps beside the literal program, quickstart, several seeds at once."""
+    """Returns a table of tests, steps beside the literal program, quickstart, and several seeds at once."""
     rows = []
     if "tests" in results:
         t = results["tests"]["found"]
@@ -73,7 +73,7 @@ def speed(results: dict[str, Found]) -> str:
 
 
 def learning(results: dict[str, Found]) -> str:
-    """Trainings at the paper's size: steps, time, bound and errors."""
+    """Returns a table of trainings at the paper's size: steps, time, bound and errors."""
     rows = []
     for name in results:
         found = results[name]["found"]

@@ -1,9 +1,9 @@
-"""Grey films of colloids in water, which no simulator made: positions beside trackpy's (docs/your_own_video.md).
+"""Real grey films of colloids in water: positions compared with those of trackpy (docs/your_own_video.md).
 
-The film is that of trackpy's tutorial, ``sample_data/bulk_water`` of github.com/soft-matter/trackpy-examples. Windows
-of 32 x 32 pixels and 20 frames are cut in which trackpy follows one or two particles from the first frame to the last
-and finds no others; fainter ones, out of focus, are in most of them, and are not counted. The quick preset learns from
-the windows of the first three quarters of the time, and is measured on the others, beside the strongest blobs.
+The film is that of trackpy's tutorial, ``sample_data/bulk_water`` of github.com/soft-matter/trackpy-examples. It is cut
+into windows of 32 x 32 pixels and 20 frames in which trackpy follows one or two particles from the first frame to the
+last and finds no others; most windows also contain fainter, out-of-focus particles, which are not counted. The quick
+preset is trained on windows of the first three quarters of the time and tested on later ones, beside a blob detector.
 
     pip install trackpy
     python benchmarks/grey_colloids.py trackpy-examples/sample_data/bulk_water
@@ -38,22 +38,22 @@ from pyro_pixels.runs import Run
 from pyro_pixels.video import prepare_video
 
 FRAMES, WINDOW, T, STEPS = 300, 32, 20, 300
-MARGIN, BRIGHT, FAINT = 4, 200, 130  # pixels from the edge; trackpy's mass of what is followed, and of what must not be
+MARGIN, BRIGHT, FAINT = 4, 200, 130  # pixels from the edge; least trackpy mass of followed and of excluded particles
 OUT, FIGURE = Path("docs/results/grey_colloids.json"), Path("docs/figures/grey_colloids.png")
 BACKGROUNDS = ("keep", "local")
 
 
 class Windows(NamedTuple):
-    """Windows of a film, in the order of time."""
+    """Windows of a film, in temporal order."""
 
     images: NDArray[np.uint8]  # (n, T, 32, 32), as in the film: particles are dark
     n_objects: NDArray[np.int64]  # (n,)
-    positions: NDArray[np.float64]  # (n, 2, T, 2), NaN for particles that are not there
+    positions: NDArray[np.float64]  # (n, 2, T, 2), NaN for absent particles
     start: NDArray[np.int64]  # (n,), first frames
 
 
 def cut(folder: Path) -> Windows:
-    """Cuts windows that have one or two particles for all of their frames."""
+    """Returns the windows that contain one or two particles in all of their frames."""
     import trackpy  # type: ignore[import-not-found]
     from imageio.v3 import imread
 
@@ -85,7 +85,7 @@ def _inside(places: NDArray[np.float64], margin: int) -> NDArray[np.bool_]:
 
 
 def blobs(images: NDArray[np.float32], n_objects: NDArray[np.int64], positions: NDArray[np.float64]) -> dict[str, Any]:
-    """The mean error in pixels of the N strongest maxima of the Laplacian of a Gaussian, matched frame by frame."""
+    """Returns, by N, the mean pixel error of the N strongest Laplacian-of-Gaussian maxima, matched frame by frame."""
     errors: dict[str, list[float]] = {"1": [], "2": []}
     for film, n, paths in zip(images, n_objects, positions):
         for frame, truth in zip(film, paths[:n].swapaxes(0, 1)):
@@ -100,7 +100,7 @@ def blobs(images: NDArray[np.float32], n_objects: NDArray[np.int64], positions: 
 
 
 def draw(windows: Windows, test: NDArray[np.bool_], run: Run, data: ImageSequences) -> Figure:
-    """Three test windows of one particle and three of two, evenly through time: as filmed, and as the guide sees."""
+    """Draws three test windows for each of N = 1, 2, evenly spaced in time: the film, and the guide's pixel weights."""
     firsts = []
     for n in (1, 2):
         of_n = np.flatnonzero(test & (windows.n_objects == n))
@@ -127,7 +127,7 @@ def draw(windows: Windows, test: NDArray[np.bool_], run: Run, data: ImageSequenc
 
 
 def measure(windows: Windows, background: str, seed: int) -> tuple[dict[str, Any], Figure]:
-    """Trains on windows prepared with a background, and measures and draws the positions in later ones."""
+    """Trains on windows prepared with a background option; evaluates and draws the positions in later ones."""
     start = time.time()
     with TemporaryDirectory() as folder:
         path = Path(folder, "windows.npy")

@@ -1,7 +1,7 @@
 """Errors on films with sensor noise, salt and pepper, and still backgrounds, without options (docs/your_own_video.md).
 
-Each film is 600 sequences of discs of constant velocity; the quick preset, shortened to 300 steps, learns from it, and
-is measured on 150 fresh ones. ``python benchmarks/grey_films.py noise_05 salt --seeds 0 1 2`` writes
+Each film is 600 sequences of discs with constant velocity. The quick preset, shortened to 300 steps, is trained on it
+and evaluated on 150 new sequences. ``python benchmarks/grey_films.py noise_05 salt --seeds 0 1 2`` writes
 docs/results/grey_films.json.
 """
 
@@ -28,7 +28,7 @@ KINDS = ("clean", "noise_00", "noise_05", "noise_10", "salt", "texture")
 
 
 def film(kind: str, n: int, seed: int) -> ImageSequences:
-    """So many sequences of a kind."""
+    """Returns ``n`` sequences of a kind."""
     if kind in ("clean", "salt"):
         return simulate(replace(WORLD, look=Look(salt_and_pepper=0.01 if kind == "salt" else 0.0)), n, seed=seed)
     data, rng = simulate(WORLD, n, seed=seed), np.random.default_rng(seed)
@@ -42,7 +42,7 @@ def film(kind: str, n: int, seed: int) -> ImageSequences:
 
 
 def measure(kind: str, seed: int = 0) -> dict[str, object]:
-    """Position error in pixels and switch rate for each N; film and starting values are of one seed."""
+    """Returns position error in pixels and switch rate for each N; the seed sets both film and starting values."""
     preset, start = PRESETS["quick"], time.time()
     likelihood = "bernoulli" if kind in ("clean", "salt") else "gaussian"
     config = replace(preset, seed=seed, likelihood=likelihood, schedule=replace(preset.schedule, steps=STEPS))

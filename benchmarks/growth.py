@@ -1,4 +1,4 @@
-"""How the cost of a training step grows with each of its sizes, the others held small."""
+"""Measures how the time of a training step grows with each of its sizes, with the others kept small."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ BASE = RunConfig(
 
 
 class Axis(NamedTuple):
-    """A size, and what it does to a configuration."""
+    """Values of a size, and a function that sets it in a configuration."""
 
     values: tuple[int, ...]
     change: Callable[[RunConfig, int], RunConfig]
@@ -50,7 +50,7 @@ AXES: dict[str, Axis] = {
 
 
 def measure(watch: Stopwatch, *, axes: dict[str, Axis] = AXES, base: RunConfig = BASE) -> dict[str, Any]:
-    """Times of a step for each value of each axis."""
+    """Returns times of a step for each value of each axis."""
     return {
         name: watch.compare(
             {str(value): make_step(OurStep, axis.change(base, value), watch.device) for value in axis.values}

@@ -1,7 +1,7 @@
-"""Peak memory of queries about many sequences, each query in a process of its own.
+"""Measures peak memory of queries on many sequences, each query in its own process.
 
-`python -m benchmarks.many_sequences` asks the untrained quick preset about 10,000 sequences of 12 frames, 48 x 48
-pixels (an argument changes their number), and writes docs/results/many_sequences.json.
+`python -m benchmarks.many_sequences` queries the untrained quick preset on 10,000 sequences of 12 frames, 48 x 48
+pixels (an argument changes the number), and writes docs/results/many_sequences.json.
 """
 
 import json
@@ -58,11 +58,11 @@ def main(n: int, query: str | None = None) -> None:
 
 
 def measure(n: int, query: str) -> dict[str, float]:
-    """Bytes of the process before the query, with the images, and at its peak; and seconds."""
+    """Returns bytes of the process before the query, images included, and at its peak; and seconds."""
     quick = PRESETS["quick"]
     config = replace(quick, data=replace(quick.data, height=SIZE, width=SIZE, n_frames=FRAMES))
     run, some = build(config), simulate(config.data, min(n, 200), seed=0)
-    index = torch.arange(n) % len(some)  # memory does not depend on what is seen
+    index = torch.arange(n) % len(some)  # memory does not depend on the images' content
     assert some.positions is not None
     data = ImageSequences(some.images[index], some.n_objects[index], some.positions[index])
     before, began = peak_of_process(), time.perf_counter()

@@ -1,4 +1,4 @@
-"""Peak memory of training steps, each program in a process of its own.
+"""Measures peak memory of training steps, each program in its own process.
 
 `python -m benchmarks.memory PRESET PROGRAM DEVICE` measures a step of a preset, and `python -m benchmarks.memory AXIS
 SIZE DEVICE` the small step of `growth` with one of its sizes changed.
@@ -23,13 +23,13 @@ GROWING = ("frames", "frames, one sequence at a time", "objects", "batch")
 
 
 def measure(watch: Stopwatch, preset: str) -> dict[str, Any]:
-    """Bytes at the peak of a few steps, and those that the process had before it made the program."""
+    """Returns peak bytes over a few steps, and bytes before the program was created."""
     names = [LITERAL, OURS, *([f"{STRUCTURED}, N = 3"] if preset == "quick" else [])]
     return {name: _elsewhere(preset, name, watch) for name in names}
 
 
 def measure_growth(watch: Stopwatch) -> dict[str, Any]:
-    """The same for each value of those axes of `growth` along which memory has to grow."""
+    """Returns the same for each value of those axes of `growth` along which memory has to grow."""
     return {axis: {str(size): _elsewhere(axis, str(size), watch) for size in AXES[axis].values} for axis in GROWING}
 
 
@@ -43,9 +43,9 @@ def _elsewhere(what: str, which: str, watch: Stopwatch) -> dict[str, int]:
 
 
 def peak_of_process() -> int:
-    """The largest resident memory so far, in bytes.
+    """Returns the largest resident memory of this process so far, in bytes.
 
-    Linux hands getrusage's figure down from the process that started this one, so its own is read where there is one.
+    On Linux, getrusage's value is inherited from the parent process, so VmHWM is read instead where it exists.
     """
     status = Path("/proc/self/status")
     own = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None

@@ -1,4 +1,4 @@
-"""The weights of pyro_pixels under the names that examples/paper_in_pyro.py gives them, and that program with them."""
+"""Weights of pyro_pixels under the parameter names of examples/paper_in_pyro.py, and that program with them."""
 
 from examples.paper_in_pyro import PaperInPyro, Settings
 
@@ -16,12 +16,12 @@ ROOTS = {"root_Sigma_H": "root_H", "root_Sigma_A": "root_A", "root_Sigma": "root
 
 
 def paper_program(model: PixelModel, guide: RecurrentGuide) -> PaperInPyro:
-    """The paper's program with the sizes and the weights of a model and a guide.
+    """Returns the paper's program with the sizes and the weights of a model and a guide.
 
-    Sigma_A is ours but for `DynamicsConfig.position_noise_floor`, which the paper does not have.
+    Its Sigma_A is ours without `DynamicsConfig.position_noise_floor`, which the paper does not have.
 
     Raises:
-        ValueError: if the guide is not the paper's, or its states have another length than the renderer's.
+        ValueError: if the guide is not the paper's, or its state size differs from the renderer's.
     """
     renderer, D = model.renderer, len(model.renderer.theta_x0)
     if not isinstance(guide.rnn, InferenceRNN) or guide.rnn.state_size != D:
@@ -34,7 +34,7 @@ def paper_program(model: PixelModel, guide: RecurrentGuide) -> PaperInPyro:
 def in_paper_names(
     model: PixelModel, guide: RecurrentGuide, read: Callable[[Tensor], Tensor] = torch.detach
 ) -> dict[str, Tensor]:
-    """What ``read`` finds in our parameters (their values, or their gradients), under the paper program's names."""
+    """Returns ``read`` of each of our parameters (its value or its gradient), under the paper program's names."""
     if not isinstance(guide.head, LinearHead):
         raise ValueError(f"the guide has a {type(guide.head).__name__}; wanted a LinearHead, the paper's")
     renderer, rnn = model.renderer, guide.rnn

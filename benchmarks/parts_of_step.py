@@ -1,6 +1,6 @@
-"""Where a training step of the quick preset spends its time: seconds within named functions, one after the other.
+"""Measures where a training step of the quick preset spends its time: seconds within named functions.
 
-Only for a CPU, where a function has done its work when it returns. Parts may lie within one another.
+For CPUs only, where a function has finished its work when it returns. Parts may be nested.
 """
 
 import statistics
@@ -37,8 +37,8 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
 
 @contextmanager
 def timed(owner: Any, name: str, seconds: list[float]) -> Iterator[None]:
-    """Within it the last of ``seconds`` grows by what each call of a function takes."""
-    function, own = getattr(owner, name), vars(owner).get(name)  # own: not if it is inherited
+    """Adds the duration of each call of a function to the last of ``seconds`` within the context."""
+    function, own = getattr(owner, name), vars(owner).get(name)  # own: None if inherited
 
     def call(*args: Any, **kwargs: Any) -> Any:
         begun = time.perf_counter()
@@ -58,7 +58,7 @@ def timed(owner: Any, name: str, seconds: list[float]) -> Iterator[None]:
 
 
 def measure(watch: Stopwatch) -> dict[str, Any]:
-    """Median seconds of a step and of its parts for N = 1, 2, 3, on one thread."""
+    """Returns median seconds of a step and of its parts for N = 1, 2, 3, on one thread."""
     if watch.device.type != "cpu":
         raise ValueError("parts of a step are measured on a CPU alone; on CUDA a step is one recording")
     threads = torch.get_num_threads()
@@ -75,7 +75,7 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
 
 
 def seconds_of(step: Callable[[], None], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step and, in it, of each part; three steps before are not counted."""
+    """Returns seconds of every step and of each part within it, after three uncounted steps."""
     for _ in range(3):
         step()
     seconds: dict[str, list[float]] = {"step": [], **{part: [] for part in PARTS}}

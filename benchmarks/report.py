@@ -1,4 +1,4 @@
-"""What was measured, as tables and as a figure. Medians, and in brackets the quartiles over rounds."""
+"""Tables and a figure of the measurements: medians over rounds, with quartiles in brackets."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -95,7 +95,7 @@ def memory_growth(r: Results) -> str:
 
 
 def _more(sweep: dict[str, dict[str, int]]) -> dict[str, list[float]]:
-    """Bytes at the peak, less those that were there before."""
+    """Returns peak bytes minus the bytes before."""
     return {size: [x["peak"] - x["before"]] for size, x in sweep.items()}
 
 
@@ -135,7 +135,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def describe(part: str, r: Results) -> str:
-    """A part's table, and what it was measured with."""
+    """Returns a part's table, and the environment in which it was measured."""
     e = r["environment"]
     where = e["processor"] if e["device"] == "cpu" else e["device"]
     about = f"{where}, {e['threads']} threads, Python {e['python']}, torch {e['torch']}, pyro {e['pyro']}, {e['date']}."
@@ -143,18 +143,18 @@ def describe(part: str, r: Results) -> str:
 
 
 def milliseconds(times: Times) -> str:
-    """The median and the quartiles, such as "52.1 (50.0 to 55.3)"."""
+    """Returns the median and the quartiles, such as "52.1 (50.0 to 55.3)"."""
     low, high = quartiles(times)
     digits = 0 if low > 1 else 1 if low > 0.01 else 2
     return f"{1e3 * statistics.median(times):,.{digits}f} ({1e3 * low:,.{digits}f} to {1e3 * high:,.{digits}f})"
 
 
 Curves = dict[str, dict[str, list[float]]]
-"""By label: measurements of each size."""
+"""By label: measurements at each size."""
 
 
 def plot_growth(steps: Results, densities: Results | None, memories: Results | None) -> Figure:
-    """Time of a training step with each size, of p(a) with T, and peak memory, on logarithmic axes with exponents."""
+    """Draws step time by each size, time of p(a) by T, and peak memory, on logarithmic axes with fitted exponents."""
     times: dict[str, Curves] = {}
     for name, sweep in _axes(steps).items():
         times.setdefault(name.split(",")[0], {})[LABELS.get(name, "")] = sweep

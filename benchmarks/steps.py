@@ -1,4 +1,4 @@
-"""A whole training step, from the choice of the batch to the update: pyro_pixels and examples/paper_in_pyro.py."""
+"""Times a training step, from batch selection to update, of pyro_pixels and of examples/paper_in_pyro.py."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.step_runners import Batch, CapturedSteps, Steps
 from pyro_pixels.worlds.base import simulate
 
-KL_WEIGHT = 2.0  # not 1, so that the work of weighing is not left out
+KL_WEIGHT = 2.0  # not 1, so that the cost of weighting is included
 LITERAL, OURS, STRUCTURED, PRODUCT = "literal Pyro", "pyro_pixels", "pyro_pixels, quick preset", "matrix product"
 
 
 class Step(ABC):
-    """One training step of a program; call it to take the next."""
+    """Training steps of a program; each call takes one."""
 
     def __init__(self, data: ImageSequences, batch_size: int, device: torch.device) -> None:
         self._images, self._n_objects = data.images.to(device), data.n_objects.to(device)
@@ -43,7 +43,7 @@ class Step(ABC):
 
 
 class OurStep(Step):
-    """What `pyro_pixels.fit` does in a step when all parameters are learned at one rate; on CUDA a recorded graph."""
+    """A step of `pyro_pixels.fit` with one learning rate for all parameters; on CUDA a recorded graph."""
 
     def __init__(self, run: Run, data: ImageSequences, device: torch.device) -> None:
         super().__init__(data, run.config.schedule.batch_size, device)
@@ -61,7 +61,7 @@ class OurStep(Step):
 
 
 class LiteralStep(Step):
-    """``SVI.step`` of examples/paper_in_pyro.py. Parameters are in Pyro's global store, so only one can be in use."""
+    """``SVI.step`` of examples/paper_in_pyro.py. Parameters are in Pyro's global store, so use one at a time."""
 
     def __init__(self, run: Run, data: ImageSequences, device: torch.device) -> None:
         super().__init__(data, run.config.schedule.batch_size, device)
@@ -78,7 +78,7 @@ class LiteralStep(Step):
 
 
 def make_step(kind: type[OurStep] | type[LiteralStep], config: RunConfig, device: torch.device) -> Step:
-    """A step on simulated sequences of a configuration."""
+    """Returns a step on simulated sequences of a configuration."""
     run = build(config)
     run.model.to(device)
     run.guide.to(device)
@@ -86,9 +86,9 @@ def make_step(kind: type[OurStep] | type[LiteralStep], config: RunConfig, device
 
 
 def programs(preset: str, device: torch.device) -> dict[str, Callable[[], Step]]:
-    """What makes each of the steps that are compared, at the sizes of a preset.
+    """Returns, by name, a function that makes each of the steps compared, at the sizes of a preset.
 
-    All but the last have the paper's guide, its state as long as the renderer's. N = 1, 2, 3 in one batch, or one N.
+    All but `STRUCTURED` have the paper's guide, with the renderer's state size. A batch mixes N = 1, 2, 3 or has one N.
     """
     config = replace(PRESETS[preset], guide="recurrent", guide_state_size=None)
     found = {
@@ -103,12 +103,12 @@ def programs(preset: str, device: torch.device) -> dict[str, Callable[[], Step]]
 
 
 def with_objects(config: RunConfig, N: int) -> RunConfig:
-    """The configuration with N objects in every sequence."""
+    """Returns the configuration with N objects in every sequence."""
     return replace(config, data=replace(config.data, n_objects=(N,)))
 
 
 def measure(watch: Stopwatch, preset: str) -> dict[str, Any]:
-    """Times and operations of each step at the sizes of a preset, and of a matrix product."""
+    """Returns times and operations of each step at the sizes of a preset, and of a matrix product."""
     calls: dict[str, Callable[[], object]] = {name: make() for name, make in programs(preset, watch.device).items()}
     calls[PRODUCT] = MatrixProduct(watch.device)
     config = PRESETS[preset]

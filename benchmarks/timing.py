@@ -1,4 +1,4 @@
-"""Times of calls that take turns, so that whatever else the machine does falls on all of them alike."""
+"""Times alternating calls, so that other load on the machine affects all of them alike."""
 
 import statistics
 import time
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 FEWEST_ROUNDS = 3
 
 Times = list[float]
-"""Seconds, one a round."""
+"""Seconds, one value per round."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Stopwatch:
 
     device: torch.device
     rounds: int = 15
-    """How often each call is timed."""
+    """How many times each call is timed."""
     seconds: float = 12.0
-    """A comparison that takes longer ends after so many, though not before `FEWEST_ROUNDS` (or ``rounds``) rounds."""
+    """Time limit of a comparison, in seconds; at least `FEWEST_ROUNDS` rounds (or ``rounds``, if fewer) are run."""
 
     def compare(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
-        """Seconds of each call, which take turns (A B A B ...), after one untimed round."""
+        """Returns seconds of each call; calls alternate (A B A B ...), after one untimed round."""
         for call in calls.values():
             self.time(call)
         times: dict[str, Times] = {name: [] for name in calls}
@@ -39,7 +39,7 @@ class Stopwatch:
         return times
 
     def time(self, call: Callable[[], object]) -> float:
-        """Seconds of one call, until the device has done all of its work."""
+        """Returns seconds of one call, until the device has finished all of its work."""
         self._wait()
         start = time.perf_counter()
         call()
@@ -54,10 +54,10 @@ class Stopwatch:
 
 
 class MatrixProduct:
-    """A float32 product of two square matrices, to measure what the machine can do."""
+    """A float32 product of two square matrices, to measure the throughput that the machine can reach."""
 
     def __init__(self, device: torch.device) -> None:
-        size = 1536 if device.type == "cpu" else 8192  # a GPU would be done with less before it is busy
+        size = 1536 if device.type == "cpu" else 8192  # a smaller product would not keep a GPU busy
         self._X = torch.randn(size, size, device=device)
         self._out = torch.empty_like(self._X)
 
@@ -66,25 +66,25 @@ class MatrixProduct:
 
 
 def product_flops(call: Callable[[], object]) -> int:
-    """Floating point operations of all matrix products in a call, those of its backward pass included."""
+    """Returns the floating-point operations of all matrix products in a call, its backward pass included."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def quartiles(times: Sequence[float]) -> tuple[float, float]:
-    """Between which the middle half of the times lies."""
+    """Returns the lower and the upper quartile."""
     low, high = np.percentile(times, (25, 75))
     return float(low), float(high)
 
 
 def ratio(times: Times, reference: Times) -> float:
-    """How many times as long the reference takes: the median over rounds."""
+    """Returns how many times as long the reference takes: the median over rounds."""
     return statistics.median(r / t for t, r in zip(times, reference))
 
 
 def exponent(sizes: Sequence[float], times: Sequence[Times]) -> float:
-    """p where time grows as size^p: least squares in logarithms over the upper half of the sizes."""
+    """Returns p where time grows as size^p: least squares in logarithms over the upper half of the sizes."""
     half = (len(sizes) - 1) // 2
     medians = [statistics.median(t) for t in times]
     return float(np.polyfit(np.log(sizes[half:]), np.log(medians[half:]), 1)[0])
