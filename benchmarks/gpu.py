@@ -40,13 +40,14 @@ class Arguments:
     """Jobs to run; default: all."""
     runs: Path = Path("runs/gpu")
     """Folder for the trainings."""
-    results: Path = Path("docs/results/gpu")
-    """Folder for the JSON files, in a subfolder named after the device."""
-    docs: Path = Path("docs")
-    """Folder of the pages."""
+    results: Path | None = None
+    """Folder for the JSON files, in a subfolder named after the device; default: docs/results/gpu, in a rehearsal a
+    folder in --runs."""
+    docs: Path | None = None
+    """Folder of the pages to fill; default: docs, in a rehearsal none."""
     device: str = "cuda"
     tiny: bool = False
-    """A rehearsal: a few tests, steps and sequences. It fills the pages as well, so give --docs another folder."""
+    """A rehearsal: a few tests, steps and sequences."""
     again: bool = False
     """Repeat finished jobs."""
 
@@ -237,23 +238,26 @@ def main(args: Arguments) -> int:
     until = time.monotonic() + (float("inf") if args.minutes is None else 60 * args.minutes)
     until = min(until, time.monotonic() + 7 * 86_400)
     about = measured_with(device)
-    results = args.results / re.sub(r"[^a-z0-9]+", "_", str(about["device"]).lower()).strip("_")
+    home = args.results or (args.runs / "results" if args.tiny else Path("docs/results/gpu"))
+    docs = args.docs or (None if args.tiny else Path("docs"))
+    results = home / re.sub(r"[^a-z0-9]+", "_", str(about["device"]).lower()).strip("_")
     results.mkdir(parents=True, exist_ok=True)
     failed = False
     for job in (job for job in JOBS if not args.only or job.name in args.only):
         there = read(results / f"{job.name}.json")
         if there is not None and there["state"] == "done" and not args.again:
-            print(f"{job.name}: done already, {there['environment']['commit']}")
+            print(f"{job.name}: already done, {there['environment']['commit']}")
             continue
         left = until - time.monotonic()
         if left < (0 if args.tiny else job.least + GRACE):
-            print(f"{job.name}: not begun, {left:.0f} s are left; run this again to go on")
+            print(f"{job.name}: not started, {left:.0f} s left; repeat the command to continue")
             continue
         print(f"{job.name} ...", end=" ", flush=True)
         state = do(job, args, results, until, about)
         failed = failed or state == "failed"
         print(state, flush=True)
-    gpu_report.fill(args.docs, args.results)
+    if docs is not None:
+        gpu_report.fill(docs, home)
     return int(failed)
 
 

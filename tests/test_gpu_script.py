@@ -54,7 +54,7 @@ def test_a_job_stops_when_time_is_up_and_goes_on_the_next_time(tmp_path, pages, 
     first = json.loads(file.read_text())
     assert (first["state"], first["exit_code"]) == ("stopped", 130)
     assert (tmp_path / "runs/paper/checkpoint.pt").exists()
-    assert "never: not begun" in capsys.readouterr().out
+    assert "never: not started" in capsys.readouterr().out
     assert gpu.main(replace(args, minutes=None, only=("paper",))) == 0
     second = json.loads(file.read_text())
     assert second["state"] == "done"
@@ -64,7 +64,17 @@ def test_a_job_stops_when_time_is_up_and_goes_on_the_next_time(tmp_path, pages, 
     assert "| paper | 7 | 2 | -3.0 |" in page
     assert "kept" in page
     assert gpu.main(replace(args, minutes=None, only=("paper",))) == 0
-    assert "paper: done already" in capsys.readouterr().out
+    assert "paper: already done" in capsys.readouterr().out
+
+
+def test_a_rehearsal_touches_neither_pages_nor_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    job = gpu.Job("steps", lambda args: ["-c", ""], lambda at, args: {}, least=0)
+    monkeypatch.setattr(gpu, "JOBS", (job,))
+    assert gpu.main(gpu.Arguments(runs=tmp_path / "runs", device="cpu", tiny=True)) == 0
+    assert (tmp_path / "runs/results/cpu/steps.json").exists()
+    assert list((tmp_path / "docs").iterdir()) == []
 
 
 def test_what_is_wrong_is_said(tmp_path):
