@@ -60,7 +60,9 @@ class Version:
         )  # fmt: skip
         assert self._process.stdout is not None
         if self._process.stdout.readline().strip() != "ready":
-            raise ValueError(f"the package in {tree} takes no steps; is it a commit with benchmarks/steps.py?")
+            raise ValueError(
+                f"the package in {tree} cannot run training steps; is it a commit with benchmarks/steps.py?"
+            )
 
     def step(self, N: int) -> tuple[float, float]:
         """Takes a step on sequences with N objects; returns its wall-clock and processor seconds."""
@@ -80,7 +82,7 @@ def checkout(commit: str, folder: Path) -> Path:
     """Extracts a commit into a folder, which it returns. Raises ValueError if this is no clone with that commit."""
     done = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=False)
     if done.returncode:
-        raise ValueError(f"there is no commit {commit} here; run this in a clone with its whole history")
+        raise ValueError(f"there is no commit {commit} here; run this in a clone with the full history")
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(folder, filter="data")
     return folder

@@ -79,6 +79,8 @@ def main(before: Path, rounds: int) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3) or not (Path(sys.argv[1]) / "examples").is_dir():
-        print("error: give the folder of a checkout of another commit, and maybe a number of rounds", file=sys.stderr)
+        print(
+            "error: give the folder of a checkout of another commit, and optionally a number of rounds", file=sys.stderr
+        )
         sys.exit(2)
     main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) == 3 else 3)

@@ -86,7 +86,7 @@ def learning(results: dict[str, Found]) -> str:
         bound = f"{last['bound_per_frame']:.1f}" if "bound_per_frame" in last else "-"
         state = "" if results[name]["state"] == "done" else f" ({results[name]['state']})"
         rows.append([name + state, f"{last['step']:,}", f"{last['seconds']:.0f}", bound, *cells])
-    header = ["training", "steps", "seconds", "bound, nats a frame", "error, px, N = 1 / 2 / 3", "switches"]
+    header = ["training", "steps", "seconds", "bound, nats per frame", "error, px, N = 1 / 2 / 3", "switches"]
     return f"{markdown(header, rows)}\n\n{where(results)}" if rows else ""
 
 

@@ -60,7 +60,7 @@ def timed(owner: Any, name: str, seconds: list[float]) -> Iterator[None]:
 def measure(watch: Stopwatch) -> dict[str, Any]:
     """Returns median seconds of a step and of its parts for N = 1, 2, 3, on one thread."""
     if watch.device.type != "cpu":
-        raise ValueError("parts of a step are measured on a CPU alone; on CUDA a step is one recording")
+        raise ValueError("parts of a step are measured only on a CPU; on CUDA a step is one recorded graph")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     found: dict[str, dict[str, float]] = {}

@@ -96,7 +96,7 @@ def start(main: Callable[[Arguments], int | None], arguments: type[Arguments], d
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(r"(out of|not enough|allocate) memory", str(error)):
             raise
-        _end(1, "there is not enough memory; ask about fewer sequences or samples, or take a smaller configuration")
+        _end(1, "not enough memory; use fewer sequences or samples, or a smaller configuration")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(STOPPED)
@@ -125,7 +125,7 @@ def _in_one_line(framed: str) -> str:
     ends = [i for i, is_rule in enumerate(rules) if i and is_rule]
     message = " ".join(rows[: ends[0] if ends else None]).removeprefix("Error parsing ").rstrip(". ")
     similar = re.findall(r"Perhaps you meant.*?(--[\w.-]+)", " ".join(rows))
-    return f"{message}{f'; perhaps {similar[0]}' if similar else ''}; --help lists what there is"
+    return f"{message}{f'; perhaps {similar[0]}' if similar else ''}; --help lists all options"
 
 
 def _end(code: int, error: object) -> None:
@@ -153,10 +153,10 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"'{name}' is no device; wanted cpu, cuda, mps or auto") from None
+        raise ValueError(f"'{name}' is not a device; wanted cpu, cuda, mps or auto") from None
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(device.type, False):
-        raise ValueError(f"there is no {device.type} device here; use --device cpu, or auto for the best there is")
+        raise ValueError(f"no {device.type} device is available; use --device cpu or auto")
     return device
 
 
@@ -182,7 +182,7 @@ class QueryArguments:
     """Where results go. By default in the run's folder, or in runs/pretrained (runs/pretrained_NAME for other
     weights)."""
     n_sequences: Sequences = 60
-    """Number of sequences to query; of a file, the first ones."""
+    """Number of sequences to query; from a file, the first ones."""
     seed: Seed = TEST_SEED
     """Seed of simulated sequences and of samples."""
     device: str = "auto"
@@ -228,8 +228,8 @@ def open_sequences(
     """
     if args.weights != QueryArguments.weights and not args.pretrained:
         raise ValueError(
-            f"--weights {args.weights} names weights that come with the package, and {args.run} is asked; "
-            f"add --pretrained, or leave --weights out"
+            f"--weights {args.weights} needs --pretrained, but {args.run} was given; "
+            "add --pretrained, or leave --weights out"
         )
     if args.simulated and args.data is not None:
         raise ValueError(f"--simulated and --data {args.data} contradict each other; leave one of them out")
@@ -241,9 +241,7 @@ def open_sequences(
     asked = sequences_to_ask(
         run.config, args.data, args.n_sequences, args.seed, simulated=args.simulated, trained_on_too=trained_on_too
     )
-    print(
-        f"{'the pretrained weights' if args.pretrained else args.run} (step {run.step:,}), asked about {asked.source}"
-    )
+    print(f"{'the pretrained weights' if args.pretrained else args.run} (step {run.step:,}), on {asked.source}")
     return Opened(run, asked.data, device), asked
 
 
@@ -259,8 +257,8 @@ def improved(run: Run, *, untangle: bool, refine: bool) -> Run:
     blank = torch.zeros(1, 2, config.height, config.width, device=device)
     if not can_be_untangled(run.guide.q(blank, torch.ones(1, dtype=torch.int64, device=device))):
         raise ValueError(
-            f"--{'refine' if refine else 'untangle'} is for guides that are independent from frame to frame; "
-            f"that of the run, {run.config.guide}, has the dynamics inside: leave the option out"
+            f"--{'refine' if refine else 'untangle'} is for guides without dynamics, but the run's guide, "
+            f"'{run.config.guide}', contains them; leave the option out"
         )
     guide = RefinedGuide(run.guide, run.model) if refine else UntangledGuide(run.guide, run.model.dynamics)
     return run._replace(guide=guide)
@@ -282,9 +280,9 @@ def with_custom(config: RunConfig, custom: Path | None, guide: str | None) -> Ru
     file = load_guides(custom, GUIDES)
     names = list(file.names)
     if guide is None and len(names) > 1:
-        raise ValueError(f"{custom} adds the guides {names}; say which with --guide")
+        raise ValueError(f"{custom} adds the guides {names}; choose one with --guide")
     if guide is not None and guide not in names:
-        raise ValueError(f"{custom} adds {names} and no guide '{guide}'; leave --guide or --custom out")
+        raise ValueError(f"{custom} adds {names} but no guide '{guide}'; leave out --guide or --custom")
     return replace(config, guide=guide or names[0], custom_file=str(file.path), custom_sha256=file.sha256)
 
 

@@ -46,7 +46,7 @@ def further(run: Run, args: Arguments) -> ImageSequences:
 def main(args: Arguments) -> None:
     out = new_folder(args.out or args.home / "ask")
     run, data, device = open_run(args)
-    print(f"asking {len(data)} sequences: {args.question}", flush=True)
+    print(f"answering '{args.question}' for {len(data)} sequences", flush=True)
     scene = Scene(run, data, device, n_samples=args.n_samples)
     scene.progress, scene.shows_progress = progress, True
     if args.question == "calibration":

@@ -71,7 +71,7 @@ def main(args: Arguments) -> int:
 
     started = time.perf_counter()
     fit(run.model, run.guide, simulate(small, args.n_sequences, seed=args.seed), run.config.schedule, seed=args.seed)
-    print(f"{args.steps} steps in {time.perf_counter() - started:.0f} s; measured on sequences it has not seen:")
+    print(f"{args.steps} steps in {time.perf_counter() - started:.0f} s; evaluated on fresh sequences:")
 
     fresh = simulate(small, args.n_test, seed=TEST_SEED)
     print(format_table(evaluate(run.model, run.guide, fresh)))

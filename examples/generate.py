@@ -23,7 +23,9 @@ def main(args: Arguments) -> None:
     out = new_folder(args.out or args.home / "generate")
     T = args.n_frames or data.images.shape[1]
     if args.n_seen is not None and args.n_seen >= T:
-        raise ValueError(f"--n-seen is {args.n_seen} of {T} frames; wanted fewer, or more frames in all (--n-frames)")
+        raise ValueError(
+            f"--n-seen is {args.n_seen}, but the total is {T} frames; give a smaller --n-seen, or a larger --n-frames"
+        )
     view = RunView(run, data, device, n_seen=args.n_seen)
     prediction = view.generation(args.n_frames, args.n_samples)
     last = prediction.mean.shape[2]

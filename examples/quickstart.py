@@ -63,7 +63,7 @@ def main(args: Arguments) -> int:
     torch.set_num_threads(1)  # the preset's matrix products are too small for several threads
     there = (out / "checkpoint.pt").exists()
 
-    print("1. learning from images alone" + (" (a run is there already: going on with it)" if there else ""))
+    print("1. learning from images alone" + (" (continuing the run in the folder)" if there else ""))
     config = load_config(out) if there else configure(args)
     if there:
         use_custom_guide(config, out, args.custom or config.custom_file)
@@ -77,14 +77,14 @@ def main(args: Arguments) -> int:
     snapshots = Snapshots(out / "snapshots.npz", training if held_out is None else held_out, resume=there)
     run, result = train_run(config, out, training, device=device, validation=held_out, on_evaluation=snapshots.take)
     if result.interrupted:
-        print(f"stopped and saved at step {result.step:,}; give the same command again to go on")
+        print(f"stopped and saved at step {result.step:,}; repeat the same command to continue")
         return 130
     print(f"trained {result.step:,} steps in {result.seconds:.0f} s")
     paths = draw_training(out)
 
     all_of_file = config.data_file if held_out is None else None  # small files have no held-out sequences
     test, source, *_ = sequences_to_ask(config, all_of_file, N_TEST, TEST_SEED)
-    print(f"2. measuring it on {source}")
+    print(f"2. evaluating it on {source}")
     torch.manual_seed(TEST_SEED)
     T = test.images.shape[1]
     inferred = infer_all(run.model, run.guide, test, progress=True)
@@ -101,7 +101,7 @@ def main(args: Arguments) -> int:
     write_json(out / "metrics.json", table, indent=2)
     paths += draw_error_over_time(test, inferred.mean, predicted, out)
 
-    print("3. drawing what it knows")
+    print("3. drawing its results")
     shown = sequences_to_ask(config, config.data_file, N_DRAWN, TEST_SEED + 1).data
     paths += draw(run, shown, config.seed, out, device)
     say_where([out / "metrics.json", *paths])

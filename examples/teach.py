@@ -56,9 +56,7 @@ def main(args: Arguments) -> int:
     if args.guide is not None and args.custom is None and find_guide(args.guide, GUIDES) is None:
         raise ValueError(f"there is no guide '{args.guide}'; wanted one of {guide_names(GUIDES)}, or give --custom")
     if not args.resume and (args.out / "checkpoint.pt").exists():
-        raise ValueError(
-            f"{args.out} holds a trained run; give --resume to go on with it, or another folder with --out"
-        )
+        raise ValueError(f"{args.out} holds a trained run; give --resume to continue it, or another folder with --out")
     device, folder = device_of(args.device), new_folder(args.out)
     torch.set_num_threads(args.threads)
     teacher = load_pretrained(device=device) if args.pretrained else read_run(args.teacher, device)
@@ -85,7 +83,7 @@ def main(args: Arguments) -> int:
     validation = simulate(config.data, MOST_HELD_OUT, seed=VALIDATION_SEED) if config.data_file is None else None
     _, result = teach_run(teacher, config, folder, data, validation=validation, progress=args.progress)
     if result.interrupted:
-        print(f"stopped and saved at step {result.step:,}; give the same command with --resume to go on")
+        print(f"stopped and saved at step {result.step:,}; repeat the same command with --resume to continue")
         return 130
     bound = result.metrics.get("validation_bound_per_frame")
     held_out = "" if bound is None else f"; bound of held-out sequences {bound:.1f} nats per frame"

@@ -37,7 +37,7 @@ SHARE = 0.9  # probability of the intervals
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 30
-    """Number of sequences to query; of a file, the first ones."""
+    """Number of sequences to query; from a file, the first ones."""
     n_samples: Draws = 100
     """Number of draws from the posterior and from the prior."""
     n_seen: Frames | None = None
@@ -51,10 +51,10 @@ def main(args: Arguments) -> None:
     T = data.images.shape[1]
     n_seen = max(1, min(15, T // 2)) if args.n_seen is None else args.n_seen
     if not 0 < n_seen < T:
-        raise ValueError(f"--n-seen is {n_seen}; wanted at least 1 and fewer than the {T} frames that there are")
+        raise ValueError(f"--n-seen is {n_seen}; wanted at least 1 and fewer than the {T} frames of a sequence")
     view = RunView(run, first_frames(data, n_seen), device)
     truth = in_the_models_order(data, view)
-    print(f"drawing {args.n_samples} times what {len(data)} sequences were and will be")
+    print(f"drawing {args.n_samples} samples for {len(data)} sequences and their futures")
     inference = to_inference_data(
         run.model, run.guide, view.images, view.n_objects, n_samples=args.n_samples, n_frames_ahead=T - n_seen,
         positions=None if truth is None else first_frames(truth, n_seen).positions, seed=args.seed, progress=True,
@@ -65,7 +65,7 @@ def main(args: Arguments) -> None:
             shutil.copyfileobj(source, file)
     if hasattr(az, "convert_to_datatree"):
         say_where([out / "posterior.nc"])
-        print("the pictures are drawn with arviz 0.x; arviz 1 reads the file, and has other functions for them")
+        print("drawing the pictures needs arviz 0.x; arviz 1 reads the file, but has other plotting functions")
         return
     figures: dict[str, Callable[[], Figure]] = {
         "launches": lambda: draw_launches(inference, view.to_pixels),

@@ -65,8 +65,8 @@ class Arguments:
     seed: Seed = 0
     """Seed of the data, the initial weights and training."""
     seeds: Seeds = 1
-    """Number of runs to train at once, with seeds from --seed on. On a GPU that one run does not fill, this takes
-    little longer than one run."""
+    """Number of runs to train at once, with consecutive seeds from --seed. On a GPU that one run does not fill, this
+    takes little longer than one run."""
     starts: Count = 1
     """Number of initial weights to train for 200 steps; training then continues from those with the highest bound."""
     device: str = "auto"
@@ -105,7 +105,9 @@ def configure(args: Arguments) -> RunConfig:
         config = replace(config, data_file=str(args.data.resolve()))
     config = with_custom(config, args.custom, args.guide)
     if args.clutter and not any(hasattr(part, "clutter") for part in build(config).guide.modules()):
-        raise ValueError(f"--clutter {args.clutter} is given, and the guide '{config.guide}' knows none; leave it out")
+        raise ValueError(
+            f"--clutter {args.clutter} is given, but the guide '{config.guide}' has no clutter parameter; leave it out"
+        )
     return config
 
 
@@ -127,13 +129,13 @@ class Job:
         )
         if self.config.data_file is not None and not self.config.n_held_out:
             print(
-                f"the {self.config.n_sequences} sequences in {self.config.data_file} are too few to hold some out; "
-                "give the other scripts some with --data"
+                f"the {self.config.n_sequences} sequences in {self.config.data_file} are too few to hold any out; "
+                "give the other scripts sequences with --data"
             )
         elif self.config.data_file is not None:
             print(
                 f"the last {self.config.n_held_out} of the {self.config.n_sequences} sequences in "
-                f"{self.config.data_file} are held out; the other scripts ask about these by default"
+                f"{self.config.data_file} are held out; the other scripts use these by default"
             )
         if self.config.data_file is not None:
             for warning in check_film(self.data):
@@ -175,9 +177,9 @@ def main(args: Arguments) -> int:
     for name in ("world", "n_sequences") if args.data is not None else ():
         if getattr(args, name) is not None:
             option = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise ValueError(f"{option} describes what to simulate, and --data {args.data} is a file; leave one out")
+            raise ValueError(f"{option} is for simulated sequences, but --data {args.data} is a file; leave one out")
     if args.seeds > 1 and args.starts > 1:
-        raise ValueError(f"seeds is {args.seeds} and starts {args.starts}; wanted only one of them above 1")
+        raise ValueError(f"seeds is {args.seeds} and starts is {args.starts}; wanted at most one of them above 1")
     with processes(device_of(args.device)) as (device, first):
         usual = "high" if device.type == "cuda" else "highest"
         torch.set_float32_matmul_precision(usual if args.precision == "auto" else args.precision)
@@ -196,7 +198,7 @@ def main(args: Arguments) -> int:
         if not first:
             return 130 if results[0].interrupted else 0
         if results[0].interrupted:
-            print(f"stopped and saved at step {results[0].step:,}; give the same command with --resume to go on")
+            print(f"stopped and saved at step {results[0].step:,}; repeat the same command with --resume to continue")
             return 130
         for job, result in zip(jobs, results):
             job.show(result, details=args.details, progress=args.progress)
@@ -214,7 +216,7 @@ def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
         changes = {name: value for name, value in changes.items() if value is not None}
         config = replace(config, schedule=replace(config.schedule, **changes))
     elif (folder / "checkpoint.pt").exists():
-        raise ValueError(f"{folder} holds a trained run; give --resume to go on with it, or another folder with --run")
+        raise ValueError(f"{folder} holds a trained run; give --resume to continue it, or another folder with --run")
     else:
         config = configure(replace(args, seed=seed))
     check_config(config)

@@ -59,7 +59,7 @@ def read_arrays(
     except (FileNotFoundError, _TooLarge):
         raise
     except MemoryError:
-        raise ValueError(f"{path} holds more than there is memory for; wanted a smaller file") from None
+        raise ValueError(f"{path} does not fit in memory; wanted a smaller file") from None
     except Exception as error:  # a damaged file can make the readers raise anything
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise ValueError(
@@ -85,7 +85,7 @@ def _header(archive: zipfile.ZipFile, name: str) -> Header:
         header = _read_header(file, name)
         size = archive.getinfo(f"{name}.npy").file_size - file.tell()
     if header.n_bytes != size:
-        raise ValueError(f"{name} claims {header.n_bytes:,} bytes and has {size:,}")
+        raise ValueError(f"{name} has {header.n_bytes:,} bytes by its header but {size:,} in the file")
     return header
 
 
@@ -93,12 +93,12 @@ def _read_header(file: IO[bytes], name: str) -> Header:
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
-        raise ValueError(f"{name} is of the unknown format {version}")
+        raise ValueError(f"{name} has the unknown format {version}")
     shape, fortran_order, dtype = readers[version](file)
     if dtype.hasobject:
         raise ValueError(
-            f"{name} holds Python objects, as sequences of unequal length do: "
-            "ImageSequences(list_of_arrays, n_objects) pads those, and save_sequences writes them"
+            f"{name} holds Python objects, perhaps sequences of unequal length; pad those with "
+            "ImageSequences(list_of_arrays, n_objects), and write them with save_sequences"
         )
     if dtype.kind not in _KINDS:
         raise ValueError(f"{name} has type {dtype}; wanted numbers")
@@ -121,5 +121,5 @@ def _array(archive: zipfile.ZipFile, name: str, header: Header) -> NDArray[Any]:
             view[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
             done += len(chunk)
         if file.read(1):
-            raise ValueError(f"{name} is longer than it claims")
+            raise ValueError(f"{name} is longer than its header says")
     return array.reshape(header.shape, order="F" if header.fortran_order else "C")

@@ -30,7 +30,9 @@ def counts(
     try:
         found = torch.as_tensor(n_objects, device=device)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"n_objects is {n_objects!r}; wanted whole numbers, one a sequence, or one for all") from None
+        raise ValueError(
+            f"n_objects is {n_objects!r}; wanted whole numbers, one per sequence, or one for all"
+        ) from None
     return found.expand(n_sequences or 1) if found.dim() == 0 else found
 
 
@@ -55,11 +57,11 @@ def check_values(images: Tensor, observed: Tensor | None = None, what: str = "im
         looked_at = looked_at & observed
     pixels = images[looked_at.expand(images.shape[:2])]
     if images.is_floating_point() and not bool(images[unseen_frames(images)].isnan().all()):
-        raise ValueError(f"{what} have NaN among the pixels of a frame; only whole frames may be NaN, as not seen")
+        raise ValueError(f"{what} have NaN in part of a frame; only whole frames may be NaN (unobserved)")
     if pixels.numel() and not bool((pixels.min() >= 0) & (pixels.max() <= 1)):  # false for NaN too
         low, high = float(pixels.min()), float(pixels.max())
         if low != low:
-            raise ValueError(f"{what} have NaN among the pixels of a frame; only whole frames may be NaN, as not seen")
+            raise ValueError(f"{what} have NaN in part of a frame; only whole frames may be NaN (unobserved)")
         advice = "divide them by 255" if low >= 0 else "scale them"
         raise ValueError(f"{what} have values from {low:g} to {high:g}; wanted 0 for black to 1 for white, so {advice}")
 
@@ -72,7 +74,8 @@ def check_objects(n_objects: Tensor) -> None:
         or n_objects.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     ):
         raise ValueError(
-            f"n_objects has shape {tuple(n_objects.shape)} and type {n_objects.dtype}; wanted integers, one a sequence"
+            f"n_objects has shape {tuple(n_objects.shape)} and type {n_objects.dtype}; "
+            "wanted integers, one per sequence"
         )
     if _KNOWN.get() is None and int(n_objects.min()) < 1:
         raise ValueError(f"n_objects has the value {int(n_objects.min())}; every sequence needs at least 1 object")
@@ -121,7 +124,7 @@ def check_batch(images: Tensor, n_objects: Tensor, size: tuple[int, int] | None 
         raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, H, W), none of them 0")
     check_objects(n_objects)
     if len(n_objects) != len(images):
-        raise ValueError(f"there are {len(n_objects)} n_objects for {len(images)} sequences; wanted one each")
+        raise ValueError(f"n_objects has length {len(n_objects)} for {len(images)} sequences; wanted one per sequence")
     if size is not None and images.shape[2:] != size:
         raise ValueError(
             f"images are {images.shape[2]} x {images.shape[3]} pixels; this model was made for {size[0]} x {size[1]}"

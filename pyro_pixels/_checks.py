@@ -161,9 +161,9 @@ def _check_tuple(name: str, value: Any, kinds: tuple[Any, ...], bounds: Bounds) 
         checked = tuple(check_value(name, x, kind, bounds) for x, kind in zip(value, each))
     except ValueError as error:
         wanted = str(error).split("; ", 1)[-1]
-        raise ValueError(f"{name} is {_shortened(value)}; {wanted}, each") from None
+        raise ValueError(f"{name} is {_shortened(value)}; {wanted} for each value") from None
     if bounds.ordered and any(a > b for a, b in pairwise(checked)):
-        raise ValueError(f"{name} is {checked}; wanted finite numbers, the smaller first")
+        raise ValueError(f"{name} is {checked}; wanted finite numbers in ascending order")
     return given if given is value and all(a is b for a, b in zip(checked, given)) else checked
 
 
@@ -182,7 +182,7 @@ def _check_number(name: str, value: Any, kind: type, bounds: Bounds) -> Any:
 
 
 def _kind(hint: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False", Path: "a path"}
+    names = {int: "a whole number", float: "a finite number", str: "a string", bool: "True or False", Path: "a path"}
     hint, _ = unwrap(hint)
     return names.get(hint, f"a {getattr(hint, '__name__', hint)}")
 

@@ -78,7 +78,9 @@ def read_json(path: Path) -> Any:
         return json.loads(read_checked(path) if _is_of_a_run(path) else path.read_bytes())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path} cannot be read ({reason}); restore a copy, or remove it and make it anew") from None
+        raise ValueError(
+            f"{path} cannot be read ({reason}); restore a copy, or remove it and create it again"
+        ) from None
 
 
 def noted(folder: Path) -> dict[str, list[str]]:
@@ -108,8 +110,8 @@ def note_all(folder: Path, names: list[str]) -> None:
 
 def damaged(path: Path) -> str:
     return (
-        f"{path} is not what was written: its checksum is another. Restore a copy; if you changed it yourself, delete "
-        f"{path.parent / NAME} to use it unchecked"
+        f"{path} does not match its checksum. Restore a copy; if you changed it yourself, delete {path.parent / NAME} "
+        "to use it unchecked"
     )
 
 

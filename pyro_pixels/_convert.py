@@ -30,7 +30,7 @@ def as_images(images: Any) -> Tensor:
         found = found.squeeze(-1)
     if found.dim() == 5 and found.shape[-1] in (3, 4):
         raise ValueError(
-            f"images have shape {tuple(found.shape)}, colour in the last axis; wanted grey ones: {PREPARE}"
+            f"images have shape {tuple(found.shape)}, with colour in the last axis; wanted grey images: {PREPARE}"
         )
     if found.dim() != 4 or 0 in found.shape:
         raise ValueError(f"images have shape {tuple(found.shape)}; wanted (n, T, H, W), none of them 0")
@@ -70,7 +70,7 @@ def as_counts(n_objects: Any, n_sequences: int) -> Tensor:
     try:
         found = torch.as_tensor(np.asarray(n_objects) if isinstance(n_objects, list | tuple) else n_objects)
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"n_objects is {n_objects!r}; wanted integers ({n_sequences},), one a sequence") from None
+        raise ValueError(f"n_objects is {n_objects!r}; wanted integers ({n_sequences},), one per sequence") from None
     if found.dim() == 0 and not isinstance(n_objects, Tensor | np.ndarray):
         found = found.expand(n_sequences).clone()
     if found.shape != (n_sequences,) or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
@@ -108,7 +108,7 @@ def as_positions(name: str, positions: Any, images: Tensor, n_objects: Tensor) -
     seen = ~unseen_frames(images).cpu()
     needed = present[:, :, None] & seen[:, None]
     if not bool(found.cpu()[needed].isfinite().all()):
-        raise ValueError(f"{name} of objects that are there are not finite; NaN only fills slots beyond n_objects")
+        raise ValueError(f"{name} of existing objects are not finite; NaN may only fill slots beyond n_objects")
     return torch.where(present[:, :, None, None].to(found.device), found.double(), torch.nan)
 
 
@@ -132,7 +132,7 @@ def _padded(sequences: Sequence[Tensor]) -> Tensor:
     for i, x in enumerate(sequences):
         if x.dim() != 3 or 0 in x.shape or x.shape[1:] != sequences[0].shape[1:]:
             raise ValueError(
-                f"sequence {i} has shape {tuple(x.shape)}; wanted (T, H, W), H and W those of the first, "
+                f"sequence {i} has shape {tuple(x.shape)}; wanted (T, H, W) with the H and W of the first, "
                 f"{tuple(sequences[0].shape[1:])}; {PREPARE} of any size"
             )
     values = [as_values(x) for x in sequences]

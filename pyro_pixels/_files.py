@@ -131,4 +131,4 @@ def _is_running(pid: int) -> bool:
 
 
 def _as_it_was(path: Path) -> str:
-    return "the file of that name is as it was" if path.exists() else "there is no file of that name"
+    return "the existing file is unchanged" if path.exists() else "no file was written"

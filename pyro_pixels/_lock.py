@@ -31,7 +31,7 @@ def locked(*folders: str | Path | None) -> Iterator[None]:
     paths = [Path(folder).absolute() for folder in folders if folder is not None]
     for path in paths:
         if paths.count(path) > 1:
-            raise ValueError(f"{path} is given as the folder of two trainings; wanted one for each")
+            raise ValueError(f"{path} is given as the folder of two trainings; wanted a separate folder for each")
     with ExitStack() as stack:
         for path in paths:
             stack.enter_context(_locked(path))
@@ -47,7 +47,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"{folder} is being trained{_by(path)}; wait until that has ended, or choose another folder"
+            f"{folder} is being trained{_by(path)}; wait until it has finished, or choose another folder"
         ) from None
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -76,8 +76,7 @@ def check_still_there(folder: str | Path) -> None:
         same = False
     if not same:
         raise FolderGone(
-            f"{folder} was removed while it was being trained, and what was in it is gone; train again, in a folder "
-            "that stays"
+            f"{folder} was removed during training, and its contents are lost; train again, in a folder that stays"
         )
 
 

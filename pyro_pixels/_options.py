@@ -17,7 +17,7 @@ Pixels = Annotated[int, Bounds(1, 4_096)]
 Size = Annotated[int, Bounds(1, 65_536)]
 Seed = Annotated[int, SEED]
 Seeds = Annotated[int, Bounds(1, 10**6)]
-Threads = Annotated[int, Bounds(1, 4 * (os.cpu_count() or 1), words="a number of threads, 4 for each core at most,")]
+Threads = Annotated[int, Bounds(1, 4 * (os.cpu_count() or 1), words="a number of threads, up to 4 per core,")]
 Positive = Annotated[float, Bounds(0, 1e12, above=True)]
 Share = Annotated[float, Bounds(0, 1)]
 Workers = Annotated[int, Bounds(1, 1_000)]
@@ -54,8 +54,8 @@ def refuse_changes(args: Any, there: dict[str, Any], folder: Path) -> None:
         value = getattr(args, field.name)
         if field.name in there and value not in (field.default, there[field.name]):
             raise ValueError(
-                f"{option_of(field.name)} is {value}, and the run in {folder} was trained with {there[field.name]}; "
-                "leave the option out to go on, or choose another folder"
+                f"{option_of(field.name)} is {value}, but the run in {folder} was trained with {there[field.name]}; "
+                "leave the option out to continue, or choose another folder"
             )
 
 
@@ -64,5 +64,5 @@ def result_file(path: Path, suffix: str, data: Path | None = None) -> Path:
     if path.suffix != suffix:
         raise ValueError(f"{path} does not end in {suffix}; wanted a name that does")
     if data is not None and path.resolve() == data.resolve():
-        raise ValueError(f"{path} is what is to be read, and would be overwritten; choose another name")
+        raise ValueError(f"{path} is the input file and would be overwritten; choose another name")
     return path

@@ -54,7 +54,7 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
 def _check_precision(prefix: str, module: nn.Module) -> None:
     parameter = next(module.parameters(), None)
     if torch._C._get_tracing_state() is not None or _called_from("pyro.ops.jit"):
-        raise ValueError("torch.jit is not supported; use Trace_ELBO in the place of JitTrace_ELBO")
+        raise ValueError("torch.jit is not supported; use Trace_ELBO instead of JitTrace_ELBO")
     if parameter is None:
         return
     check_precision(f"the {prefix}'s weights", parameter)
@@ -71,10 +71,10 @@ def check_precision(what: str, x: Tensor) -> None:
     """Raises ValueError unless x is float32 or float64 and autocast is off."""
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{what} are {x.dtype}; wanted float32 or float64, as half precision does not hold exact inference"
+            f"{what} are {x.dtype}; wanted float32 or float64, as exact inference needs more than half precision"
         )
     if torch.is_autocast_enabled(x.device.type):
-        raise ValueError("torch.autocast is on, and half precision does not hold exact inference; leave it off")
+        raise ValueError("torch.autocast is on, but exact inference needs more than half precision; turn it off")
 
 
 def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:

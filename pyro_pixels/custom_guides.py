@@ -38,7 +38,9 @@ def load_guides(path: str | Path, registry: Registry) -> GuideFile:
     """
     path = Path(path).expanduser().resolve()
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"{path} is no Python file; wanted one that adds a guide to GUIDES, see docs/write_a_guide.md")
+        raise ValueError(
+            f"{path} is not a Python file; wanted one that adds a guide to GUIDES, see docs/write_a_guide.md"
+        )
     found = digest(path.read_bytes())
     key = (str(path), found)
     if key not in _loaded:
@@ -72,12 +74,12 @@ def load_unchanged(path: str | Path, sha256: str, registry: Registry, where: str
     path = Path(path).expanduser().resolve()
     if not path.is_file():
         raise ValueError(
-            f"{where} was trained with the guides in {path}, which is gone; say where it is now (--custom)"
+            f"{where} was trained with the guides in {path}, which is gone; pass its new location with --custom"
         )
     if digest(path.read_bytes()) != sha256:
         raise ValueError(
-            f"{path} has changed since {where} was trained with it (SHA-256 {sha256[:12]}...); restore it, say where "
-            "the file as it was is (--custom), or train again in another folder"
+            f"{path} has changed since {where} was trained with it (SHA-256 {sha256[:12]}...); restore it, pass "
+            "the location of the original file with --custom, or train again in another folder"
         )
     return load_guides(path, registry)
 
@@ -94,8 +96,8 @@ def find_guide(name: str, registry: Registry) -> Callable[..., Any] | None:
                 registry[name] = point.load()
             except Exception as error:
                 raise ValueError(
-                    f"the guide '{name}' is in {point.value}, which cannot be imported: {_first_line(error)}; install "
-                    "that package again"
+                    f"the guide '{name}' is in {point.value}, which cannot be imported: {_first_line(error)}; "
+                    "reinstall that package"
                 ) from error
     return registry.get(name)
 

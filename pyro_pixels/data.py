@@ -91,7 +91,7 @@ class ImageSequences:
         """
         if isinstance(index, int | np.integer):
             if not -len(self) <= index < len(self):
-                raise IndexError(f"there are {len(self)} sequences, and none has the index {index}")
+                raise IndexError(f"index {index} is out of range for {len(self)} sequences")
             index = slice(int(index), int(index) + 1 or None)
         elif not isinstance(index, slice):
             index = torch.as_tensor(index)
@@ -226,13 +226,13 @@ def _checked_dynamics(path: Path, arrays: list[NDArray[Any]]) -> TrueDynamics:
     values = [torch.from_numpy(x.astype(np.float64)) for x in arrays]
     lgssm, pi = LGSSM(*values[:-1]), values[-1]
     if bool((pi < 0).any()) or abs(float(pi.sum()) - 1) > 1e-6:
-        raise ValueError(f"{path}: true_pi is {pi.tolist()}; wanted probabilities, which add up to 1")
+        raise ValueError(f"{path}: true_pi is {pi.tolist()}; wanted probabilities that add up to 1")
     for name in ("Sigma_H", "Sigma_A", "Sigma"):
         Sigma = getattr(lgssm, name)
         scale = 1e-9 * float(Sigma.abs().max()) + 1e-300
         least = float(torch.linalg.eigvalsh(Sigma).min())
         if not torch.allclose(Sigma, Sigma.mT, rtol=0, atol=scale) or least < -scale:
             raise ValueError(
-                f"{path}: true_{name} is no covariance; wanted a symmetric matrix without negative variance"
+                f"{path}: true_{name} is not a covariance matrix; wanted a symmetric, positive semi-definite one"
             )
     return TrueDynamics(lgssm, pi)

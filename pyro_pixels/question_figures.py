@@ -142,7 +142,7 @@ def draw_retrodict(scene: Scene) -> Answer:
             before = 3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3]
             truth = torch.cat([before if before.shape[2] else torch.full_like(truth[:, :, :1], torch.nan), truth], 2)
     figure = scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
-    text = f"frames {1 - n} to 0, before the first; drawn is the path, the truth a parabola"
+    text = f"frames {1 - n} to 0, before the first; paths are drawn without noise, the true ones as parabolas"
     return Answer(figure, f"Paths from {n} frames before the first one on", text)
 
 
@@ -190,7 +190,7 @@ def draw_evidence(scene: Scene) -> Answer:
         f"effective samples {float(found.effective_samples.mean()):.1f}"
     )
     figure = plots.plot_evidence(one, found.log_evidence, found.effective_samples, scene.data.n_objects, T)
-    return Answer(figure, f"log p(v) from {scene.n_samples} weighed samples, and its bound", text)
+    return Answer(figure, f"log p(v) from {scene.n_samples} weighted samples, and its bound", text)
 
 
 def draw_count(scene: Scene) -> Answer:
@@ -215,7 +215,7 @@ def draw_stream(scene: Scene) -> Answer:
     try:
         stream = start_images(scene.model, scene.guide, n_objects)
     except ValueError as error:
-        text = f"positions are streamed, not images: {error}\n"
+        text = f"positions, not images, are streamed: {error}\n"
         tracks = start(scene.dynamics, means.shape[:2])
         for a_t in means.unbind(2):
             ahead.append(forecast(lgssm, tracks))

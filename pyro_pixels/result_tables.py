@@ -69,7 +69,7 @@ def seeds_table(result: Row) -> str:
         result: the summary that examples/experiments/sweep.py writes.
     """
     header = ["", "seeds within the bars", "position error, px", "switch rate, %", "generation / floor",
-              "interpolation / floor", "sides told, %", "bound, nats a frame", "seconds"]  # fmt: skip
+              "interpolation / floor", "launch side correct, %", "bound, nats per frame", "seconds"]  # fmt: skip
     rows = []
     if "tracker" in result:
         rows.append(["classical tracker, true dynamics and radius", "-", *_errors(result["tracker"]), "-", "-", "-"])
@@ -105,6 +105,6 @@ def insert(page: str, part: str, text: str) -> str:
     pattern = re.compile(rf"(<!-- begin {part} -->\n).*?(<!-- end {part} -->)", re.DOTALL)
     if not pattern.search(page):
         raise ValueError(
-            f"the page has no <!-- begin {part} --> ... <!-- end {part} -->; put them where the part is to go"
+            f"the page has no <!-- begin {part} --> ... <!-- end {part} -->; put them where the part belongs"
         )
     return pattern.sub(lambda m: f"{m[1]}\n{text}\n\n{m[2]}", page)

@@ -77,8 +77,8 @@ class RunView:
         n_frames = n_frames or T
         if self.n_seen > T or self.n_seen >= n_frames:
             raise ValueError(
-                f"sequences have {T} frames, and {n_frames} are wanted of which {self.n_seen} are seen; give a smaller "
-                "--n-seen, or longer sequences" + ("" if n_frames == T else ", or a larger --n-frames")
+                f"cannot generate up to frame {n_frames} from the first {self.n_seen} frames of sequences of {T}; give "
+                "a smaller --n-seen, or longer sequences" + ("" if n_frames == T else ", or a larger --n-frames")
             )
         return generate(
             self.run.model, self.run.guide, self.images[:, : self.n_seen], self.n_objects, n_frames=n_frames,
@@ -90,7 +90,7 @@ class RunView:
         T = self.images.shape[1]
         if 2 * self.n_seen >= T:
             raise ValueError(
-                f"sequences have {T} frames, and {self.n_seen} at either end leave none to fill; give a smaller "
+                f"sequences have {T} frames, so {self.n_seen} at either end leave none to fill; give a smaller "
                 "--n-seen, or longer sequences"
             )
         time = torch.arange(self.images.shape[1], device=self.device)
@@ -256,9 +256,9 @@ def _read_means(path: Path) -> dict[str, np.ndarray]:
     try:
         means = read_arrays(path, read_checked(path))
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); remove it to go on without") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}); remove it to continue without it") from None
     if not all(name.isdecimal() and x.ndim == 4 and x.dtype.kind == "f" for name, x in means.items()):
-        raise ValueError(f"{path} holds no means of a training; remove it to go on without")
+        raise ValueError(f"{path} holds no inferred means; remove it to continue without it")
     return means
 
 

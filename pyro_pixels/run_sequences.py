@@ -114,10 +114,10 @@ def sequences_to_ask(
         if held_out is None:
             raise ValueError(
                 f"no sequences of {config.data_file} were held out of training; give others with --data, or "
-                "--simulated for a world of the preset's"
+                "--simulated to simulate the preset's world"
             )
         file, first = Path(str(config.data_file)), len(training_sequences(config))
-        found, source = held_out, f"sequences that were held out of {config.data_file}"
+        found, source = held_out, f"held-out sequences of {config.data_file}"
     else:
         assert data is not None
         file, first = Path(data), 0
@@ -127,8 +127,8 @@ def sequences_to_ask(
     wanted = (config.data.height, config.data.width)
     if found.size != wanted:
         raise ValueError(
-            f"the sequences are {found.size[0]} x {found.size[1]} pixels; "
-            f"this run was trained on {wanted[0]} x {wanted[1]}"
+            f"the sequences are {found.size[0]} x {found.size[1]} pixels, "
+            f"but this run was trained on {wanted[0]} x {wanted[1]}"
         )
     some = f"the first {n_sequences} of {len(found)}" if n_sequences < len(found) else f"{len(found)}"
     return AskedSequences(found[:n_sequences], f"{some} {source}", file, first)

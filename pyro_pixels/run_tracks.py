@@ -61,6 +61,6 @@ def _draw(view: RunView, mean: Tensor, source: Source | None, path: Path) -> Non
         return
     if source is not None:
         warnings.warn(
-            "the film is not where it was prepared from; tracks.gif is drawn over what the model saw", stacklevel=3
+            "the original film was not found; tracks.gif is drawn over the images that the model saw", stacklevel=3
         )
     draw_tracks_gif(path, view.data.images[row].float().nan_to_num(), tracks)

@@ -71,11 +71,11 @@ def refuse_another(config: RunConfig, folder: Path) -> None:
     there = replace(there, schedule=schedule)
     if there != config and config.data_file is not None and there == _fitted_as(there, config):
         raise ValueError(
-            f"{config.data_file} is not what the run in {folder} was trained on: its sequences are of another size or "
-            "number; restore the file, or choose another folder"
+            f"{config.data_file} is not the file that the run in {folder} was trained on: its sequences differ in size "
+            "or number; restore the file, or choose another folder"
         )
     if there != config:
-        raise ValueError(f"{folder} holds a run of another configuration; remove it, or choose another folder")
+        raise ValueError(f"{folder} holds a run with another configuration; remove it, or choose another folder")
 
 
 def _fitted_as(there: RunConfig, config: RunConfig) -> RunConfig:

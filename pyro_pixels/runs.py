@@ -134,7 +134,7 @@ def check_config(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> None:
     if find_guide(config.guide, GUIDES) is None:
         raise ValueError(
             f"there is no guide '{config.guide}'; wanted one of {guide_names(GUIDES)}, or add yours to GUIDES "
-            "(scripts: --custom, with the file that does)"
+            "(in scripts, pass the file that does so with --custom)"
         )
     if config.likelihood not in LIKELIHOODS:
         raise ValueError(
@@ -199,8 +199,8 @@ def use_custom_guide(config: RunConfig, where: str | Path, custom: str | Path | 
         load_unchanged(custom, config.custom_sha256, GUIDES, str(where))
     elif config.guide not in GUIDES:
         raise ValueError(
-            f"the guide '{config.guide}' of {where} is made by {config.custom_file}; if you trust that file, give it "
-            "as custom=..."
+            f"the guide '{config.guide}' of {where} is defined in {config.custom_file}; if you trust that file, "
+            "pass it as custom=..."
         )
 
 
@@ -251,7 +251,7 @@ def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> 
         about = json.loads(read_checked(folder / "about.json"))
         step = check_number(f"step in {folder / 'about.json'}", about.get("step"), 0)
     except (OSError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{folder} holds no whole weights ({error}); install the package again") from None
+        raise ValueError(f"{folder} has incomplete weights ({error}); reinstall the package") from None
     weights = {key: torch.from_numpy(x) for key, x in arrays.items()}
     for part, module in (("model", run.model), ("guide", run.guide)):
         own = {key.removeprefix(f"{part}."): x for key, x in weights.items() if key.startswith(f"{part}.")}
@@ -268,7 +268,7 @@ def export_weights(run: Run, folder: str | Path, about: Mapping[str, Any]) -> No
     }
     bad = first_not_finite({"model": run.model, "guide": run.guide})
     if bad is not None:
-        raise ValueError(f"{bad} has values that are not finite; export a run that was trained without")
+        raise ValueError(f"{bad} has values that are not finite; export a run with finite weights")
     write_config(folder, run.config)
     with checked_write(Path(folder) / "weights.npz") as file:
         np.savez_compressed(file, **weights)  # type: ignore[arg-type]

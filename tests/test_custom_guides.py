@@ -87,7 +87,7 @@ def test_a_run_keeps_the_file_of_its_guide_and_is_read_with_it(trained, tmp_path
 
 def test_reading_a_run_runs_no_file_unless_it_is_named(trained):
     folder, own = trained
-    with pytest.raises(ValueError, match=f"'nowhere' of {folder} is made by {own}; if you trust that file"):
+    with pytest.raises(ValueError, match=f"'nowhere' of {folder} is defined in {own}; if you trust that file"):
         load_run(folder)
     assert "nowhere" not in GUIDES
 
@@ -97,15 +97,13 @@ def test_a_changed_file_is_refused_in_one_line_and_a_moved_one_is_found(trained,
     moved = tmp_path / "elsewhere.py"
     moved.write_text(own.read_text())
     write(own, scale=0.2)
-    with pytest.raises(
-        ValueError, match=r"changed since .*; restore it, say where .*--custom.*, or train again"
-    ) as error:
+    with pytest.raises(ValueError, match=r"changed since .*; restore it, pass .*--custom.*, or train again") as error:
         infer.main(infer.Arguments(run=folder, out=tmp_path / "o", n_sequences=3))
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="has changed since"):
         train.main(train.Arguments(run=folder, resume=True, steps=3, threads=1, progress=False))
     own.unlink()
-    with pytest.raises(ValueError, match=r"is gone; say where it is now \(--custom\)"):
+    with pytest.raises(ValueError, match=r"is gone; pass its new location with --custom"):
         infer.main(infer.Arguments(run=folder, out=tmp_path / "o", n_sequences=3))
     infer.main(infer.Arguments(run=folder, out=tmp_path / "o", n_sequences=3, custom=moved))
     assert train.main(train.Arguments(run=folder, resume=True, steps=3, threads=1, progress=False, custom=moved)) == 0
@@ -121,7 +119,7 @@ def test_a_guide_from_a_file_is_taught(trained, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "is no Python file"),
+        (None, "is not a Python file"),
         ("x = 1\n", "adds no guide"),
         ("import nothing_of_that_name\n", "fails: ModuleNotFoundError: No module named"),
         ("def f(:\n", "fails: SyntaxError"),
@@ -140,10 +138,10 @@ def test_of_several_guides_one_is_chosen(tmp_path):
     own = write(tmp_path / "own.py", name="a")
     own.write_text(own.read_text() + '\nGUIDES["b"] = GUIDES["a"]\n')
     arguments = train.Arguments(custom=own, threads=1)
-    with pytest.raises(ValueError, match=r"adds the guides \['a', 'b'\]; say which with --guide"):
+    with pytest.raises(ValueError, match=r"adds the guides \['a', 'b'\]; choose one with --guide"):
         train.configure(arguments)
     assert train.configure(replace(arguments, guide="b")).guide == "b"
-    with pytest.raises(ValueError, match="no guide 'structured'; leave --guide or --custom out"):
+    with pytest.raises(ValueError, match="no guide 'structured'; leave out --guide or --custom"):
         train.configure(replace(arguments, guide="structured"))
 
 

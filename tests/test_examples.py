@@ -424,7 +424,7 @@ def test_a_run_of_a_sweep_that_is_killed_is_begun_again(tmp_path):
         os.kill(workers[0], signal.SIGKILL)
         out, _ = sweep.communicate()
     assert sweep.returncode == 0
-    assert "seed 0: lost, begun again" in out
+    assert "seed 0: killed, restarted" in out
     assert "seed 0: done" in out
     assert json.loads((tmp_path / "s/quick/seed0/result.json").read_text())["steps"] == 60
 

@@ -77,7 +77,7 @@ def test_what_if_takes_an_inference_that_is_there(run, film):
     parts = [inferred.of_part(slice(i, i + 6), 12, 3) for i in (0, 6)]
     assert torch.equal(torch.cat([part.samples for part in parts], 1), inferred.samples)
     assert torch.equal(torch.cat([part.mean for part in parts]), inferred.mean)
-    with pytest.raises(ValueError, match="give infer of these images"):
+    with pytest.raises(ValueError, match="give the result of infer for these images"):
         what_if(model, guide, film.images[:2], film.n_objects[:2], Change(), frame=3, n_frames=6, inferred=inferred)
 
 
@@ -185,7 +185,7 @@ def test_short_sequences_show_fewer_frames_by_default(run, film, T, n_seen):
 
 
 def test_too_many_seen_frames_are_refused_by_the_name_of_the_option():
-    with pytest.raises(ValueError, match="--n-seen is 5, at either end of sequences of 10 frames; give --n-seen"):
+    with pytest.raises(ValueError, match="--n-seen is 5 at either end, but sequences have 10 frames; give --n-seen"):
         check_n_seen(5, 10, "--n-seen")
     with pytest.raises(ValueError, match="give longer sequences"):
         check_n_seen(1, 2)

@@ -134,7 +134,7 @@ def test_more_objects_than_were_learned_begin_as_the_last():
     [
         ((2, 3, W, H), [1, 1], f"images are {W} x {H} pixels; this model was made for {H} x {W}"),
         ((2, 3, H * W), [1, 1], r"wanted \(B, T, H, W\)"),
-        ((2, 3, H, W), [1, 1, 1], "there are 3 n_objects for 2 sequences"),
+        ((2, 3, H, W), [1, 1, 1], "n_objects has length 3 for 2 sequences"),
         ((2, 3, H, W), [1, 0], "needs at least 1 object"),
     ],
 )

@@ -283,7 +283,7 @@ def test_candidates_are_checked(small_data):
     model, guide = make_model(), make_guide()
     with torch.no_grad():
         model.renderer.to_v.bias.fill_(20.0)
-    with pytest.raises(ValueError, match="start 2 is of another configuration"):
+    with pytest.raises(ValueError, match="start 2 has another configuration"):
         fit(model, guide, small_data, QUICK, candidates=other, candidate_steps=1, progress=False)
 
 
@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(small_data, tm
             with torch.no_grad():
                 model.dynamics.u.fill_(torch.nan)
 
-    with pytest.raises(FloatingPointError, match=r"not finite by step 4.*last good state"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 4.*last good state"):
         fit(model, guide, small_data, QUICK, run_dir=tmp_path, progress=False, on_evaluation=poison)
     kept = load_checkpoint(tmp_path / "checkpoint.pt")
     assert kept["step"] == 2

@@ -243,8 +243,8 @@ GOOD = make_images(2, 3)
     [
         (GOOD[0], [1, 1], None, r"wanted \(B, T, H, W\)"),
         (GOOD[:, :0], [1, 1], None, r"wanted \(B, T, H, W\)"),
-        (GOOD, [1], None, "there are 1 n_objects for 2 sequences"),
-        (GOOD, [[1], [1]], None, "wanted integers, one a sequence"),
+        (GOOD, [1], None, "n_objects has length 1 for 2 sequences"),
+        (GOOD, [[1], [1]], None, "wanted integers, one per sequence"),
         (GOOD, [1.0, 2.0], None, "type torch.float32; wanted integers"),
         (GOOD, [1, 0], None, "has the value 0; every sequence needs at least 1 object"),
         (GOOD.mT, [1, 1], None, f"images are {W} x {H} pixels; this model was made for {H} x {W}"),

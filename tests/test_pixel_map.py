@@ -37,7 +37,7 @@ def test_the_renderer_tells_the_map_of_any_guide(asked):
     assert not found.known
     assert (found.affine(points) - truth(points)).norm(dim=-1).mean() < 0.5  # pixels
     assert 0 < found.error_px < 1
-    with pytest.raises(ValueError, match="does not know pixels"):
+    with pytest.raises(ValueError, match="has no fixed map to pixels"):
         map_to_pixels(run.model, other)
 
 

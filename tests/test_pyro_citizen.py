@@ -100,10 +100,10 @@ def test_what_is_not_supported_is_said_in_one_line(run, data):
 
     with pytest.raises(ValueError) as error:
         JitTrace_ELBO(ignore_jit_warnings=True)(run.model, run.guide)(data.images, data.n_objects)
-    assert first_line(error) == "torch.jit is not supported; use Trace_ELBO in the place of JitTrace_ELBO"
+    assert first_line(error) == "torch.jit is not supported; use Trace_ELBO instead of JitTrace_ELBO"
     with pytest.raises(ValueError) as error, torch.autocast("cpu", dtype=torch.bfloat16):
         infer(run.guide, data.images, data.n_objects)
-    assert first_line(error).startswith("torch.autocast is on, and half precision")
+    assert first_line(error).startswith("torch.autocast is on, but exact inference")
     with pytest.raises(ValueError, match=r"weights are torch\.bfloat16; wanted float32 or float64"):
         infer(copy.deepcopy(run.guide).bfloat16(), data.images, data.n_objects)
     with pytest.raises(ValueError, match=r"model's weights are torch\.float16; wanted float32"):

@@ -71,7 +71,7 @@ def test_every_option_says_what_it_does(script):
 def test_options_of_another_run_are_refused(tmp_path):
     args = train.Arguments(guide="attentive", seed=0)
     refuse_changes(args, {"guide": "attentive", "seed": 7}, tmp_path)  # the default is no option that is given
-    with pytest.raises(ValueError, match=r"--guide is attentive, and the run in .* was trained with structured"):
+    with pytest.raises(ValueError, match=r"--guide is attentive, but the run in .* was trained with structured"):
         refuse_changes(args, {"guide": "structured"}, tmp_path)
 
 
@@ -98,9 +98,9 @@ def test_plain_options_describe_a_world_and_its_configuration_still_does():
 
 def test_contradicting_options_of_training_are_refused(file, tmp_path):
     for wrong, words in (
-        ({"data": file, "world": "drift"}, "--world drift describes what to simulate"),
-        ({"data": file, "n_sequences": 9}, "--n-sequences 9 describes what to simulate"),
-        ({"guide": "recurrent", "clutter": 0.01}, "the guide 'recurrent' knows none"),
+        ({"data": file, "world": "drift"}, "--world drift is for simulated sequences"),
+        ({"data": file, "n_sequences": 9}, "--n-sequences 9 is for simulated sequences"),
+        ({"guide": "recurrent", "clutter": 0.01}, "the guide 'recurrent' has no clutter parameter"),
         ({"run": file}, "cannot write"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -119,7 +119,7 @@ def test_a_file_that_is_no_folder_is_told_before_anything_is_simulated(file, mon
 def test_resuming_refuses_what_the_run_was_not_trained_with(trained, file, tmp_path):
     (tmp_path / "other.npz").write_bytes(file.read_bytes())
     for wrong in ({"guide": "attentive"}, {"seed": 5}, {"likelihood": "gaussian"}, {"data": tmp_path / "other.npz"}):
-        with pytest.raises(ValueError, match="leave the option out to go on"):
+        with pytest.raises(ValueError, match="leave the option out to continue"):
             train.main(train.Arguments(run=trained, resume=True, progress=False, **wrong))
     assert train.main(train.Arguments(run=trained, resume=True, progress=False, data=file, steps=2)) == 0
 
@@ -140,7 +140,7 @@ def test_what_is_held_out_is_kept_in_the_run_and_asked_about(trained, file):
     found, source, where, first = sequences_to_ask(config, None, 60, 0)
     assert (where, first) == (file, 27)
     assert np.array_equal(found.images, data.images[27:])
-    assert "3 sequences that were held out of" in source
+    assert "3 held-out sequences of" in source
     assert len(sequences_to_ask(config, file, 60, 0, trained_on_too=False).data) == 3
     everything, source, where, first = sequences_to_ask(config, file, 20, 0)
     assert (where, first) == (file, 0)
@@ -159,7 +159,7 @@ def test_a_run_that_held_nothing_out_asks_for_sequences(trained):
 def test_a_run_on_a_file_is_measured_on_what_was_held_out(trained, file, tmp_path, capsys):
     for options in ({}, {"data": file}):
         evaluate.main(evaluate.Arguments(run=trained, out=tmp_path / "m.json", device="cpu", **options))
-        assert "3 sequences that were held out of" in capsys.readouterr().out
+        assert "3 held-out sequences of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="contradict each other"):
         evaluate.main(evaluate.Arguments(run=trained, data=file, simulated=True, out=tmp_path / "m.json"))
 

@@ -71,7 +71,9 @@ def test_training(clips, tmp_path):
     assert train.main(arguments) == 0
 
 
-@pytest.mark.parametrize("script, name", [(generate, "--n-seen is 9 of 9 frames"), (interpolate, "--n-seen is 9, at")])
+@pytest.mark.parametrize(
+    "script, name", [(generate, "--n-seen is 9, but the total is 9 frames"), (interpolate, "--n-seen is 9 at")]
+)
 def test_too_many_frames_are_refused_by_the_name_of_the_option(clips, tmp_path, script, name):
     with pytest.raises(ValueError, match=name.replace("9 ", f"{clips[1]} ").replace("9,", f"{clips[1]},")) as error:
         run(script, clips, tmp_path, n_seen=clips[1])

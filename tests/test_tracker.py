@@ -106,5 +106,5 @@ BAD = {
 
 @pytest.mark.parametrize("call", BAD.values(), ids=BAD.keys())
 def test_bad_input_is_a_value_error(small_data, call):
-    with pytest.raises(ValueError, match=r"wanted|give|they need more"):
+    with pytest.raises(ValueError, match=r"wanted|give|needs more"):
         call(small_data)

@@ -94,7 +94,7 @@ def test_every_kind_of_film_gives_the_same_sequence(tmp_path, kind):
 def test_dark_objects_are_found_and_said(tmp_path):
     np.save(tmp_path / "dark.npy", film(dark=True))
     prepared = prepare_video(tmp_path / "dark.npy", n_objects=1)
-    assert "objects are darker than the ground, inverted" in prepared.notes
+    assert "objects are darker than the background, inverted" in prepared.notes
     bright = load_video(KINDS["npy"](tmp_path), n_objects=1)
     assert (prepared.data.images != bright.images).float().mean() < 0.01
     wrong = load_video(tmp_path / "dark.npy", n_objects=1, invert=False, background="keep")
@@ -152,7 +152,7 @@ def test_numbers_of_objects_beside_the_images_are_kept(tmp_path):
     np.savez(tmp_path / "a.npz", images=np.stack([film(1), film(2)]), n_objects=np.array([3, 2]))
     prepared = prepare_video(tmp_path / "a.npz")
     assert prepared.data.n_objects.tolist() == [3, 2]
-    assert any("n_objects are those of the file" in note for note in prepared.notes)
+    assert any("n_objects is read from the file" in note for note in prepared.notes)
     assert load_video(tmp_path / "a.npz", n_objects=1).n_objects.tolist() == [1, 1]
     np.savez(tmp_path / "b.npz", images=np.stack([film(1), film(2)]), n_objects=np.array([[3, 2]]))
     assert load_video(tmp_path / "b.npz").n_objects.tolist() == [1, 2]  # what is no number a film is not taken for it
@@ -179,7 +179,7 @@ def test_grey_values_are_kept_where_they_are_asked_for(tmp_path):
         (film()[:1], {}, "a film has 1 frame"),
         (film(), {"axes": "HWX"}, "axes is 'HWX'"),
         (film(), {"crop": (0, 50, 0, 64)}, "wanted .top, bottom, left, right."),
-        (film(), {"n_objects": [1, 2]}, "there are 2 n_objects for 1 sequences of 1 films"),
+        (film(), {"n_objects": [1, 2]}, "n_objects has length 2 for 1 sequences of 1 films"),
         (film(), {"n_objects": 0}, "every sequence needs at least 1 object"),
         (film(), {"frames": 40}, "wanted from 2 to the length of the longest film, 12"),
         (np.zeros((5, 9, 9)), {}, "nothing moves or stands out"),
@@ -195,7 +195,7 @@ def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path, content, options,
 def test_wrong_paths_and_broken_files(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no film")
     (tmp_path / "notes.txt").write_text("no film")
-    wrong = {"nowhere.gif": "no file", "a.mp4": "cannot be read", "notes.txt": "unknown kind", "*.jpg": "no pictures"}
+    wrong = {"nowhere.gif": "no file", "a.mp4": "cannot be read", "notes.txt": "unknown format", "*.jpg": "no pictures"}
     for path, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             load_video(str(tmp_path / path))
@@ -261,7 +261,7 @@ def test_good_films_are_not_warned_of(tmp_path):
         (lambda v: np.roll(v, 9, 3)[..., 8:], "touch the edge"),
         (
             lambda v: np.where(np.arange(T)[None, :, None, None] % 2, np.roll(v, 14, 2), v),
-            "longer than a quarter|order of time",
+            "longer than a quarter|temporal order",
         ),
         (lambda v: np.maximum(v, np.roll(v, 12, 2)), "show more objects"),
     ],

@@ -5,8 +5,8 @@ from pyro_pixels.result_tables import Row, machine, markdown, per_n, percent, se
 
 def model_text(r: Row) -> str:
     """Returns the table of a run, for each N, and a paragraph about what it learned."""
-    header = ["N", "position error", "switch rate", "floor", "sides told", "generation", "floor", "interpolation",
-              "floor", "bound, nats a frame"]  # fmt: skip
+    header = ["N", "position error", "switch rate", "floor", "launch side correct", "generation", "floor",
+              "interpolation", "floor", "bound, nats per frame"]  # fmt: skip
     predictions = [f"{q}_{kind}_px" for q in ("generation", "interpolation") for kind in ("error", "floor")]
     rows = [
         [

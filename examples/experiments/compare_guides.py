@@ -95,7 +95,7 @@ def amortisation_gap(run: Run, data: ImageSequences, steps: int) -> dict[str, fl
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Returns a Markdown table with one row per guide: medians over seeds, for N = 1 / 2 / 3 separately."""
-    header = ["guide", "position error, px", "switch rate, %", "bound, nats a frame", "bound less AutoNormal's",
+    header = ["guide", "position error, px", "switch rate, %", "bound, nats per frame", "bound less AutoNormal's",
               "parameters", "seconds a step", "seconds"]  # fmt: skip
     rows = []
     for name, runs in results.items():
@@ -144,11 +144,13 @@ def main(args: Arguments) -> int:
             if not (folder / "result.json").exists():
                 print(f"{name}, seed {seed}", flush=True)
                 if not one_run(args, configuration(base, name, seed, file), folder):
-                    print("stopped and saved; give the same command again to go on")
+                    print("stopped and saved; repeat the same command to continue")
                     return 130
             found = read_json(folder / "result.json")
             if found["steps"] != args.steps:
-                raise ValueError(f"{folder} was trained for {found['steps']} steps; give another --out, or its --steps")
+                raise ValueError(
+                    f"{folder} was trained for {found['steps']} steps; give that number as --steps, or another --out"
+                )
             results[name].append(found)
     write_json(out, {"steps": args.steps, "guides": results})
     print(table(results))

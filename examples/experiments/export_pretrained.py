@@ -28,7 +28,7 @@ def main(args: Arguments) -> None:
     run = read_run(args.run)
     measured = args.run / "metrics.json"
     if not measured.exists():
-        raise ValueError(f"{measured} is missing; measure the run first with examples/evaluate.py --run {args.run}")
+        raise ValueError(f"{measured} is missing; evaluate the run first with examples/evaluate.py --run {args.run}")
     metrics = read_json(measured)
     export_weights(run, args.folder / args.name, {"command": args.command, "seed": run.config.seed, "metrics": metrics})
     size = (args.folder / args.name / "weights.npz").stat().st_size

@@ -42,7 +42,7 @@ def main(args: Arguments) -> None:
     run, data, device = open_run(args)
     alone = data[data.n_objects == 1]
     if alone.positions is None or not len(alone):
-        raise ValueError("there is no sequence with N = 1 and known positions; give such --data, or none")
+        raise ValueError("no sequence has N = 1 and known positions; give --data that has some, or leave it out")
     a = infer(run.guide, alone.images.to(device), alone.n_objects.to(device)).mean.cpu()
     affine = metrics.fit_affine(a, alone.positions, alone.n_objects)
     latent, pixels = a[:, 0], alone.positions[:, 0]

@@ -36,7 +36,7 @@ def curves_of(summary: Any, path: Path) -> list[list[dict[str, Any]]]:
     except (TypeError, AttributeError, KeyError):
         complete = []
     if not complete or not all(complete):
-        raise ValueError(f"{path} has no learning curves; wanted a summary such as `sweep_recurrent` writes")
+        raise ValueError(f"{path} has no learning curves; wanted a summary written by `sweep_recurrent`")
     return curves
 
 

@@ -95,7 +95,7 @@ def main(args: Arguments) -> int:
             device=device, validation=simulate(config.data, JUDGES, seed=VALIDATION_SEED),
         )  # fmt: skip
         if result.interrupted:
-            print("stopped and saved; give the same command again to go on")
+            print("stopped and saved; repeat the same command to continue")
             return 130
         data = simulate(config.data, args.n_test, seed=TEST_SEED)
         results[name] = measure(args.out / name, data, device) | {"environment": environment(device)}

@@ -157,7 +157,7 @@ def main(args: Arguments) -> int:
         for attempt in range(ATTEMPTS):
             done = subprocess.run([*PROGRAM, *map(str, options)], check=False)
             lost = done.returncode < 0 and attempt + 1 < ATTEMPTS  # killed from outside; its checkpoint still exists
-            outcome = "done" if done.returncode == 0 else "lost, begun again" if lost else "FAILED"
+            outcome = "done" if done.returncode == 0 else "killed, restarted" if lost else "FAILED"
             print(f"{job[0]}, seed {job[1]}: {outcome}", flush=True)
             if not lost:
                 break

@@ -118,7 +118,9 @@ def variants(args: Arguments) -> dict[str, RunConfig]:
         found = {"recurrent_long" if args.suite == "long" else "recurrent": preset}
     unknown = set(args.only) - found.keys()
     if unknown:
-        raise ValueError(f"the suite {args.suite} has no row {sorted(unknown)[0]!r}; wanted some of {sorted(found)}")
+        raise ValueError(
+            f"the suite {args.suite} has no variant {sorted(unknown)[0]!r}; wanted some of {sorted(found)}"
+        )
     return {name: config for name, config in found.items() if not args.only or name in args.only}
 
 
@@ -240,7 +242,7 @@ def tables(result: dict[str, Any]) -> str:
     first = ["", "seeds", "steps", "R^2", "position error, px", "switch rate, %", "untangled: position error, px",
              "untangled: switch rate, %", "CPU s"]  # fmt: skip
     second = ["", "seeds", "steps", "generation / floor", "untangled", "interpolation / floor", "untangled",
-              "sides told, %", "gravity off, degrees", "health signs"]  # fmt: skip
+              "launch side correct, %", "gravity off, degrees", "health signs"]  # fmt: skip
     return "\n\n".join(markdown(header, rows) for header, rows in ((first, found), (second, predicted)) if rows)
 
 

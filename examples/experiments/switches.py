@@ -121,7 +121,9 @@ def main(args: Arguments) -> None:
     out = result_file(args.json or args.home / "switches.json", ".json")
     run, data, device = open_run(args, as_trained=True)
     if data.positions is None or not bool((data.n_objects > 1).any()):
-        raise ValueError("there is no sequence with several objects and known positions; give such --data, or none")
+        raise ValueError(
+            "no sequence has several objects and known positions; give --data that has some, or leave it out"
+        )
     tracks = tracks_of(run, data, device)
     found = {which: switched_by(x, data) for which, x in tracks.items()}
     rows = []

@@ -98,7 +98,7 @@ def sequences(config: Config, n_test: int) -> tuple[ImageSequences, ImageSequenc
     data = load_sequences(config.data_file)
     if len(data) < 2:
         raise ValueError(
-            f"{config.data_file} has 1 sequence; wanted at least 2, one to learn from and one to measure on"
+            f"{config.data_file} has 1 sequence; wanted at least 2, one to train on and one to evaluate on"
         )
     held_out = min(60, -(-len(data) // 10))
     return data[: len(data) - held_out], data[len(data) - held_out :]
@@ -117,9 +117,7 @@ def main(args: Arguments) -> int:
     device = device_of(args.device)
     torch.set_num_threads(args.threads or os.cpu_count() or 1)
     if not args.resume and (args.run / "checkpoint.pt").exists():
-        raise ValueError(
-            f"{args.run} holds a trained run; give --resume to go on with it, or another folder with --run"
-        )
+        raise ValueError(f"{args.run} holds a trained run; give --resume to continue it, or another folder with --run")
     folder = new_folder(args.run)
     config = load_config(folder, Config) if args.resume else configure(args)
     if args.resume:
@@ -131,7 +129,7 @@ def main(args: Arguments) -> int:
         config = replace(config, steps=args.steps)
     data, test = sequences(config, args.n_test)
     if data.images.shape[1] <= N_SEEN:
-        raise ValueError(f"sequences have {data.images.shape[1]} frames; wanted more than the {N_SEEN} that are seen")
+        raise ValueError(f"sequences have {data.images.shape[1]} frames; wanted more than the {N_SEEN} observed ones")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         net = EDLSTM(config.net).to(device)
@@ -147,7 +145,7 @@ def main(args: Arguments) -> int:
     if result.interrupted:
         print(
             f"stopped and saved at step {result.step:,}; "
-            f"go on with: python -m examples.experiments.train_edlstm --run {folder} --resume"
+            f"continue with: python -m examples.experiments.train_edlstm --run {folder} --resume"
         )
         return 130
     loss = result.metrics.get("nll_per_frame", float("nan"))

@@ -61,7 +61,7 @@ def check_n_seen(n_seen: int, n_frames: int, name: str = "n_seen") -> int:
     if n_seen < 1 or 2 * n_seen >= n_frames:
         most = (n_frames - 1) // 2
         advice = f"give {name} from 1 to {most}" if most else "give longer sequences"
-        raise ValueError(f"{name} is {n_seen}, at either end of sequences of {n_frames} frames; {advice}")
+        raise ValueError(f"{name} is {n_seen} at either end, but sequences have {n_frames} frames; {advice}")
     return n_seen
 
 

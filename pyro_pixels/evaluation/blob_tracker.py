@@ -133,7 +133,7 @@ def evaluate_tracker(data: ImageSequences, *, n_seen: int = N_SEEN, radius: floa
         raise ValueError("the sequences have no positions or no dynamics; wanted simulated ones (examples/simulate.py)")
     if n_seen < 1 or 2 * n_seen >= T:
         raise ValueError(
-            f"sequences have {T} frames; to see {n_seen} (at least 1) at either end they need more than {2 * n_seen}"
+            f"sequences have {T} frames; observing {n_seen} (at least 1) at either end needs more than {2 * n_seen}"
         )
     tracker, frame = BlobTracker(data.dynamics, radius), torch.arange(T)
     first, ends = frame < n_seen, (frame < n_seen) | (frame >= T - n_seen)

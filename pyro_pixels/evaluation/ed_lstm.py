@@ -106,7 +106,7 @@ class EDLSTM(nn.Module):
         """
         tau = images.shape[1]
         if n_frames <= tau:
-            raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more")
+            raise ValueError(f"n_frames is {n_frames} and includes the {tau} observed frames; give more than {tau}")
         return self(F.pad(images, (0, 0, 0, 0, 0, n_frames - tau)), n_seen=tau).sigmoid()
 
 
@@ -181,7 +181,7 @@ class _Training(Loop):
         nll = float(self.nll) / self.since["steps"]
         if not math.isfinite(nll):
             raise FloatingPointError(
-                f"the loss is not finite by step {self.step}; {self._kept()}. Try a smaller learning_rate"
+                f"the loss is not finite at step {self.step}; {self._kept()}. Try a smaller learning_rate"
             )
         return {"nll": nll}
 
@@ -201,7 +201,7 @@ class _Training(Loop):
         for name, value in self.settings.items():
             if state.get(name) != value:
                 raise ValueError(
-                    f"{path} was trained with {name} {state.get(name)}, not {value}; resume with the former"
+                    f"{path} was trained with {name} {state.get(name)}, not {value}; resume with the same {name}"
                 )
         states.check_progress(state, path, {"sums": ["nll", *self.since]})
         states.check_same_data(state, {"data": self._mark}, path)

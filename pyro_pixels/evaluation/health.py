@@ -113,7 +113,7 @@ def check_health(
     T = data.images.shape[1]
     if T < START_FRAMES + 2:
         raise ValueError(
-            f"sequences have {T} frames, too few to check motion on; give sequences of at least {START_FRAMES + 2}"
+            f"sequences have {T} frames, too few to check their motion; give sequences of at least {START_FRAMES + 2}"
         )
     if inferred is None:
         inferred = infer_all(model, guide, data, batch_size=batch_size, seed=seed, progress=progress)

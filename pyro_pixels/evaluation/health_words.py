@@ -39,14 +39,14 @@ CAUSES: dict[str, Cause] = {
         ),
     ),
     "come and go": Cause(
-        "objects that come and go, or numbers of objects that are not those of the images",
+        "objects that come and go, or wrong numbers of objects",
         Advice(
             "correct `n_objects`, or leave out frames in which objects are missing (`load_video(frames=...)`)",
-            "say how many there are (prepare.py --n-objects), or cut where they enter and leave (--frames, --crop)",
+            "correct their number (prepare.py --n-objects), or cut where they enter and leave (--frames, --crop)",
         ),
     ),
     "walls": Cause(
-        "objects that bounce off walls, where no motion is linear",
+        "objects that bounce off walls, so their motion is not linear",
         Advice(
             "cut sequences shorter than the time between bounces (`load_video(frames=...)`)",
             "cut sequences shorter than the time between bounces (prepare.py --frames)",
@@ -68,13 +68,11 @@ _STIFFEN = Advice(
     "train with another --seed or --starts 4, with --guide structured, or longer (--steps)",
 )
 _STARTS = Advice(
-    "put the starts where tracks are likeliest (`Schedule.fit_starts_at`), or use fewer components if objects start in "
-    "fewer ways (`DynamicsConfig.n_components`)",
-    "train longer (train.py --steps); no fault where objects start in one way only",
+    "fit the starts to inferred tracks (`Schedule.fit_starts_at`), or use fewer components if objects start in fewer "
+    "ways (`DynamicsConfig.n_components`)",
+    "train longer (train.py --steps); this is no fault if objects start in only one way",
 )
-_NOT_LINEAR = (
-    ", or of objects that do not move linearly themselves, as where they bounce off walls: then no training helps"
-)
+_NOT_LINEAR = ", or of objects that do not move linearly, e.g. because they bounce off walls: then no training helps"
 TOO_SMALL, TOO_LARGE = "innovations too small", "innovations too large"
 SIGNS: dict[str, tuple[str, Advice]] = {
     "bound_ratio": (
@@ -86,8 +84,8 @@ SIGNS: dict[str, tuple[str, Advice]] = {
         ),
     ),
     "innovation_autocorrelation": (
-        "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): tracks do not move as the "
-        f"dynamics say, as when the latent space is warped{_NOT_LINEAR}",
+        "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): tracks do not follow the "
+        f"dynamics, e.g. because of a warped latent space{_NOT_LINEAR}",
         _STIFFEN,
     ),
     "path_residual": (
@@ -124,9 +122,8 @@ SIGNS: dict[str, tuple[str, Advice]] = {
         "innovations have a mean square of {x:.2f} (1 if calibrated): the tracks move less regularly than the dynamics "
         "allow, so that predictions are too certain",
         Advice(
-            "free the noises earlier (`Schedule.learn_from`), train for more steps, or, if another problem is named "
-            "too, see to that first",
-            "train longer (train.py --steps), or, if another sign is named too, see to that first",
+            "free the noises earlier (`Schedule.learn_from`) or train for more steps; fix other problems first, if any",
+            "train longer (train.py --steps); fix other signs first, if any",
         ),
     ),
 }
@@ -150,9 +147,11 @@ def five_lines(measures: Mapping[str, float], signs: list[str], causes: tuple[st
         verdict += f"; likely cause: {CAUSES[causes[0]].words}"
     ratio = measures.get("bound_ratio")
     images = (
-        "grey: their cost has no scale" if ratio is None else f"cost {ratio:.2f} of a grey image's (good: below 0.5)"
+        "grey, so their cost has no scale"
+        if ratio is None
+        else f"cost {ratio:.2f} of what one grey value everywhere would (good: below 0.5)"
     )
-    told = "" if measures["component_certainty"] >= 0.8 else ", ways to start not told apart"
+    told = "" if measures["component_certainty"] >= 0.8 else ", components overlap"
     return [
         f"health check: {verdict}",
         f"  images:  {images}",
@@ -166,7 +165,7 @@ def five_lines(measures: Mapping[str, float], signs: list[str], causes: tuple[st
 
 def _errors(mean_square: float) -> str:
     ratio = math.sqrt(mean_square) if mean_square >= 0 else math.nan
-    return f"errors of prediction are {ratio:.2f} times as large as it expects (good: 0.7 to 1.4)"
+    return f"prediction errors are {ratio:.2f} times as large as expected (good: 0.7 to 1.4)"
 
 
 def _to_do(signs: list[str], causes: tuple[str, ...], options: bool) -> str:

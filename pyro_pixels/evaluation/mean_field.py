@@ -56,8 +56,8 @@ class MeanFieldGuide(Guide):
         """
         if not (torch.equal(images, self.images) and torch.equal(n_objects, self.n_objects)):
             raise ValueError(
-                f"this guide holds the positions in {len(self.images)} sequences of {self.images.shape[1]} frames, and "
-                "got others; ask for those, whole and in one batch, or fit one to these with fit_mean_field"
+                f"this guide holds the positions in {len(self.images)} sequences of {self.images.shape[1]} frames, but "
+                "got others; use those, all in one batch, or fit a guide to these with fit_mean_field"
             )
         return dist.Normal(self.auto.locs.a, self.auto.scales.a).to_event(2)
 

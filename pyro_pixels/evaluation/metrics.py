@@ -52,7 +52,7 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
     alone = n_objects == 1
     if not alone.any():
         raise ValueError(
-            "no sequence has N = 1, and the map from latent units to pixels is fitted to those; add some to the file"
+            "no sequence has N = 1, but the map from latent units to pixels is fitted to those; add some to the file"
         )
     x = latent[alone, 0].reshape(-1, 2).double()
     y = positions[alone, 0].reshape(-1, 2).double()

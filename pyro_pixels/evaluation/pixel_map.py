@@ -46,7 +46,7 @@ def map_to_pixels(model: PixelModel, guide: Guide, inferred: Tensor | None = Non
         half = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
         return PixelMap(Affine(torch.diag(half), half, 1.0), 0.0, True)
     if inferred is None:
-        raise ValueError(f"a {type(guide).__name__} does not know pixels; give inferred positions to fit the map on")
+        raise ValueError(f"a {type(guide).__name__} has no fixed map to pixels; give inferred positions to fit one")
     points = inferred.reshape(-1, 2)
     points = points[points.isfinite().all(-1)].double().cpu()
     low, high = points.quantile(0.01, 0), points.quantile(0.99, 0)

@@ -243,8 +243,8 @@ def format_table(result: dict[str, Any]) -> str:
         lines.append(f"{name:<7}" + "".join(f"{_cell(cell):>15}" for cell in cells))
     if film:
         lines.append(
-            f"forecast: -log p of the frames behind the first {result['n_seen']}, against their mean image and the "
-            "persistence of the last frame seen, both fitted to these very frames; lower is better"
+            f"forecast: -log p of the frames after the first {result['n_seen']}, against their mean image and the "
+            "persistence of the last observed frame, both fitted to these very frames; lower is better"
         )
     return "\n".join(lines)
 

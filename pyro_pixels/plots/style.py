@@ -41,7 +41,7 @@ def read(form: str, named: Named, like: Mapping[str, Floats] | None = None) -> d
         ValueError: if there are no arrays, or names, shapes or values differ from what is wanted.
     """
     if not (named or like) or (like is not None and named.keys() - like.keys()):
-        raise ValueError(f"there are {sorted(named)}; wanted {f'some of {sorted(like)}' if like else 'at least one'}")
+        raise ValueError(f"names are {sorted(named)}; wanted {f'some of {sorted(like)}' if like else 'at least one'}")
     arrays = {k: np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x, np.float64) for k, x in named.items()}
     axes, shape = form.split(), next(iter((like or arrays).values())).shape
     for name, x in arrays.items():

@@ -150,7 +150,8 @@ def what_if(
     found = infer(guide, images, n_objects, n_samples=n_samples) if inferred is None else inferred
     if len(found.mean) != len(images) or found.mean.shape[2] != T:
         raise ValueError(
-            f"inferred has means {tuple(found.mean.shape)} for images {tuple(images.shape)}; give infer of these images"
+            f"inferred has means {tuple(found.mean.shape)} for images {tuple(images.shape)}; "
+            "give the result of infer for these images"
         )
     h = posterior_states(model.dynamics, found.samples)
     assert found.samples is not None

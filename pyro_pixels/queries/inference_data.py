@@ -278,7 +278,7 @@ def _check_options(
     if n_bytes > MAX_BYTES:
         raise ValueError(
             f"{n_samples:,} samples of the images of {len(images):,} sequences take {n_bytes:,} bytes, more than "
-            f"{MAX_BYTES:,}; ask for fewer samples, or about fewer sequences"
+            f"{MAX_BYTES:,}; request fewer samples, or pass fewer sequences"
         )
     wanted = (len(images), int(n_objects.max()), images.shape[1], 2)
     if positions is not None and positions.shape != wanted:

@@ -88,7 +88,7 @@ def posterior_states(dynamics: Dynamics, samples: Tensor | None, observed: Tenso
         ValueError: if there are no samples.
     """
     if samples is None:
-        raise ValueError("there are no samples to average over; ask for some with n_samples=100")
+        raise ValueError("there are no samples to average over; request them with n_samples=100")
     each = smooth(dynamics, samples, observed)
     z = torch.distributions.Categorical(probs=each.p_z, validate_args=False).sample()
     h = kalman.sample_posterior(select_component(dynamics.lgssm(), z), samples, observed)
@@ -112,7 +112,7 @@ def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Pr
         ValueError: if the prediction has no samples.
     """
     if prediction.samples is None:
-        raise ValueError("the prediction has no samples to average over; ask for some with n_samples=100")
+        raise ValueError("the prediction has no samples to average over; request them with n_samples=100")
     a, observed = prediction.samples, prediction.observed
     lgssm, h = model.dynamics.lgssm(), posterior_states(model.dynamics, a, observed)
     unseen = kalman.observation_moments(lgssm, Gaussians(h.mean, h.cov))

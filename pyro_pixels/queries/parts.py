@@ -96,7 +96,7 @@ def _parts_of(given: dict[str, Any], with_images: bool) -> list[dict[str, Any]]:
     if with_images and n_bytes > MAX_BYTES:
         raise ValueError(
             f"the images of {B:,} sequences with {samples:,} samples each would take {n_bytes:,} bytes, more than "
-            f"{MAX_BYTES:,}; ask about fewer at a time"
+            f"{MAX_BYTES:,}; pass fewer sequences at a time"
         )
     n_objects = counts(n_objects, B, images)
     mask = observed if isinstance(observed, Tensor) and observed.dim() > 1 else None

@@ -96,7 +96,7 @@ def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tens
 def render(model: PixelModel, a: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
     """Renders positions (..., B, N, T, 2) as expected images (..., B, T, H, W), Eqs (1)-(2)."""
     if not isinstance(a, Tensor) or a.dim() < 4 or a.shape[-1] != 2:
-        raise ValueError(f"positions are {tuple(getattr(a, 'shape', ()))}; wanted (..., B, N, T, 2)")
+        raise ValueError(f"positions have shape {tuple(getattr(a, 'shape', ()))}; wanted (..., B, N, T, 2)")
     present = object_mask(counts(n_objects, a.shape[-4], a), a.shape[-3])
     rows = rows_of_parts(a.shape[-4], a[..., :1, :1, :, 0].numel() * model.renderer.height * model.renderer.width)
     return join((model.likelihood.mean(model.renderer(a[..., row, :, :, :], present[row])) for row in rows), rows, -4)
@@ -156,14 +156,14 @@ def generate(
     check_values(images)
     tau = images.shape[1]
     if n_frames <= tau:
-        raise ValueError(f"{tau} frames are seen of {n_frames}; n_frames counts the seen ones, so give more than {tau}")
+        raise ValueError(f"n_frames is {n_frames} and includes the {tau} observed frames; give more than {tau}")
     unseen = images.new_zeros(len(images), n_frames - tau, *images.shape[2:])
     observed = torch.arange(n_frames, device=images.device) < tau
     unknown = unseen_frames(images)
     if bool(unknown.any()):  # each sequence has its own observed frames
         observed = (observed & ~F.pad(unknown, (0, n_frames - tau))).unsqueeze(1)
         if not bool(observed.any(-1).all()):
-            raise ValueError("a sequence has no frame that was seen, all are NaN; leave it out")
+            raise ValueError("a sequence has no observed frame (all are NaN); leave it out")
     return _predict(model, guide, torch.cat([images, unseen], 1), n_objects, observed, n_samples, covariances)
 
 

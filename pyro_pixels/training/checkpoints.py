@@ -56,11 +56,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
-            f"{path} holds more than weights and is not opened; use only checkpoints that this package wrote"
+            f"{path} holds more than weights and was not opened; use only checkpoints that this package wrote"
         ) from None
     except Exception as error:  # a damaged file can make the reader raise anything
         raise ValueError(
-            f"{path} is not a whole checkpoint ({_first_line(error)}); train again or restore a copy"
+            f"{path} is not a complete checkpoint ({_first_line(error)}); train again or restore a copy"
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this package (format {FORMAT}); train again with this version")
@@ -81,7 +81,7 @@ def _check_archive(path: Path, content: bytes) -> None:
     except Exception as error:  # zipfile raises many kinds
         wrong = _first_line(error)
     if wrong is not None:
-        raise ValueError(f"{path} is not a whole checkpoint ({wrong}); train again or restore a copy")
+        raise ValueError(f"{path} is not a complete checkpoint ({wrong}); train again or restore a copy")
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, Any], path: str | Path) -> None:
@@ -131,10 +131,10 @@ def read_lines(run_dir: Path) -> list[dict[str, float]]:
                 raise ValueError("it has no step")
         except (ValueError, RecursionError) as error:
             if i == len(rows) - 1 and not content.endswith(b"\n"):
-                warnings.warn(f"the last line of {path} is not whole and is left out", stacklevel=2)
+                warnings.warn(f"the last line of {path} is incomplete and is ignored", stacklevel=2)
                 break
             raise ValueError(
-                f"line {i + 1} of {path} is no line of metrics ({_first_line(error)}); restore a copy, or delete it"
+                f"line {i + 1} of {path} is not a line of metrics ({_first_line(error)}); restore a copy, or delete it"
             ) from None
         lines.append(line)
     return lines

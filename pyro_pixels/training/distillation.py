@@ -46,7 +46,7 @@ class GivenTracks(AnnealedELBO):
             ValueError: if no tracks are given.
         """
         if len(args) != 3:
-            raise ValueError("GivenTracks needs tracks; give them to fit, such as tracks=draw_tracks(teacher, data)")
+            raise ValueError("GivenTracks needs tracks; pass them to fit, such as tracks=draw_tracks(teacher, data)")
         images, n_objects, tracks = args
         q_a = guide.q(images, n_objects)
         log_q = log_prob_in_best_order(q_a, tracks[:, : q_a.batch_shape[1]], n_objects)
@@ -84,7 +84,7 @@ def log_prob_in_best_order(q_a: dist.TorchDistribution, a: Tensor, n_objects: Te
     """
     N = a.shape[1]
     if N > MOST_OBJECTS:
-        raise ValueError(f"there are {N} objects; all their orders can be gone through for at most {MOST_OBJECTS}")
+        raise ValueError(f"there are {N} objects; all their orders can be compared for at most {MOST_OBJECTS}")
     n = torch.arange(N, device=a.device)
     rolled = [q_a.log_prob(a.roll(-shift, 1)) for shift in range(N)]  # of track n + shift as the guide's object n
     shift = (n - n.unsqueeze(-1)) % N

@@ -59,7 +59,7 @@ def fit(
     if candidates and not 1 <= candidate_steps <= schedule.steps:
         raise ValueError(f"candidate_steps is {candidate_steps}; wanted between 1 and steps, {schedule.steps}")
     if candidates and n_processes() > 1:
-        raise ValueError("candidates are compared in one process; leave them out of a torchrun")
+        raise ValueError("candidates are compared in one process; leave them out under torchrun")
     training = Training(model, guide, data, schedule, **options)
     shared: TrainingOptions = {**options, "run_dir": None, "validation": None, "on_evaluation": None, "config": None}
     others = [
@@ -81,7 +81,7 @@ def fit_together(trainings: Sequence[Training], *, resume: bool = False, progres
     errors are as in `fit`; all trainings must have the same number of steps.
     """
     if len({t.n_steps for t in trainings}) != 1:
-        raise ValueError("trainings differ in their numbers of steps; wanted at least one, and the same for all")
+        raise ValueError("trainings differ in their numbers of steps; wanted at least one, all with the same number")
     with prepared(trainings, resume) as stop:
         total, first = trainings[0].n_steps, min(t.step for t in trainings)
         with tqdm(total=total, initial=first, disable=not progress, unit="step", mininterval=0.5) as bar:

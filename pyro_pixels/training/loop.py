@@ -107,9 +107,7 @@ class Loop(ABC):
         if resume:
             lines = self._load()
         elif self.run_dir is not None and (self.run_dir / "checkpoint.pt").exists():
-            raise ValueError(
-                f"{self.run_dir} holds a trained run; give resume=True to go on with it, or another folder"
-            )
+            raise ValueError(f"{self.run_dir} holds a trained run; give resume=True to continue it, or another folder")
         if self.run_dir is not None and is_first_process():  # everything read has been checked, so writing is safe
             if self.config is not None:
                 write_config(self.run_dir, self.config)
@@ -185,7 +183,7 @@ class Loop(ABC):
             return
         state, bad = self._state(), self._not_finite()  # needs all processes
         if bad is not None:
-            raise FloatingPointError(f"{bad} is not finite by step {self.step}; {self._kept()}")
+            raise FloatingPointError(f"{bad} is not finite at step {self.step}; {self._kept()}")
         if is_first_process():
             check_still_there(self.run_dir)
             save_checkpoint(self.run_dir / "checkpoint.pt", state)
@@ -193,7 +191,7 @@ class Loop(ABC):
     def _load(self) -> list[dict[str, float]]:
         """Restores the checkpoint, after checking all of it, and returns the lines of metrics up to its step."""
         if self.run_dir is None:
-            raise ValueError("resume needs run_dir, the folder of the run to go on with")
+            raise ValueError("resume needs run_dir, the folder of the run to continue")
         path = self.run_dir / "checkpoint.pt"
         state = load_checkpoint(path)
         self._check(state, path)

@@ -114,6 +114,6 @@ def check_prefixes(schedule: Schedule, names: Collection[str]) -> None:
             if not any(name.startswith(prefix) for name in names):
                 near = difflib.get_close_matches(prefix, [*names, *{name.rpartition(".")[0] for name in names}], 1)
                 raise ValueError(
-                    f"{option} has '{prefix}', with which the name of no parameter begins; "
-                    + (f"did you mean '{near[0]}'?" if near else f"names are such as '{next(iter(names))}'")
+                    f"{option} has '{prefix}', which is not a prefix of any parameter name; "
+                    + (f"did you mean '{near[0]}'?" if near else f"names look like '{next(iter(names))}'")
                 )

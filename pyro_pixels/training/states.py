@@ -37,7 +37,7 @@ def check_weights(module: nn.Module, weights: Any, path: str | Path) -> None:
     wrong += [f"{k}: unknown" for k in sorted(weights.keys() - fixed.keys() - free.keys())]
     if wrong:
         raise ValueError(
-            f"{path} is of another configuration ({len(wrong)} weights do not fit, such as {wrong[0]}); "
+            f"{path} has another configuration ({len(wrong)} weights do not fit, such as {wrong[0]}); "
             "use the configuration it was trained with (config.json beside it) or another folder"
         )
     for name, x in weights.items():
@@ -46,7 +46,7 @@ def check_weights(module: nn.Module, weights: Any, path: str | Path) -> None:
             raise ValueError(f"{path} has {name} of type {x.dtype}; wanted {dtype}. Train again, or restore a copy")
         if not is_finite(x):
             raise ValueError(
-                f"{path} has values in {name} that are not finite; train again, or restore a copy from before"
+                f"{path} has values in {name} that are not finite; train again, or restore an earlier copy"
             )
 
 
@@ -73,14 +73,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str | Pa
         raise ValueError(f"{path} holds no state of the optimiser; train again, or restore a copy")
     if [group.get("params") if isinstance(group, Mapping) else None for group in groups] != [g["params"] for g in own]:
         raise ValueError(
-            f"{path} has an optimiser of other parameters; resume with the learning_rate_factors it was trained with"
+            f"{path} has the optimiser state of other parameters; "
+            "resume with the learning_rate_factors it was trained with"
         )
     for i, kept in state["state"].items():
         if not isinstance(i, int) or not 0 <= i < len(parameters) or not isinstance(kept, Mapping):
-            raise ValueError(f"{path} has an optimiser's state of a parameter that is not there; restore a copy")
+            raise ValueError(f"{path} has the optimiser state of a parameter that does not exist; restore a copy")
         shapes = {"step": (), "exp_avg": parameters[i].shape, "exp_avg_sq": parameters[i].shape}
         if kept.keys() != shapes.keys():
-            raise ValueError(f"{path} has an optimiser's state of {sorted(map(str, kept))}; wanted {sorted(shapes)}")
+            raise ValueError(f"{path} has an optimiser state with {sorted(map(str, kept))}; wanted {sorted(shapes)}")
         for name, x in kept.items():
             if not isinstance(x, Tensor) or x.shape != shapes[name] or x.layout != torch.strided:
                 raise ValueError(
@@ -88,9 +89,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, state: Any, path: str | Pa
                     "Train again, or restore a copy"
                 )
             if not x.is_floating_point() or not is_finite(x) or (name != "exp_avg" and bool((x < 0).any())):
-                raise ValueError(
-                    f"{path} has {name} of parameter {i} with values that the optimiser cannot have; restore a copy"
-                )
+                raise ValueError(f"{path} has impossible values in {name} of parameter {i}; restore a copy")
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -135,7 +134,7 @@ def check_same_data(state: Mapping[str, Any], own: Mapping[str, str | None], pat
         kept = state.get(name)
         if kept is not None and mark is not None and kept != mark:
             raise ValueError(
-                f"{path} was trained on other sequences than the given ones ({name} {str(kept)[:12]}, not "
+                f"{path} was trained on sequences other than the given ones ({name} {str(kept)[:12]}, not "
                 f"{mark[:12]}); restore the file it was trained on, or train another run on this one"
             )
 

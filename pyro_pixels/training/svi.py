@@ -100,7 +100,7 @@ class Training(Loop):
         self.data, self.images, self.n_objects = data, data.images.to(self.device), data.n_objects.to(self.device)
         self.tracks = None if tracks is None else tracks.to(self.device)
         if tracks is not None and tracks.shape[:1] != data.n_objects.shape:
-            raise ValueError(f"there are {len(tracks)} tracks for {len(data)} sequences; wanted as many of both")
+            raise ValueError(f"there are {len(tracks)} tracks for {len(data)} sequences; wanted one per sequence")
         self.batches = Batches(data, schedule, seed)
         elbo = self._objective()
         loss = elbo(model, guide)  # a module: its parameters are the model's and the guide's
@@ -246,7 +246,7 @@ class Training(Loop):
     def _diverged(self, what: str, said: str = "") -> str:
         """Returns the error message for ``what`` that is not finite."""
         return (
-            f"{what} is not finite by step {self.step}{said and f' ({said})'}; {self._kept()}. Try a smaller learning "
+            f"{what} is not finite at step {self.step}{said and f' ({said})'}; {self._kept()}. Try a smaller learning "
             "rate, clip_norm, or a larger position_noise_floor"
         )
 

@@ -45,10 +45,10 @@ def check_film(data: ImageSequences) -> list[str]:
     frames, counts = white[seen], np.repeat(part.n_objects.numpy(), seen.sum(1))
     found, sizes = count_components(frames)
     if not len(sizes):
-        return [*warnings, "no frame shows an object of 2 or more pixels; threshold lower (prepare.py --threshold)"]
+        return [*warnings, "no frame shows an object of 2 or more pixels; lower the threshold (prepare.py --threshold)"]
     middle = float(np.median(sizes))
     if middle < SMALLEST * 2:
-        warnings.append(f"objects cover {middle:.0f} pixels: prepare the film larger (prepare.py --size)")
+        warnings.append(f"objects cover {middle:.0f} pixels: prepare the film at a larger size (prepare.py --size)")
     if middle > H * W / 4:
         warnings.append(f"objects cover {middle / H / W:.0%} of the image: raise the threshold, or crop less")
     empty = float((found == 0).mean())
@@ -58,22 +58,22 @@ def check_film(data: ImageSequences) -> list[str]:
     others = evidence.statistics.others
     if more > 0.2:
         warnings.append(
-            f"{more:.0%} of the frames show more objects than n_objects says: objects come and go, or the background "
+            f"{more:.0%} of the frames show more objects than n_objects: objects come and go, or the background "
             "shows (prepare.py --n-objects, --threshold, --background median, or --background local where it moves)"
-            + ("; what remains of it is allowed for" if others else "")
+            + ("; the rest is modelled as clutter" if others else "")
         )
     elif others:
         warnings.append(
-            f"{others * H * W:.0f} pixels a frame show things that are none of the objects. "
-            "They are allowed for; what is blurred, and uneven light, can be taken off (prepare.py --background local)"
+            f"{others * H * W:.0f} pixels per frame belong to none of the objects. "
+            "They are modelled; blurred objects and uneven light can be removed (prepare.py --background local)"
         )
     if fewer > 0.2:
-        warnings.append(f"{fewer:.0%} of the frames show fewer objects than n_objects says (prepare.py --n-objects)")
+        warnings.append(f"{fewer:.0%} of the frames show fewer objects than n_objects (prepare.py --n-objects)")
     edge = frames[:, [0, -1]].any((1, 2)) | frames[:, :, [0, -1]].any((1, 2))
     if float(edge.mean()) > 0.2:
         warnings.append(
-            f"objects touch the edge in {float(edge.mean()):.0%} of the frames: what leaves the image is not followed; "
-            "crop wider, or cut where objects enter and leave (prepare.py --crop, --frames)"
+            f"objects touch the edge in {float(edge.mean()):.0%} of the frames: objects cannot be tracked outside the "
+            "image; crop wider, or cut where objects enter and leave (prepare.py --crop, --frames)"
         )
     return warnings + _motion(weights, part)
 
@@ -99,7 +99,7 @@ def _motion(weights: NDArray[np.float32], data: ImageSequences) -> list[str]:
         far = float(np.abs(weights[:, 3:] - weights[:, :-3]).mean())
         if near > 0.97 * far and far > 1e-4:
             warnings.append(
-                "neighbouring frames differ as much as frames three apart: the frames are not in the order of time, "
-                "or the film is too slow for the motion"
+                "neighbouring frames differ as much as frames three apart: the frames are not in temporal order, "
+                "or the frame rate is too low for the motion"
             )
     return warnings

@@ -118,10 +118,12 @@ def prepare_video(
     films = [film for film, _ in read]
     if n_objects is None:
         n_objects = _numbers_beside([origin for _, origin in read])
-        notes += [] if n_objects is None else ["n_objects are those of the file; --n-objects says otherwise"]
+        notes += [] if n_objects is None else ["n_objects is read from the file; override it with --n-objects"]
     shape = films[0].shape[1:]
     if any(f.shape[1:] != shape for f in films):
-        raise ValueError(f"films differ in size, {sorted({f.shape[1:] for f in films})}; prepare those of one size")
+        raise ValueError(
+            f"films differ in size, {sorted({f.shape[1:] for f in films})}; prepare films of one size at a time"
+        )
     short = [len(f) for f in films if len(f) < 2]
     if short:
         raise ValueError("a film has 1 frame, which shows no motion; give frames in one file, a folder or a glob")
@@ -138,15 +140,17 @@ def prepare_video(
                  f"shrunk to {shrunk[0].shape[1]} x {shrunk[0].shape[2]}")  # fmt: skip
     if scale < COARSE:
         notes.append(
-            f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, and objects of fewer are lost: "
-            "crop to where they are (--crop), or keep more (--size)"
+            f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, so smaller objects are lost: "
+            "crop to where objects are (--crop), or keep more pixels (--size)"
         )
     excess = [f - np.median(f) for f in shrunk]
     everything = np.concatenate([x.ravel() for x in excess])
     low, high = np.quantile(everything, (0.002, 0.998))
     found = bool(-low > 1.2 * high)
     invert = found if invert is None else invert
-    notes.append(f"objects are {'darker' if invert else 'brighter'} than the ground{', inverted' if invert else ''}")
+    notes.append(
+        f"objects are {'darker' if invert else 'brighter'} than the background{', inverted' if invert else ''}"
+    )
     excess = [-x if invert else x for x in excess]
     excess, said = _without_background(excess, background, n_objects)
     notes.append(said)
@@ -210,7 +214,7 @@ def load_source(path: str | Path) -> Source | None:
         films = tuple(Origin(str(path), int(i)) for path, i in values.get("films", ()))
         return Source(values["scale"], offset, corner, size, first, films, values.get("axes"))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: its map to the film is damaged ({error}); make it anew with prepare.py") from None
+        raise ValueError(f"{path}: its map to the film is damaged ({error}); create it again with prepare.py") from None
 
 
 def _shrink(films: list[Film], size: int) -> tuple[list[Film], float]:
@@ -273,7 +277,7 @@ def _cuts(
     """Returns (film, first frame) of each sequence, and T."""
     if frames is None and max(lengths) <= LONG:
         if stride is not None:
-            raise ValueError(f"stride is {stride} without frames; say how long sequences are (--frames)")
+            raise ValueError(f"stride is {stride} without frames; give the length of sequences (--frames)")
         return [(i, 0) for i in range(len(lengths))], max(lengths)
     T = frames or CUT
     if T < 2 or max(lengths) < T:
@@ -325,7 +329,7 @@ def _numbers(
         elif len(n_objects) == n_films:
             n = [int(n_objects[i]) for i in film]
         else:
-            raise ValueError(f"there are {len(n_objects)} n_objects for {len(counts)} sequences of {n_films} films")
+            raise ValueError(f"n_objects has length {len(n_objects)} for {len(counts)} sequences of {n_films} films")
         if min(n) < 1:
             raise ValueError(f"n_objects has the value {min(n)}; every sequence needs at least 1 object")
         return n, [True] * len(n)

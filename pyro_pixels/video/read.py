@@ -124,12 +124,12 @@ def _read_file(path: Path, axes: str | None) -> list[Film]:
             frames = list(optional("imageio.v3").imiter(path, plugin="pillow", mode="RGB"))
         else:
             raise ValueError(
-                f"{path.name} is of an unknown kind; wanted {sorted(PICTURES | MOVIES | ANIMATIONS | ARRAYS)}"
+                f"{path.name} has an unknown format; wanted {sorted(PICTURES | MOVIES | ANIMATIONS | ARRAYS)}"
             )
     except ValueError:
         raise
     except Exception as error:  # damaged files make readers raise errors of any kind
-        raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it whole?") from None
+        raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it complete?") from None
     if not frames:
         raise ValueError(f"{path} has no frames")
     return [to_unit(np.stack([to_grey(f, f.ndim == 3) for f in frames]), str(path))]
@@ -142,7 +142,7 @@ def _load_array(path: Path) -> NDArray[Any]:
         arrays = read_arrays(path)
         name = "images" if "images" in arrays else next(iter(arrays))
         if name != "images" and len(arrays) > 1:
-            raise ValueError(f"has the arrays {sorted(arrays)}; call the film 'images'")
+            raise ValueError(f"has the arrays {sorted(arrays)}; name the film's array 'images'")
         return arrays[name]
     except (OSError, ValueError, EOFError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read as an array: {_first_line(error)}") from None
@@ -152,7 +152,7 @@ def _from_array(x: NDArray[Any], axes: str | None, where: str) -> list[Film]:
     if axes is not None:
         letters = axes.upper()
         if len(letters) != x.ndim or len(set(letters)) != x.ndim or not {"T", "H", "W"} <= set(letters) <= set("NTHWC"):
-            raise ValueError(f"axes is '{axes}' for an array of shape {x.shape}; wanted letters of NTHWC, one an axis")
+            raise ValueError(f"axes is '{axes}' for an array of shape {x.shape}; wanted letters of NTHWC, one per axis")
         x = x.transpose([letters.index(c) for c in "NTHWC" if c in letters])
         colour, many = "C" in letters, "N" in letters
     else:
@@ -174,9 +174,9 @@ def _from_tiff(path: Path) -> Film:
     colour = axes.endswith("S")
     x = to_grey(x, colour)
     if x.ndim == 2:
-        raise ValueError(f"{path} has one frame; give a TIFF of many pages, or a folder or glob of pictures")
+        raise ValueError(f"{path} has one frame; give a multi-page TIFF, or a folder or glob of pictures")
     if x.ndim != 3:
-        raise ValueError(f"{path} has the axes {axes}; wanted one axis besides the picture's: time")
+        raise ValueError(f"{path} has the axes {axes}; wanted the picture's axes and one for time")
     return to_unit(x, str(path))
 
 
@@ -186,7 +186,7 @@ def _read_picture(path: Path) -> NDArray[Any]:
             return optional("tifffile").imread(path)
         return optional("imageio.v3").imread(path)
     except (OSError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it whole?") from None
+        raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it complete?") from None
 
 
 def to_grey(x: NDArray[Any], colour: bool) -> NDArray[Any]:

@@ -264,7 +264,7 @@ def no_file(args):
     "main, code, said",
     [
         (interrupted, 130, "stopped\n"),
-        (no_memory, 1, "error: there is not enough memory;"),
+        (no_memory, 1, "error: not enough memory;"),
         (no_file, 2, "error: missing/file: No such file or directory\n"),
     ],
 )
