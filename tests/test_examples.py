@@ -284,7 +284,7 @@ def test_objects_are_renamed_where_asked_and_can_be(tmp_path):
     for option in ("--untangle", "--refine"):
         done = script("infer", *options, option, cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert f"{option} is for guides that are independent" in done.stderr
+        assert f"{option} is for guides without dynamics" in done.stderr
 
 
 @pytest.mark.slow

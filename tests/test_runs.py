@@ -177,7 +177,7 @@ def test_the_pretrained_weights_are_small_and_good(name, bound, generation):
     ("options", "message"),
     [
         ({"n_seen": 15}, "n_seen is 15 at either end, but sequences have 30 frames"),
-        ({"n_seen": 0}, "n_seen is 0, .* give n_seen from 1 to 14"),
+        ({"n_seen": 0}, "n_seen is 0 at .* give n_seen from 1 to 14"),
         ({"n_futures": -1}, "n_futures is -1; wanted a number of sampled futures"),
     ],
 )
