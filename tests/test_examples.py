@@ -396,7 +396,7 @@ def test_the_papers_network_is_swept_on_its_own(tmp_path):
     assert len(ceiling["test"]["error_px"]) == 3
     done = script("sweep_recurrent", "--suite", "ablation", "--only", "no such row", *options, cwd=tmp_path)
     assert done.returncode == 2
-    assert "no row 'no such row'" in done.stderr
+    assert "no variant 'no such row'" in done.stderr
     done = script("learning_curves", "--summary", "r/seeds.json", cwd=tmp_path)
     assert done.returncode == 2
     assert "r/seeds.json has no learning curves" in done.stderr  # of one point each
