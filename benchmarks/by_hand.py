@@ -73,7 +73,7 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
         variants |= {f"without {piece}": partial(plain, piece) for piece in pieces}
         if watch.device.type == "cuda":
             variants["with the fused recursion"] = fused
-        calls = {key: _within(variant, make_step(OurStep, config, watch.device)) for key, variant in variants.items()}
+        calls = {key: within(variant, make_step(OurStep, config, watch.device)) for key, variant in variants.items()}
         for call in (call for call in calls.values() for _ in range(WARM_UP + 1) if watch.device.type == "cuda"):
             call()  # recorded before it is timed
         found[name] = watch.compare(calls)
@@ -84,7 +84,9 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
     return {"seconds": found}
 
 
-def _within(variant: Callable[[], AbstractContextManager[None]], step: Callable[[], object]) -> Callable[[], None]:
+def within(variant: Callable[[], AbstractContextManager[None]], step: Callable[[], object]) -> Callable[[], None]:
+    """Returns a call that takes a step within a context."""
+
     def call() -> None:
         with variant():
             step()

@@ -1,9 +1,9 @@
 """Runs all jobs that need a GPU, most useful first: `make gpu`, or `make gpu ARGS="--minutes 9"` on a borrowed one.
 
-Jobs are the tests, steps beside the literal program, the quickstart, several seeds at once, and trainings at the
-paper's size. Each writes a small JSON file to --results with its measurements, device, driver, versions and commit.
-Finished jobs are not repeated. When time is up, the running training receives SIGTERM, saves, and resumes the next
-time. At the end the tables are inserted into the pages, between their markers <!-- begin gpu ... -->.
+Jobs are the tests, steps beside the literal program, the quickstart, steps with other kernels, several seeds at once,
+and trainings at the paper's size. Each writes a small JSON file to --results with its measurements, device, driver,
+versions and commit. Finished jobs are not repeated. When time is up, the running training receives SIGTERM, saves, and
+resumes the next time. At the end the tables are inserted into the pages, between their markers <!-- begin gpu ... -->.
 """
 
 from examples._common import device_of, start, write_json
@@ -64,6 +64,8 @@ class Job:
     """Seconds that must be left, besides `GRACE`, for the job to start."""
     then: Callable[[Arguments], Sequence[str]] | None = None
     """Command to run once the first has succeeded, such as an evaluation."""
+    fused: bool = False
+    """Whether the recursion uses Triton kernels (`guides/fused_recurrence.py`)."""
 
 
 def folder(args: Arguments, name: str) -> Path:
@@ -153,8 +155,8 @@ def edlstm(args: Arguments) -> list[str]:
     return [*script, *options, *again]
 
 
-def trained(name: str, *options: str, least: float = 60) -> Job:
-    return Job(name, training(name, *options), learned, least, evaluation(name))
+def trained(name: str, *options: str, fused: bool = False) -> Job:
+    return Job(name, training(name, *options), learned, 60, evaluation(name), fused)
 
 
 JOBS = (
@@ -162,7 +164,8 @@ JOBS = (
     Job("steps", bench("steps", "step", paper=True), lambda at, args: read(at / "steps.json"), 60),
     Job("quickstart", quickstart, learned, 40),
     Job("by_hand", bench("by_hand", "by_hand"), lambda at, args: read(at / "by_hand.json"), 60),
-    trained("paper_learned", "--preset", "paper_learned", "--precision", "high"),
+    Job("tf32", bench("tf32", "tf32"), lambda at, args: read(at / "tf32.json"), 60),
+    trained("paper_learned", "--preset", "paper_learned", "--precision", "high", fused=True),
     Job("seeds", seeds, rates, 60),
     trained("paper", "--preset", "paper", "--precision", "high"),
     trained("paper_structured", "--preset", "paper", "--guide", "structured", "--precision", "high"),
@@ -186,10 +189,10 @@ def measured_with(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run(command: Sequence[str], left: float, log: Path) -> tuple[int, bool]:
+def run(command: Sequence[str], left: float, log: Path, *, fused: bool = False) -> tuple[int, bool]:
     """Runs a script until it ends or time is up; returns its exit code, and whether it was stopped."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages may be elsewhere
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path} | ({"PYRO_PIXELS_FUSED": "1"} if fused else {})
     with (
         log.open("a") as out,
         subprocess.Popen(
@@ -213,9 +216,9 @@ def do(job: Job, args: Arguments, results: Path, until: float, about: dict[str, 
     at.mkdir(parents=True, exist_ok=True)
     before = 0.0 if args.again else (read(file) or {}).get("seconds", 0.0)
     begun = time.monotonic()
-    code, stopped = run(job.command(args), until - begun, at / "log.txt")
+    code, stopped = run(job.command(args), until - begun, at / "log.txt", fused=job.fused)
     if code == 0 and not stopped and job.then is not None:
-        code, stopped = run(job.then(args), until - time.monotonic(), at / "log.txt")
+        code, stopped = run(job.then(args), until - time.monotonic(), at / "log.txt", fused=job.fused)
     state = "stopped" if stopped or code == 130 else "done" if code == 0 else "failed"
     try:
         found = job.measured(at, args)

@@ -62,6 +62,11 @@ def speed(results: dict[str, Found]) -> str:
             [f"{of}, {variant}", f"{1e3 * statistics.median(each):.2f} ms", f"as it is {1e3 * as_it_is:.2f} ms"]
             for variant, each in times.items()
         ]
+    tf32 = (results.get("tf32", {}).get("found") or {}).get("tf32", {}).get("seconds", {})
+    for N, times in {**tf32, "mean over N": _mean_over(tf32)}.items() if tf32 else ():
+        ms = {variant: f"{1e3 * statistics.median(each):.2f} ms" for variant, each in times.items()}
+        beside = {variant: "-" if variant == "as it is" else f"as it is {ms['as it is']}" for variant in ms}
+        rows += [[f"paper step, TF32, {N}, {variant}", ms[variant], beside[variant]] for variant in ms]
     for row in (results.get("probe", {}).get("found") or {}).get("rows", []):
         rows.append([row["what"], row["value"], row.get("beside", "-")])
     if "quickstart" in results:
@@ -70,6 +75,12 @@ def speed(results: dict[str, Found]) -> str:
     if rate:
         rows.append([f"{len(rate)} seeds at once", f"{statistics.median(rate):.0f} rounds a second", "-"])
     return f"{markdown(['what', 'measured', 'beside'], rows)}\n\n{where(results)}" if rows else ""
+
+
+def _mean_over(by_n: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Returns by variant the mean over N of the times in each round."""
+    variants = next(iter(by_n.values()), {})
+    return {variant: [statistics.fmean(x) for x in zip(*(of[variant] for of in by_n.values()))] for variant in variants}
 
 
 def learning(results: dict[str, Found]) -> str:

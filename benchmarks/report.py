@@ -122,15 +122,25 @@ def by_hand(r: Results) -> str:
     return markdown(["step, N = 3, or density", "variant", "ms", "longer by"], rows)
 
 
+def tf32(r: Results) -> str:
+    by_n, variants = r["seconds"], next(iter(r["seconds"].values()))
+    rows = []
+    for variant in variants:
+        each = [of[variant] for of in by_n.values()]
+        mean = [statistics.fmean(times) for times in zip(*each)]
+        rows.append([variant, *map(milliseconds, (mean, *each))])
+    return markdown(["paper's step in TF32, ms", "mean over N", *by_n], rows)
+
+
 def parts_of_step(r: Results) -> str:
     rows = [[part, *(f"{1e3 * s:.1f}" if s else "-" for s in of.values())] for part, of in r["seconds"].items()]
     return markdown(["part, ms on one thread", "N = 1", "N = 2", "N = 3"], rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "step": step, "against": against, "by_hand": by_hand, "parts_of_step": parts_of_step, "density": density,
-    "queries": queries, "memory": memory, "growth": growth, "memory_growth": memory_growth, "paper_step": step,
-    "paper_memory": memory,
+    "step": step, "against": against, "by_hand": by_hand, "parts_of_step": parts_of_step, "tf32": tf32,
+    "density": density, "queries": queries, "memory": memory, "growth": growth, "memory_growth": memory_growth,
+    "paper_step": step, "paper_memory": memory,
 }  # fmt: skip
 
 
