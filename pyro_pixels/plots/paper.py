@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from pyro_pixels._files import atomic_write
@@ -218,7 +219,8 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
     step, bound = np.concatenate([line.get_xydata() for line in axes[0].lines]).T
     low, high = bound[step >= step.max() / 10].min(), bound.max()
     axes[0].set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
-    axes[2].set_yscale("log")
+    axes[2].set_yscale("log", subs=[])
+    axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for ax, label in zip(axes, ("nats per frame", "KL per frame", "KL weight")):
         style_axes(ax, "step" if ax is axes[-1] else "", label)
         ax.yaxis.set_major_formatter("{x:g}")
