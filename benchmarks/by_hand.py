@@ -14,6 +14,7 @@ import torch
 from benchmarks.densities import METHODS, TRACKS, value_and_gradients
 from benchmarks.steps import OurStep, make_step, with_objects
 from benchmarks.timing import Stopwatch
+from pyro_pixels.guides import fused as kernels
 from pyro_pixels.guides import recurrence, structured
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.presets import PRESETS
@@ -48,12 +49,12 @@ def plain(name: str) -> Iterator[None]:
 
 @contextmanager
 def fused() -> Iterator[None]:
-    """Runs the recursion with Triton kernels within the context, where they can be used."""
-    before, recurrence.FUSED = recurrence.FUSED, True
+    """Uses Triton kernels within the context, where they can be used."""
+    before, kernels.ENABLED = kernels.ENABLED, True
     try:
         yield
     finally:
-        recurrence.FUSED = before
+        kernels.ENABLED = before
 
 
 def measure(watch: Stopwatch) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
         variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"as it is": nullcontext}
         variants |= {f"without {piece}": partial(plain, piece) for piece in pieces}
         if watch.device.type == "cuda":
-            variants["with the fused recursion"] = fused
+            variants["with fused kernels"] = fused
         calls = {key: within(variant, make_step(OurStep, config, watch.device)) for key, variant in variants.items()}
         for call in (call for call in calls.values() for _ in range(WARM_UP + 1) if watch.device.type == "cuda"):
             call()  # recorded before it is timed

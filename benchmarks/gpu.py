@@ -65,7 +65,7 @@ class Job:
     then: Callable[[Arguments], Sequence[str]] | None = None
     """Command to run once the first has succeeded, such as an evaluation."""
     fused: bool = False
-    """Whether the recursion uses Triton kernels (`guides/fused_recurrence.py`)."""
+    """Whether Triton kernels are used (`guides/fused.py`)."""
 
 
 def folder(args: Arguments, name: str) -> Path:

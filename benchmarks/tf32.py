@@ -27,7 +27,7 @@ def tf32() -> Iterator[None]:
 
 @contextmanager
 def fused_cublaslt() -> Iterator[None]:
-    """Runs the recursion with Triton kernels and all products with cuBLASLt within the context."""
+    """Uses Triton kernels and cuBLASLt for all products within the context."""
     before = torch.backends.cuda.preferred_blas_library()
     torch.backends.cuda.preferred_blas_library("cublaslt")
     try:
@@ -42,7 +42,7 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
     config = replace(PRESETS["paper"], guide="recurrent")
     variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"as it is": nullcontext}
     if watch.device.type == "cuda":
-        variants |= {"with the fused recursion": fused, "with the fused recursion and cuBLASLt": fused_cublaslt}
+        variants |= {"with fused kernels": fused, "with fused kernels and cuBLASLt": fused_cublaslt}
     found = {}
     with tf32():
         for N in config.data.n_objects:

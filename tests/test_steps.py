@@ -16,7 +16,8 @@ from rehearsal import RehearsedSteps, record, rehearse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_pixels._batch import Known, knowing
-from pyro_pixels.guides import recurrence
+from pyro_pixels.guides import following, recurrence
+from pyro_pixels.guides import fused as fused_kernels
 from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.training.checkpoints import load_checkpoint
 from pyro_pixels.training.elbo import AnnealedELBO
@@ -248,7 +249,7 @@ def test_replayed_steps_learn_as_plain_ones_do(kind, fused, small_data, monkeypa
     """A deterministic loss would be needed for equal numbers; the same seed draws others in a graph. So: the bound."""
     bounds = []
     for steps_of in (Steps, CapturedSteps):
-        monkeypatch.setattr(recurrence, "FUSED", fused and steps_of is CapturedSteps)
+        monkeypatch.setattr(fused_kernels, "ENABLED", fused and steps_of is CapturedSteps)
         model, guide = (module.cuda() for module in pair(kind))
         elbo = AnnealedELBO()
         loss = elbo(model, guide)
@@ -268,4 +269,7 @@ def test_replayed_steps_learn_as_plain_ones_do(kind, fused, small_data, monkeypa
         bounds.append(float(log_likelihood - kl) / 50)
     assert bounds[1] == pytest.approx(bounds[0], rel=0.1)
     if fused:
-        assert recurrence._fused(next(loss.parameters()).device) is not recurrence._Recurrence
+        chosen = {plain: function for (plain, _), function in fused_kernels._CHOSEN.items()}
+        assert recurrence._Recurrence in chosen
+        assert kind == "recurrent" or following.follow_reference in chosen
+        assert all(function is not plain for plain, function in chosen.items())

@@ -6,7 +6,7 @@ On a GPU the number of kernels determines the time. Here the two inputs of a cel
 product serves both, and the kernel that computes a state writes it wherever it is read.
 
 Tests compare states and gradients with `recurrence.recur_reference`, on a CPU with Triton's interpreter
-(tests/test_fused_recurrence.py). Imported only where it is used, because Triton comes only with torch for CUDA.
+(tests/test_fused.py). Imported only where it is used, because Triton comes only with torch for CUDA.
 """
 
 from typing import Any
@@ -16,6 +16,8 @@ import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from pyro_pixels.guides.fused import launch
 
 BLOCK = 1024  # entries of a state per Triton program
 
@@ -117,5 +119,4 @@ def _launch(kernel: Any, n_rows: int, *args: Any) -> None:
     """Runs a kernel over rows of D entries; D is the second to last of ``args``."""
     D = args[-2]
     block = min(BLOCK, triton.next_power_of_2(D))
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensors'
-        kernel[(n_rows, triton.cdiv(D, block))](*args, BLOCK=block)
+    launch(kernel, (n_rows, triton.cdiv(D, block)), *args, BLOCK=block)

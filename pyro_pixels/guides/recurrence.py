@@ -6,19 +6,16 @@ the cells of a step and their inputs are contiguous rows. The gradient of the we
 the end instead of one per step. The first object has no object before it, which saves a product.
 tests/test_guides.py compares states and gradients with the literal double loop.
 
-On CUDA, ``PYRO_PIXELS_FUSED=1`` in the environment computes a diagonal with one product and one Triton kernel
-(`fused_recurrence`). It is off by default, because no complete training has been run with it yet.
+On CUDA a diagonal can be one product and one Triton kernel (`fused`, `fused_recurrence`).
 """
 
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from pyro_pixels.guides.fused import choose
 
 
 def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
@@ -32,7 +29,7 @@ def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
     Returns:
         The states s (N, T, B, D).
     """
-    return _function(from_image).apply(from_image, s_0, W)  # type: ignore[no-any-return]
+    return choose(from_image, _Recurrence, _fused, largest_difference).apply(from_image, s_0, W)  # type: ignore[no-any-return]
 
 
 def recur_reference(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
@@ -64,76 +61,27 @@ def _cells(x: Tensor, T: int, after: int = 0) -> list[Tensor]:
     return found
 
 
-FUSED = os.environ.get("PYRO_PIXELS_FUSED", "0") == "1"
-"""Whether Triton kernels are used where possible: on CUDA, in float32."""
+def _fused() -> Any:
+    from pyro_pixels.guides import fused_recurrence  # imports Triton
+
+    return fused_recurrence.FusedRecurrence
 
 
-_CHECKED: dict[torch.device, Any] = {}
-
-
-def _function(x: Tensor) -> Any:
-    """Returns the autograd function for tensors such as x."""
-    if not (FUSED and x.device.type == "cuda" and x.dtype == torch.float32):
-        return _Recurrence
-    if x.device not in _CHECKED:
-        if torch.cuda.is_current_stream_capturing():  # no check can run while recording
-            return _Recurrence
-        _CHECKED[x.device] = _fused(x.device)
-    return _CHECKED[x.device]
-
-
-def _fused(device: torch.device) -> Any:
-    """Returns `FusedRecurrence` if it agrees with the plain function, else the latter with a warning and the reason."""
-    try:
-        from pyro_pixels.guides import fused_recurrence  # imports Triton
-
-        difference = largest_difference(fused_recurrence.FusedRecurrence, device)
-    except Exception as error:  # a compiler may raise anything
-        difference, why = float("inf"), f"{type(error).__name__}: {error}"
-    else:
-        why = f"their results differ by {difference:.1g} from those of the plain recursion"
-    if difference < 1e-4:
-        return fused_recurrence.FusedRecurrence
-    message = f"fused kernels are disabled: {why}; the plain recursion is used, which is as accurate but slower"
-    warnings.warn(message, stacklevel=2)
-    return _Recurrence
-
-
-def largest_difference(found: Any, device: torch.device) -> float:
+def largest_difference(function: Any, device: torch.device) -> float:
     """Returns the largest difference of states and gradients, of order 1, between a function and the plain one."""
     differences = []
     for N, T, B, D in ((1, 4, 2, 70), (3, 4, 2, 70), (2, 3, 1, 1040), (4, 2, 16, 64)):
-        with torch.inference_mode(False), torch.enable_grad(), _full_precision():
+        with torch.enable_grad():
             generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
             shapes = (T, B, 2 * D), (N, B, D), (2 * D, 2 * D)
             drawn = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
             results = []
-            for function in (_Recurrence, found):
+            for each in (_Recurrence, function):
                 inputs = [x.to(device).requires_grad_() for x in drawn]
-                s = function.apply(*inputs)
+                s = each.apply(*inputs)
                 results.append((s, *torch.autograd.grad(s.square().sum(), inputs)))
         differences += [(actual - wanted).detach().abs().max() for actual, wanted in zip(*results)]
     return float(torch.stack(differences).max())  # NaN if any is
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Within this context, products of float32 matrices are not rounded to TF32."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses if its newer setting is in use
-        matmul: Any = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _add_product(to: Tensor, x: Tensor, W: Tensor) -> None:

@@ -1,0 +1,162 @@
+"""Following objects through the frames in several orders: stages 1 and 2 of `TrackingHead`."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_pixels.guides.association import (
+    Pixels,
+    Tracks,
+    absent_penalty,
+    centroids,
+    log_density,
+    share,
+    with_slopes,
+)
+from pyro_pixels.guides.fused import choose
+from pyro_pixels.guides.heads import WhitePixels
+from pyro_pixels.lgssm.small_matrices import inverse_2x2
+
+DETECTION_ROUNDS = 10
+DETECTION_WIDTH = 16.0  # with clutter, initial factor on the blobs' variance: narrow blobs would miss objects nearby
+
+
+class Forecasts(NamedTuple):
+    """How measurements are forecast from those before them, in S orders of the frames.
+
+    With L the Cholesky factor of the covariance of all measurements in their order, the forecast of the i-th is
+    mean_i + sum_{j<i} L_ij L_jj^-1 e_j, where e_j, the innovations, are y_j minus its forecast: a Kalman filter for any
+    order of the frames. The last two of four columns are the precision times the first two, as in `with_slopes`.
+    """
+
+    mean: Tensor  # (T, S, 1, 4)
+    gain: Tensor  # (T, S, 2T, 4), its rows are zero from the i-th frame on
+    precision: Tensor  # (T, S, 2, 2), of a pixel around the forecast, whose covariance is L_ii L_ii' + rho^2 I
+
+    @classmethod
+    def of(cls, tracks: Tracks, orders: Tensor, dtype: torch.dtype) -> "Forecasts":
+        """Makes them in float64 for orders (S, T) of the frames, and returns them in ``dtype``."""
+        T = orders.shape[1]
+        coordinates = (2 * orders.unsqueeze(-1) + torch.arange(2, device=orders.device)).flatten(1)  # (S, 2T)
+        L = torch.linalg.cholesky_ex(tracks.cov[coordinates.unsqueeze(-1), coordinates.unsqueeze(-2)]).L
+        frame = torch.arange(T, device=L.device)
+        L_ii = L.unflatten(-1, (T, 2)).unflatten(-3, (T, 2))[:, frame, :, frame]  # (T, S, 2, 2)
+        precision = inverse_2x2(L_ii @ L_ii.mT + tracks.blob)
+        whitened = L.unflatten(-1, (T, 2)).movedim(2, 0) @ inverse_2x2(L_ii)  # (T, S, 2T, 2), L_ij L_jj^-1 for all i
+        gain = whitened.unflatten(2, (T, 2)).permute(2, 1, 0, 4, 3).flatten(2, 3)  # (T, S, 2T, 2)
+        mean = tracks.mean.to(L.dtype)[orders].transpose(0, 1).unsqueeze(2)  # (T, S, 1, 2)
+        mean, gain = (torch.cat([x, x @ precision], -1).to(dtype) for x in (mean, gain))
+        return cls(mean, gain, precision.to(dtype))
+
+
+def follow(tracks: Tracks, pixels: Pixels, claim: Tensor, penalty: Tensor, orders: Tensor) -> Tensor:
+    """Detects the objects in the first frame of S orders of the frames, and follows them along each order.
+
+    An object with few pixels in a frame is taken to be near its forecast.
+
+    Args:
+        tracks: the prior over paths.
+        pixels: the white pixels.
+        claim: (B, S, N, k), the network's claims on the pixels in the first frame of each order.
+        penalty: (B, N), `absent_penalty`.
+        orders: (S, T), each a permutation of the frames.
+
+    Returns:
+        The measurements (B, T, 2, N S).
+    """
+    forecasts = Forecasts.of(tracks, orders, claim.dtype)
+    function: Any = choose(claim, follow_reference, _fused, largest_difference)
+    return function(forecasts, tracks, pixels, claim, penalty, orders)  # type: ignore[no-any-return]
+
+
+def follow_reference(
+    forecasts: Forecasts, tracks: Tracks, pixels: Pixels, claim: Tensor, penalty: Tensor, orders: Tensor
+) -> Tensor:
+    """Computes `follow` in torch operations, some 400 for 30 frames."""
+    (B, S, N, k), T = claim.shape, orders.shape[1]
+    weighed, homogeneous = (
+        x.transpose(0, 1).contiguous().index_select(0, orders.mT.flatten()).view(T, S * B, 3, k)
+        for x in (pixels.weighed, pixels.homogeneous)
+    )
+    penalty = penalty.repeat(S, 1).unsqueeze(1)  # (S B, 1, N); from here on S is the first dimension
+    log_r, background = claim.transpose(0, 1).reshape(S * B, N, k), None
+    for narrow in (i / (DETECTION_ROUNDS - 1) for i in range(DETECTION_ROUNDS)):  # from wide to narrow blobs
+        y, _ = centroids(share(weighed[0], log_r, background))  # (S B, 2, N)
+        blob_precision = tracks.blob_precision * (DETECTION_WIDTH ** (narrow - 1) if tracks.clutter else 1.0)
+        log_r = log_density(homogeneous[0], with_slopes(y, blob_precision), penalty)
+        if narrow >= 0.5:  # earlier, objects own all pixels: one far from every blob would be lost to the background
+            background = tracks.log_clutter(homogeneous[0], blob_precision)
+    precision = forecasts.precision.unsqueeze(2).expand(T, S, B, 2, 2).reshape(T, S * B, 2, 2)
+    e, paths = claim.new_zeros(S, B * N, 2 * T), claim.new_empty(T, S, B * N, 4)  # innovations; blobs of the forecasts
+    innovations = e.view(S * B, N, T, 2).permute(2, 0, 3, 1).unbind()
+    for i, blobs in enumerate(paths.view(T, S * B, N, 4).mT.unbind()):
+        torch.baddbmm(forecasts.mean[i], e, forecasts.gain[i], out=paths[i])
+        if i > 0:
+            log_r = log_density(homogeneous[i], blobs, penalty)
+            background = tracks.log_clutter(homogeneous[i], precision[i])
+        place, mass = share(weighed[i], log_r, background).split((2, 1), -2)
+        torch.div(torch.addcmul(place, mass, blobs[:, :2], value=-1), 1 + mass, out=innovations[i])
+    y = paths[..., :2].view(T, S, B, N, 2) + e.view(S, B, N, T, 2).permute(3, 0, 1, 2, 4)
+    y = y.take_along_dim(orders.argsort(1).mT[:, :, None, None, None], 0)
+    return y.permute(2, 0, 4, 3, 1).flatten(-2)
+
+
+def frame_orders(white: WhitePixels, n_starts: int) -> Tensor:
+    """Returns (S, T) orders of the frames: from S / 2 starts forward and then back, and the same in reversed time.
+
+    Frames that are black in every sequence come last, so that no track starts there.
+    """
+    T = white.v.shape[1]
+    frames = torch.arange(T, device=white.v.device)
+    starts = [T * i // (n_starts // 2) for i in range(n_starts // 2)]
+    forward = torch.stack([torch.cat([frames[t:], frames[:t].flip(0)]) for t in starts])
+    orders = torch.cat([forward, T - 1 - forward])
+    black = white.v[..., 0].amax(0) == 0
+    return orders.gather(1, black[orders].int().argsort(dim=1, stable=True))
+
+
+def _fused() -> Any:
+    from pyro_pixels.guides import fused_following  # imports Triton
+
+    return fused_following.follow
+
+
+def largest_difference(function: Any, device: torch.device) -> float:
+    """Returns the largest difference of measurements, of order 1, between a function and `follow_reference`."""
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    differences = []
+    for N, k, B, S, T, clutter in (
+        (2, 5, 3, 2, 4, 0.0),
+        (3, 41, 2, 4, 30, 0.0),
+        (1, 9, 1, 2, 5, 0.3),
+        (5, 20, 2, 2, 7, 0.1),
+    ):
+        arguments = _random_arguments(N, k, B, S, T, clutter, generator, device)
+        wanted, found = (each(*arguments) for each in (follow_reference, function))
+        there = (arguments[4] == 0).repeat_interleave(S, 1).view(B, 1, 1, N * S)
+        differences.append(torch.where(there, found - wanted, 0.0).abs().max())
+    return float(torch.stack(differences).max())  # NaN if any is
+
+
+def _random_arguments(
+    N: int, k: int, B: int, S: int, T: int, clutter: float, generator: torch.Generator, device: torch.device
+) -> tuple[Forecasts, Tracks, Pixels, Tensor, Tensor, Tensor]:
+    """Returns arguments of `follow_reference` in float32; the first sequence has one object."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    root, blob = 0.1 * normal(2 * T, 2 * T), torch.tensor([[0.02, 0.004], [0.004, 0.03]], device=device)
+    cov = (root @ root.mT + 0.1 * torch.eye(2 * T, device=device)).double()
+    unused = normal(1)
+    tracks = Tracks(0.1 * normal(T, 2), cov, unused, unused, blob, torch.linalg.inv(blob), clutter)
+    homogeneous = torch.cat([0.3 * normal(B, T, 2, k), torch.ones(B, T, 1, k, device=device)], 2)
+    v = normal(B, T, k).sigmoid()
+    penalty = absent_penalty(
+        torch.arange(N, device=device) < torch.arange(1, B + 1, device=device).clamp(max=N)[:, None]
+    )
+    orders = torch.stack([torch.randperm(T, generator=generator) for _ in range(S)]).to(device)
+    claim = normal(B, S, N, k) + penalty[:, None, :, None]
+    pixels = Pixels(v, homogeneous, v.unsqueeze(2) * homogeneous)
+    return Forecasts.of(tracks, orders, torch.float32), tracks, pixels, claim, penalty, orders

@@ -1,0 +1,91 @@
+"""Triton kernels in the place of plain torch operations: on CUDA, in float32, with ``PYRO_PIXELS_FUSED=1``.
+
+On a GPU the time of a step is determined by the number of its kernels. `fused_recurrence` and `fused_following` do in
+one kernel what takes torch many. They are off by default, because no complete training has been run with them yet. On
+each device a function is compared with the plain one when it is first used; if they differ, or if the kernel cannot be
+compiled, the plain one is used, with a warning.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+ENABLED = os.environ.get("PYRO_PIXELS_FUSED", "0") == "1"
+TOLERANCE = 1e-4  # of results of order 1, in float32
+
+Function = TypeVar("Function")
+_CHOSEN: dict[tuple[Any, torch.device], Any] = {}
+
+
+def choose(
+    x: Tensor, plain: Function, fused: Callable[[], Function], difference: Callable[[Function, torch.device], float]
+) -> Function:
+    """Returns the function to use for tensors such as x, fused or plain.
+
+    Args:
+        x: an argument of the function.
+        plain: the function in torch operations.
+        fused: imports and returns the fused function.
+        difference: returns the largest difference of results, of order 1, between a function and the plain one.
+    """
+    if not (ENABLED and x.device.type == "cuda" and x.dtype == torch.float32):
+        return plain
+    key = plain, x.device
+    if key not in _CHOSEN:
+        if torch.cuda.is_current_stream_capturing():  # no check can run while recording
+            return plain
+        _CHOSEN[key] = checked(x.device, plain, fused, difference)
+    return _CHOSEN[key]  # type: ignore[no-any-return]
+
+
+def checked(
+    device: torch.device,
+    plain: Function,
+    fused: Callable[[], Function],
+    difference: Callable[[Function, torch.device], float],
+) -> Function:
+    """Returns the fused function if it agrees with the plain one, else the latter with a warning and the reason."""
+    try:
+        function = fused()
+        with torch.inference_mode(False), full_precision():
+            off = difference(function, device)
+    except Exception as error:  # a compiler may raise anything
+        why = f"{type(error).__name__}: {error}"
+    else:
+        if off < TOLERANCE:  # not so for NaN
+            return function
+        why = f"their results differ by {off:.1g} from those of plain operations"
+    message = f"fused kernels are disabled: {why}; plain operations are used, which are as accurate but slower"
+    warnings.warn(message, stacklevel=2)
+    return plain
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Runs a Triton kernel, whose first argument is a tensor."""
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensors'
+        kernel[grid](*args, **options)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Within this context, products of float32 matrices are not rounded to TF32."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses if its newer setting is in use
+        matmul: Any = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
