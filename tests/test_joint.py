@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_guide, make_model
 from pyro import poutine
-from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO
 from torch import nn
 
 from pyro_pixels.guides.base import Guide
@@ -117,6 +117,30 @@ def test_the_bound_is_that_of_the_model_without_z_and_h(small_data, name):
     assert Trace_ELBO().loss(model.joint, joint, small_data.images, small_data.n_objects) == pytest.approx(
         wanted, rel=1e-9
     )
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_bound_with_enumeration_has_that_mean(small_data, name):
+    """``TraceEnum_ELBO`` wants log-probabilities of one type from all sites."""
+    model = make_model()
+    joint = JointGuide(GUIDES[name](model), model.dynamics)
+    args = model.joint, joint, small_data.images, small_data.n_objects
+    torch.manual_seed(5)
+    wanted = Trace_ELBO().loss(*args)
+    torch.manual_seed(5)
+    assert TraceEnum_ELBO(max_plate_nesting=1).loss(*args) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_states_may_be_given_in_float32(small_data):
+    model, n_objects = make_model(), small_data.n_objects
+    h = torch.randn(len(n_objects), 3, 11, 4)
+    densities = []
+    for given in (h, h.double()):
+        torch.manual_seed(0)  # z is drawn
+        trace = poutine.trace(poutine.condition(model.joint, {"h": given})).get_trace(None, n_objects, 11)
+        trace.compute_log_prob()
+        densities.append(trace.nodes["h"]["log_prob"])
+    assert torch.equal(*densities)
 
 
 @pytest.mark.parametrize("parallel", [False, True])

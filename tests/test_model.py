@@ -93,8 +93,9 @@ def test_absent_objects_leave_the_canvas_as_it_was(present):
     present = torch.tensor(present)
     logits = renderer(a, present)
     with torch.no_grad():
-        far = torch.where(present[:, None, None], a, 1e6)
-        assert torch.equal(renderer(far, present), logits)
+        for anything in (1e6, torch.nan):
+            elsewhere = torch.where(present[:, None, None], a, anything)
+            assert torch.equal(renderer(elsewhere, present), logits)
         if not present.any():
             canvas = renderer.to_v(renderer.theta_x0.tanh()).view(H, W)
             torch.testing.assert_close(logits, canvas.expand(4, H, W), rtol=1e-13, atol=1e-13)

@@ -191,6 +191,15 @@ def test_a_refined_guide_answers_queries(small_data):
     poutine.trace(refined).get_trace(images, n_objects)
 
 
+def test_tracks_are_refined_in_inference_mode_too(small_data):
+    model, guide = make_model(), make_guide()
+    refined = RefinedGuide(guide, model, n_steps=3)
+    wanted = infer(refined, small_data.images, small_data.n_objects).mean
+    with torch.inference_mode():
+        found = infer(refined, small_data.images.clone(), small_data.n_objects.clone()).mean
+    assert torch.equal(found, wanted)
+
+
 def test_the_pixels_that_the_guide_was_told_to_ignore_stay_ignored(small_data):
     """A guide that has found noise sees weights; around it the guide sees the same, and the likelihood raw pixels."""
     model, guide = make_model(), make_guide()

@@ -11,9 +11,10 @@ from torch.autograd import gradcheck
 
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN
-from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide, factor_sum, solve_sum
+from pyro_pixels.guides.long_tracks import FilteredTracks
+from pyro_pixels.guides.structured import UNSEEN, ConditionedTracks, StructuredGuide, factor_sum, solve_sum
 from pyro_pixels.lgssm import kalman
-from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, select_component
 from pyro_pixels.lgssm.marginal import marginal_moments
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.fitting import fit
@@ -199,6 +200,52 @@ def test_nearly_singular_starts(kind):
     torch.testing.assert_close(q.log_evidence, by_filter, rtol=1e-8, atol=1e-8)
     gradients = torch.autograd.grad((q.log_evidence + q.rsample().sum((-2, -1))).sum(), list(dynamics.parameters()))
     assert all(x.isfinite().all() for x in gradients)
+
+
+class Damped(Dynamics):
+    """Velocities decay, so A^j is not I + j N."""
+
+    def lgssm(self):
+        lgssm = super().lgssm()
+        return lgssm._replace(A=lgssm.A @ torch.tensor([1.0, 1.0, 0.8, 0.8], dtype=torch.float64).diag())
+
+
+class WideStarts(Dynamics):
+    def lgssm(self):
+        lgssm = super().lgssm()
+        return lgssm._replace(Sigma=4 * lgssm.Sigma)
+
+
+@pytest.mark.parametrize("kind", [Damped, WideStarts])
+def test_dynamics_with_another_lgssm_have_the_filters_evidence(kind):
+    torch.manual_seed(0)
+    dynamics = kind(DynamicsConfig(position_noise=0.1, state_noise=0.01))
+    y, R = torch.randn(4, 6, 2, dtype=torch.float64), torch.full((4, 6, 2), 0.3, dtype=torch.float64)
+
+    def by_filter(lgssm):
+        return (kalman.log_likelihood(lgssm, y.unsqueeze(-3)) + dynamics.pi.log()).logsumexp(-1)
+
+    lgssm = dynamics.lgssm()
+    noisier = lgssm._replace(Sigma_A=lgssm.Sigma_A + 0.3 * torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(dynamics.positions(6).log_prob(y), by_filter(lgssm))
+    torch.testing.assert_close(ConditionedTracks(dynamics, y, R).log_evidence, by_filter(noisier))
+    torch.testing.assert_close(FilteredTracks(dynamics, y, R).log_evidence, by_filter(noisier))
+
+
+def test_unseen_frames_say_nothing_however_far_away():
+    """Under gravity an object is 4,000 units away after 2,000 frames; the forecast there is the filter's."""
+    torch.manual_seed(0)
+    dynamics = Dynamics(DynamicsConfig(n_components=1, delta=0.2, position_noise=0.01, state_noise=1e-6))
+    with torch.no_grad():
+        dynamics.u[3] = 0.01
+    y, R = torch.randn(1, 2_000, 2, dtype=torch.float64), torch.full((1, 2_000, 2), 0.01, dtype=torch.float64)
+    R[:, 5:] = UNSEEN
+    lgssm = select_component(dynamics.lgssm(), torch.tensor([0]))
+    seen = torch.arange(2_000) < 5
+    noisier = lgssm._replace(Sigma_A=lgssm.Sigma_A + 0.01 * torch.eye(2, dtype=torch.float64))
+    wanted = kalman.rts_smoother(noisier, y, seen).mean[:, -1] @ lgssm.B.mT
+    assert float(wanted.norm()) > 1_000
+    torch.testing.assert_close(FilteredTracks(dynamics, y, R).mean[:, -1], wanted, rtol=1e-6, atol=0)
 
 
 def structured(model):

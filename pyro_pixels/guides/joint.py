@@ -22,7 +22,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_pixels._batch import object_mask
-from pyro_pixels._pyro import announce_parameters
+from pyro_pixels._pyro import ExactDensity, announce_parameters
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import StatePath
@@ -87,7 +87,7 @@ class JointGuide(nn.Module):
         q_a = self.guide.q(images, n_objects)
         present = object_mask(n_objects, q_a.batch_shape[1])
         with pyro.plate("sequences", len(images), dim=-1):
-            a = pyro.sample("a", q_a.mask(present).to_event(1))
+            a = pyro.sample("a", ExactDensity(q_a.mask(present).to_event(1)))
             q_z = self.dynamics.component_posterior(a)
             z = pyro.sample("z", q_z.mask(present).to_event(1))  # type: ignore[attr-defined]
             q_h = StatePosterior(select_component(self.dynamics.lgssm(), z), a)

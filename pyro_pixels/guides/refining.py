@@ -129,6 +129,7 @@ class _Moving:
         self.adam.step()
 
 
+@torch.inference_mode(False)  # gradients are needed
 @torch.no_grad()
 def refine(model: ImageModel, a: Tensor, n_objects: Tensor, images: Tensor, *, n_steps: int = N_STEPS) -> Refined:
     """Returns tracks with a higher log p(v, a) than those given, found by gradient ascent and exchanges of objects.
@@ -150,8 +151,9 @@ def refine(model: ImageModel, a: Tensor, n_objects: Tensor, images: Tensor, *, n
     if images.dim() != 4 or images.shape[:2] != (B, T):
         raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, H, W) with B, T = {B}, {T}")
     n_steps = check_number("n_steps", n_steps, 1)
+    a, n_objects, images = a.clone(), n_objects.clone(), images.clone()  # tensors of inference mode have no gradients
     result = Refined(
-        a.clone(),
+        a,
         own_names(a),
         torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device),
     )

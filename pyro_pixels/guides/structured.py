@@ -34,7 +34,7 @@ from pyro_pixels.lgssm.marginal import response
 from pyro_pixels.lgssm.small_matrices import categorical_sample, cholesky_inverse, cholesky_solve
 
 DENSE_FRAMES = 128  # up to this many frames p(a | y) is one dense Gaussian per component; beyond, a filter
-UNSEEN = 1e8  # variance of the potentials of unobserved frames, which makes them uninformative
+UNSEEN = 1e14  # variance of the potentials of unobserved frames: uninformative however far objects have gone
 
 
 class ConditionedTracks(TorchDistribution):

@@ -13,7 +13,7 @@ deterministic motion of Sec 3.1 (Sigma_H = 0).
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np  # for broadcast_shapes; torch's imports sympy, which takes longer than the filter
 import torch
@@ -37,10 +37,15 @@ class LGSSM(NamedTuple):
 class ConstantVelocity(LGSSM):
     """An `LGSSM` whose transition A = I + N has N N = 0, such as that of positions and velocities, so A^j = I + j N.
 
-    The results are those of an `LGSSM`, but the moments of whole paths take fewer operations. N N = 0 is not checked.
+    The results are those of an `LGSSM`, but the moments of whole paths take fewer operations. N N = 0 is not checked, so
+    `_replace` of A returns a plain `LGSSM`.
     """
 
     __slots__ = ()
+
+    def _replace(self, **changes: Any) -> LGSSM:  # type: ignore[override]
+        replaced = super()._replace(**changes)
+        return LGSSM(*replaced) if "A" in changes else replaced
 
 
 class Gaussians(NamedTuple):

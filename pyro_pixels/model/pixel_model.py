@@ -74,7 +74,7 @@ class PixelModel(nn.Module):
             p_z = dist.Categorical(logits=self.dynamics.log_pi.to(lgssm.mu.dtype)).expand(torch.Size([B, N]))
             z = _of_shape("z", pyro.sample("z", p_z.mask(present).to_event(1)), (B, N))  # type: ignore[attr-defined]
             h = pyro.sample("h", StatePath(select_component(lgssm, z), T).mask(present).to_event(1))
-            h = _of_shape("h", h, (B, N, T, h.shape[-1]))
+            h = _of_shape("h", h, (B, N, T, h.shape[-1])).to(lgssm.B.dtype)
             p_a = dist.MultivariateNormal(h @ lgssm.B.mT, lgssm.Sigma_A).to_event(1)
             a = pyro.sample("a", p_a.mask(present).to_event(1))
             return self._draw(_of_shape("a", a, (B, N, T, 2)), present, images)

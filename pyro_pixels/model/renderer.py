@@ -55,13 +55,13 @@ class Renderer(nn.Module):
         """Renders positions.
 
         Args:
-            a: positions (..., N, T, 2), cast to the type of the weights.
+            a: positions (..., N, T, 2), cast to the type of the weights; those of absent objects may be NaN.
             present: (..., N) bool, False for absent objects; broadcasts against the batch shape of ``a``.
 
         Returns:
             Logits of the pixels (..., T, H, W).
         """
-        a = a.to(self.theta_x0.dtype)
+        a = torch.where(present[..., None, None], a.to(self.theta_x0.dtype), 0.0)  # 0 * NaN would be NaN
         x = self.theta_x0.tanh()
         for n in range(a.shape[-3]):
             alpha = torch.sigmoid(self.to_alpha(a[..., n, :, :])) * present[..., n, None, None]
