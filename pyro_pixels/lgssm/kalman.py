@@ -37,7 +37,7 @@ class LGSSM(NamedTuple):
 class ConstantVelocity(LGSSM):
     """An `LGSSM` whose transition A = I + N has N N = 0, such as that of positions and velocities, so A^j = I + j N.
 
-    The results are those of an `LGSSM`, but the moments of whole paths take fewer operations. N N = 0 is not checked, so
+    The results are those of an `LGSSM`, but the moments of whole paths take fewer operations. N N = 0 is not checked;
     `_replace` of A returns a plain `LGSSM`.
     """
 
