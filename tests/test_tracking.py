@@ -15,7 +15,8 @@ from pyro_pixels.guides.association import (
     share,
     with_slopes,
 )
-from pyro_pixels.guides.following import follow, frame_orders
+from pyro_pixels.guides.following import follow
+from pyro_pixels.guides.forecasts import frame_orders
 from pyro_pixels.guides.heads import WhitePixels
 from pyro_pixels.guides.tracking_head import TrackingHead
 from pyro_pixels.lgssm import kalman

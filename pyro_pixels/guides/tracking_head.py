@@ -33,7 +33,8 @@ from torch import Tensor
 
 from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.association import Pixels, Tracks, absent_penalty, centroids, share, shrink
-from pyro_pixels.guides.following import follow, frame_orders
+from pyro_pixels.guides.following import follow
+from pyro_pixels.guides.forecasts import frame_orders
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.lgssm.dynamics import Dynamics
 
