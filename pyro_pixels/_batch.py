@@ -14,6 +14,12 @@ def object_mask(n_objects: Tensor, max_objects: int) -> Tensor:
     return torch.arange(max_objects, device=n_objects.device) < n_objects.unsqueeze(-1)
 
 
+def check_any(n_sequences: int, what: str) -> None:
+    """Raises ValueError if there are no sequences; ``what`` is to be done with them."""
+    if not n_sequences:
+        raise ValueError(f"there are no sequences {what}; wanted at least one")
+
+
 def counts(
     n_objects: Tensor | int | Sequence[int], n_sequences: int | None = None, like: Tensor | None = None
 ) -> Tensor:

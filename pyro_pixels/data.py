@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_pixels._arrays import MAX_BYTES, read_arrays
-from pyro_pixels._batch import unseen_frames
+from pyro_pixels._batch import check_any, unseen_frames
 from pyro_pixels._convert import PREPARE, as_counts, as_images, as_positions
 from pyro_pixels._files import atomic_write
 from pyro_pixels.lgssm.kalman import LGSSM
@@ -42,7 +42,8 @@ class ImageSequences:
     n_objects: Tensor
     """(n,) int64, at least 1."""
     positions: Tensor | None = None
-    """(n, N_max, T, 2) float64: the noisy positions that were drawn into the images, NaN where there is no object."""
+    """(n, N_max, T, 2) float64: the noisy positions that were drawn into the images; NaN where there is no object, and
+    in unobserved frames where they are unknown, which then do not count in evaluations."""
     paths: Tensor | None = None
     """(n, N_max, T, 2) float64: the same without the noise, B h_t."""
     sides: Tensor | None = None
@@ -123,8 +124,8 @@ def join_sequences(parts: Sequence[ImageSequences]) -> ImageSequences:
     Raises:
         ValueError: if there are none, or they differ in their size.
     """
-    if not parts:
-        raise ValueError("there are no sequences to join; wanted at least one set")
+    parts = [part for part in parts if len(part)]
+    check_any(len(parts), "to join")
     most, T = max(int(p.n_objects.max()) for p in parts), max(p.images.shape[1] for p in parts)
 
     def join(name: str, fill: float) -> Tensor | None:

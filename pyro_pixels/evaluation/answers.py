@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_pixels._batch import check_any
 from pyro_pixels._checks import check_number
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
@@ -82,7 +83,7 @@ def infer_all(
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: if the sequences do not fit model and guide.
+        ValueError: if there are no sequences, or they do not fit model and guide.
     """
     device = next(model.parameters()).device
     means, draws, terms, devices = [], [], [], [device] if device.type == "cuda" else []
@@ -119,7 +120,7 @@ def predict_all(
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: if the sequences are too short or do not fit the model.
+        ValueError: if there are no sequences, or they are too short or do not fit the model.
     """
     device, T = next(model.parameters()).device, data.images.shape[1]
     time = torch.arange(T, device=device)
@@ -160,6 +161,7 @@ def padded(parts: list[Tensor], n_objects: int) -> Tensor:
 
 
 def _batches(data: ImageSequences, batch_size: int, what: str, progress: bool) -> "tqdm[ImageSequences]":
+    check_any(len(data), "to evaluate")
     parts = [data[start : start + batch_size] for start in range(0, len(data), batch_size)]
     return tqdm(parts, desc=what, disable=None if progress else True, leave=False)
 

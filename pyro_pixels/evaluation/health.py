@@ -108,7 +108,7 @@ def check_health(
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: if the sequences are too short or do not fit model and guide.
+        ValueError: if there are no sequences, or they are too short or do not fit model and guide.
     """
     T = data.images.shape[1]
     if T < START_FRAMES + 2:

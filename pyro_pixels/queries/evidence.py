@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_pixels._batch import check_batch, object_mask
+from pyro_pixels._batch import check_any, check_batch, object_mask
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
 
@@ -100,12 +100,14 @@ def count_objects(
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: if ``max_objects`` is below 1, ``log_prior`` has another length, or as in `log_evidence`.
+        ValueError: if there are no images, ``max_objects`` is below 1, ``log_prior`` has another length, or as in
+            `log_evidence`.
     """
     if max_objects < 1:
         raise ValueError(f"max_objects is {max_objects}; wanted at least 1")
     if log_prior is not None and log_prior.shape != (max_objects + 1,):
         raise ValueError(f"log_prior has shape {tuple(log_prior.shape)}; wanted ({max_objects + 1},), N = 0 included")
+    check_any(len(images), "to count objects in")
     chunks = _chunks(len(images), chunk_size, n_samples)
     steps = len(chunks) * (max_objects + 1) * n_samples
     with tqdm(total=steps, desc="samples", disable=None if progress else True, leave=False) as bar:

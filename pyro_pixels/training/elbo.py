@@ -16,6 +16,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pyro_pixels._batch import check_any
 from pyro_pixels._pyro import parameters_known
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
@@ -99,8 +100,7 @@ def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
 
 def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:
     """Returns the terms of Eq (7) for each sequence of ``data`` (n,), from one sample each, in float64 nats."""
-    if not len(data):
-        raise ValueError("there are no sequences to evaluate the bound on; wanted at least one")
+    check_any(len(data), "to evaluate the bound on")
     device = next(model.parameters()).device
     elbo = AnnealedELBO()
     loss = elbo(model, guide)

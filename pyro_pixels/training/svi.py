@@ -13,7 +13,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
-from pyro_pixels._batch import object_mask
+from pyro_pixels._batch import check_any, object_mask
 from pyro_pixels._checks import MAX_SEED, check_number
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
@@ -84,11 +84,12 @@ class Training(Loop):
         tracks: Tensor | None = None,
         config: Any = None,
     ) -> None:
-        if not isinstance(data, ImageSequences) or not len(data) or not isinstance(schedule, Schedule):
+        if not isinstance(data, ImageSequences) or not isinstance(schedule, Schedule):
             raise ValueError(
                 f"data and schedule are a {type(data).__name__} and a {type(schedule).__name__}; wanted "
-                "ImageSequences, at least one, and a Schedule"
+                "ImageSequences and a Schedule"
             )
+        check_any(len(data), "to train on")
         seed = check_number("seed", seed, 0, MAX_SEED)
         super().__init__(
             schedule.steps, schedule.evaluate_every,
