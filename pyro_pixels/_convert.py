@@ -84,7 +84,7 @@ def as_counts(n_objects: Any, n_sequences: int) -> Tensor:
 
 
 def as_positions(name: str, positions: Any, images: Tensor, n_objects: Tensor) -> Tensor:
-    """Returns true positions (n, N_max, T, 2) float64, NaN for absent objects and, as padding, in unobserved frames.
+    """Returns true positions (n, N_max, T, 2) float64, NaN for absent objects, and in unobserved frames where unknown.
 
     Raises:
         ValueError: if the shape or type is wrong, or a position of an object in an observed frame is not finite.
@@ -108,7 +108,9 @@ def as_positions(name: str, positions: Any, images: Tensor, n_objects: Tensor) -
     seen = ~unseen_frames(images).cpu()
     needed = present[:, :, None] & seen[:, None]
     if not bool(found.cpu()[needed].isfinite().all()):
-        raise ValueError(f"{name} of existing objects are not finite; NaN may only fill slots beyond n_objects")
+        raise ValueError(
+            f"{name} of existing objects are not finite; NaN may only fill slots beyond n_objects and unobserved frames"
+        )
     return torch.where(present[:, :, None, None].to(found.device), found.double(), torch.nan)
 
 

@@ -223,7 +223,7 @@ def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Pred
         a = to_pixels(positions)
         a = metrics.reorder(a, metrics.assign(a[:, :, seen], truth[:, :, seen], n_objects))
         errors[name] = metrics.errors(a, truth, n_objects).nanmean((0, 1))
-        floor = metrics.floor_predictions(data.dynamics, truth, seen)
+        floor = metrics.floor_of(data, seen)
         floors[name] = metrics.errors(floor, truth, n_objects).nanmean((0, 1))
         floors[name][seen] = torch.nan
     figure = plots.plot_error_over_time(errors, floors=floors, seen=ends)

@@ -197,6 +197,24 @@ def test_evaluation_of_perfect_and_of_black_images():
     assert not [name for name in without if name.endswith("_px")]
 
 
+def test_unobserved_frames_do_not_count_and_are_refused_as_input(small_data):
+    data = simulate(QUICK, 6, seed=5)
+    images, positions = data.images.float(), data.positions.clone()
+    images[:, 8] = images[1::2, 20:] = torch.nan
+    positions[:, :, 8] = positions[1::2, :, 20:] = torch.nan
+    row = evaluate_edlstm(Draws(data.images), replace(data, images=images, positions=positions), batch_size=6)["all"]
+    assert 0 < row["generation_error_px"] < 0.4
+    assert row["nll_per_frame_nats"] < 0.01 < row["constant_image_nll_per_frame_nats"]
+    images = small_data.images.float()
+    images[2, 1] = torch.nan
+    for call in (
+        lambda: make_net().generate(images[:, :5], 11),
+        lambda: fit_edlstm(make_net(), replace(small_data, images=images), steps=1, own_predictions=False),
+    ):
+        with pytest.raises(ValueError, match=r"1 frames are unobserved \(NaN\), .*; leave their sequences out"):
+            call()
+
+
 BAD = {
     "no state": lambda d: EDLSTMConfig(state_size=0),
     "half a layer": lambda d: EDLSTMConfig(n_layers=0.5),

@@ -1,5 +1,7 @@
 """Coverage where it is known, and a correction that finds what was spoilt."""
 
+from dataclasses import replace
+
 import pyro.distributions as dist
 import pytest
 import torch
@@ -84,6 +86,24 @@ def test_a_true_model_is_calibrated():
         assert d.held.all()
 
 
+def test_positions_that_are_unknown_are_not_counted():
+    """Their distances are left out, those of the same predictions elsewhere stay."""
+    data, model, guide = world(n=10)
+    images, positions = data.images.float(), data.positions.clone()
+    images[:, [5, 9]] = torch.nan
+    whole = mahalanobis_distances(model, guide, replace(data, images=images), n_seen=3)
+    positions[:, :, [5, 9]] = torch.nan
+    found = mahalanobis_distances(model, guide, replace(data, images=images, positions=positions), n_seen=3)
+    known = positions.isfinite().all(-1)
+    for kind, missing in {"smoothing": 20, "forecasting": 20, "interpolation": 10}.items():
+        assert coverage(found[kind]).n_positions == coverage(whole[kind]).n_positions - missing
+        for name in ("squared", "log_density"):
+            each = getattr(found[kind], name)
+            assert each[~known].isnan().all()
+            assert torch.equal(each[known].isnan(), getattr(whole[kind], name)[known].isnan())
+        assert found[kind].held.all()
+
+
 def test_a_correction_finds_what_was_spoilt():
     """R stated 4 times too large, Sigma_A at a third of what is true: the fit undoes both within a factor 1.6.
 
@@ -136,6 +156,8 @@ def test_what_cannot_be_measured_is_refused(small_data):
     model, guide = make_model(), make_guide()
     with pytest.raises(ValueError, match="positions"):
         mahalanobis_distances(model, guide, small_data.__class__(small_data.images, small_data.n_objects))
+    with pytest.raises(ValueError, match="no sequences to predict; wanted at least one"):
+        mahalanobis_distances(model, guide, small_data[:0])
     with pytest.raises(ValueError, match="frames"):
         mahalanobis_distances(model, guide, small_data, n_seen=6)
     with pytest.raises(ValueError, match="levels"):

@@ -5,6 +5,7 @@ from examples.experiments.switches import closest, order_changes, switched_by
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,44 @@ def test_switches_are_seen_and_noise_makes_none(world):
     assert not metrics.switches(noisy, truth[two], data.n_objects[two])[apart].any()
 
 
+def test_switches_are_seen_between_the_first_and_the_last_known_frames(world):
+    """Sequences whose true positions end early, start late, or have gaps are judged like those cut to what is known."""
+    data, truth, _ = world
+    two = data.n_objects == 2
+    truth, n_objects = truth[two][:3, :2], data.n_objects[two][:3]
+    known = torch.ones(3, 30, dtype=torch.bool)
+    known[0, 20:] = known[1, :12] = known[2, 1:29:2] = False
+    predicted = truth.clone()
+    predicted[:, :, 15:] = truth[:, [1, 0], 15:]
+    missing = truth.masked_fill(~known[:, None, :, None], torch.nan)
+    found = metrics.switches(predicted, missing, n_objects)
+    cut = [
+        metrics.switches(predicted[b : b + 1, :, t], truth[b : b + 1, :, t], n_objects[:1])
+        for b, t in enumerate(row.nonzero().squeeze(1) for row in known)
+    ]
+    assert found.tolist() == torch.cat(cut).tolist() == [True] * 3
+    assert not metrics.switches(truth, missing, n_objects).any()
+
+
+def test_a_switch_needs_two_objects_and_two_known_frames():
+    truth = torch.full((4, 2, 6, 2), torch.nan, dtype=torch.float64)
+    truth[0, 0], truth[1:] = 0.0, torch.tensor([0.0, 9.0]).view(2, 1, 1)
+    truth[1, :, 1:] = truth[2, :, 2:] = torch.nan
+    predicted = truth.nan_to_num()
+    predicted[1:, :, 1:] = torch.tensor([9.0, 0.0]).view(2, 1, 1)
+    found = metrics.switch_rates(predicted, truth, torch.tensor([1, 2, 2, 2]))
+    assert found[:2].isnan().all()
+    assert found[2:].tolist() == [0.0, 0.0]
+    predicted[3, :, :5] = torch.tensor([0.0, 9.0]).view(2, 1, 1)
+    assert metrics.switch_rates(predicted, truth, torch.tensor([1, 2, 2, 2]))[3] == 0.0
+
+
+def test_an_object_whose_positions_are_unknown_is_matched_with_what_is_left():
+    truth = torch.tensor([torch.nan, 3.0, 6.0]).view(1, 3, 1, 1).expand(1, 3, 5, 2)
+    predicted = torch.tensor([6.0, 0.0, 3.0]).view(1, 3, 1, 1).expand(1, 3, 5, 2)
+    assert metrics.assign(predicted, truth, torch.tensor([3])).tolist() == [[1, 2, 0]]
+
+
 def test_pixel_losses_of_constant_images():
     images = torch.zeros(2, 3, 4, 5)
     images[:, :, 0] = 1
@@ -100,6 +139,24 @@ def test_floor_is_exact_where_the_motion_is():
     seen = torch.arange(30) < 5
     error = metrics.errors(metrics.floor_predictions(data.dynamics, data.positions, seen), data.paths, data.n_objects)
     assert metrics.nan_mean(error) < 1e-3
+
+
+def test_floor_of_missing_frames_is_that_of_the_others(world):
+    """True positions that are NaN, or that are known though the image is missing, are not observed."""
+    data, truth, _ = world
+    seen, gap = torch.arange(30) < 6, torch.arange(30) == 2
+    wanted = metrics.floor_predictions(data.dynamics, truth, seen & ~gap)
+    missing = truth.masked_fill(gap[:, None], torch.nan)
+    present = truth.isfinite()
+    found = metrics.floor_predictions(data.dynamics, missing, seen)
+    torch.testing.assert_close(found[present], wanted[present])
+    images = data.images.float()
+    images[:, 2] = torch.nan
+    torch.testing.assert_close(metrics.floor_of(replace(data, images=images), seen)[present], wanted[present])
+    some = missing.clone()
+    some[::2] = truth[::2]  # only some sequences have the gap
+    found = metrics.floor_predictions(data.dynamics, some, seen)[1::2]
+    torch.testing.assert_close(found[present[1::2]], wanted[1::2][present[1::2]])
 
 
 def test_floor_is_that_of_the_findings():
@@ -153,6 +210,17 @@ def test_a_cubic_map_of_positions_is_found_and_an_affine_one_errs():
     assert error_of_polynomial(a, places, 3) < 1e-9
     assert 0.05 < error_of_polynomial(a, places, 1) < 0.3
     assert error_of_polynomial(a, 3 * a - 1, 1) < 1e-9
+
+
+def test_meetings_and_orders_of_heights_are_those_of_known_frames():
+    T = 12
+    x = torch.arange(T).double()
+    cross = torch.stack([torch.stack([x, x], -1), torch.stack([x + 0.5, T - 1 - x], -1)])[None]
+    part = cross.clone()
+    part[:, :, 5:] = torch.nan  # before they meet
+    assert order_changes(cross, 2).tolist() == [True]
+    assert order_changes(part, 2).tolist() == [False]
+    torch.testing.assert_close(closest(part, 2), closest(cross[:, :, :5], 2))
 
 
 def test_switches_are_told_by_meeting_and_by_order_of_heights():

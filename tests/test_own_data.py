@@ -1,13 +1,18 @@
 """Data as people have them: converted where the meaning is certain, refused in one line where it is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pyro_pixels import generate, infer, interpolate, load_pretrained, load_sequences, save_sequences, simulate
+from pyro_pixels import fit, generate, infer, interpolate, load_pretrained, load_sequences, save_sequences, simulate
 from pyro_pixels.data import ImageSequences, join_sequences
+from pyro_pixels.evaluation.health import check_health
+from pyro_pixels.evaluation.metrics import errors, floor_predictions
 from pyro_pixels.evaluation.table import evaluate
+from pyro_pixels.queries.evidence import count_objects
 from pyro_pixels.queries.latent_states import filter_states, posterior_states
 from pyro_pixels.queries.predict import smooth
 from pyro_pixels.training.elbo import bound
@@ -107,6 +112,43 @@ def test_shorter_sequences_are_padded_with_frames_that_were_not_seen(tmp_path, r
     terms = bound(run.model, run.guide, short)
     assert terms.bound.isfinite().all()
     assert terms.log_likelihood[3] > bound(run.model, run.guide, data).log_likelihood[3]  # of fewer frames
+
+
+def test_errors_and_floors_are_means_over_the_frames_whose_positions_are_known(run):
+    """Half of the sequences lack the last four frames, and all lack one frame that is to be generated."""
+    data = simulate(run.config.data, 12, seed=4)
+    images, positions = data.images.float(), data.positions.clone()
+    images[:, 12] = images[1::2, 26:] = torch.nan
+    positions[:, :, 12] = positions[1::2, :, 26:] = torch.nan
+    missing = evaluate(run.model, run.guide, replace(data, images=images, positions=positions))["all"]
+    truth = evaluate(run.model, run.guide, replace(data, images=images))["all"]
+    whole = evaluate(run.model, run.guide, data)["all"]
+    for name in ("position", "generation", "interpolation"):
+        assert missing[f"{name}_error_px"] == pytest.approx(truth[f"{name}_error_px"], rel=0.3)
+    for name in ("generation", "interpolation"):
+        assert missing[f"{name}_floor_px"] == pytest.approx(whole[f"{name}_floor_px"], rel=0.3)
+        assert missing[f"{name}_floor_px"] < 1.1 * missing[f"{name}_error_px"]
+    assert missing["switch_rate"] == 0.0
+
+    path = floor_predictions(data.dynamics, data.positions, torch.arange(30) < 5)  # the same five frames are observed
+    each = errors(path, positions, data.n_objects)[..., 5:].nanmean(-1)
+    assert missing["generation_floor_px"] == pytest.approx(float(each.nanmean()), rel=1e-9)
+
+
+def test_sets_without_sequences_are_refused_in_one_line(run, data):
+    empty = data[:0]
+    calls = [
+        lambda: evaluate(run.model, run.guide, empty),
+        lambda: check_health(run.model, run.guide, empty),
+        lambda: fit(run.model, run.guide, empty, run.config.schedule, progress=False),
+        lambda: bound(run.model, run.guide, empty),
+        lambda: count_objects(run.model, run.guide, empty.images),
+        lambda: join_sequences([empty, empty]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^there are no sequences to .*; wanted at least one$"):
+            call()
+    assert len(join_sequences([empty, data])) == len(data)
 
 
 def test_an_array_of_objects_in_a_file_says_what_to_write_instead(tmp_path):

@@ -79,6 +79,20 @@ def test_tracker_on_30_sequences(cannonballs):
     assert (table["n_seen"], table["n_frames"]) == (5, 30)
 
 
+def test_frames_without_true_positions_do_not_count(cannonballs):
+    images, positions = cannonballs.images.float(), cannonballs.positions.clone()
+    images[:, 9] = positions[:, :, 9] = torch.nan
+    images[1::2, 24:] = positions[1::2, :, 24:] = torch.nan
+    data = replace(cannonballs, images=images, positions=positions)
+    table = evaluate_tracker(data)["all"]
+    for kind in ("generation", "interpolation"):
+        assert table[f"{kind}_error_px"] < 1.3 * table[f"{kind}_floor_px"]
+    tracker, first = BlobTracker(data.dynamics), torch.arange(30) < 5
+    path = tracker.predict(data.images, data.n_objects, first)
+    each = metrics.errors(path, positions, data.n_objects)[:, 0, 5:]
+    assert torch.equal(each.isnan(), positions[:, 0, 5:, 0].isnan())
+
+
 def test_tracks_are_nan_exactly_where_there_is_no_object(cannonballs):
     data = cannonballs[:9]
     tracker, ends = BlobTracker(data.dynamics), (torch.arange(30) < 5) | (torch.arange(30) >= 25)

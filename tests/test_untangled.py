@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import make_guide, make_model
@@ -24,6 +26,19 @@ def test_the_measures_are_those_of_the_untangled_guide(small_data):
     assert both["affine"] == plain["affine"]
     one = both["by_n_objects"]["1"]
     assert one["untangled_position_error_px"] == pytest.approx(one["position_error_px"])
+
+
+def test_frames_without_true_positions_do_not_count(small_data):
+    model, other = make_model(), make_guide()
+    torch.manual_seed(0)
+    guide = StructuredGuide(model.dynamics, other.rnn, AttentionHead(other.rnn.height, other.rnn.width, 8))
+    positions, images = small_data.positions.clone(), small_data.images.float()
+    positions[:, :, 5] = images[:, 5] = torch.nan
+    positions[1::2, :, 7:] = images[1::2, 7:] = torch.nan
+    found = evaluate_untangled(model, guide, replace(small_data, images=images, positions=positions))["by_n_objects"]
+    for n, row in found.items():
+        assert 0 < row["untangled_position_error_px"] < 20
+        assert row["untangled_switch_rate"] is None if n == "1" else 0 <= row["untangled_switch_rate"] <= 1
 
 
 def test_of_a_guide_that_ties_frames_together_means_are_untangled(small_data):

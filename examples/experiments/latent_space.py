@@ -57,7 +57,8 @@ def main(args: Arguments) -> None:
         axis.set_title(f"coloured by {name}")
     figure.suptitle(f"step {run.step:,}, seed {run.config.seed}: R² of the affine map {affine.r2:.2f}")
     save_figure(figure, out)
-    points, places = latent.flatten(0, 1).double(), pixels.flatten(0, 1).double()
+    there = pixels.isfinite().all(-1)  # unobserved frames may have no true positions
+    points, places = latent[there].double(), pixels[there]
     left = [error_of_polynomial(points, places, degree) for degree in (1, 3)]
     print(f"R^2 of the best affine map to pixels, N = 1: {affine.r2:.3f}")
     print(f"error of the best affine map {left[0]:.2f} pixels, of the best cubic one {left[1]:.2f}")

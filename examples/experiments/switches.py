@@ -29,7 +29,6 @@ from pyro_pixels.result_tables import markdown
 from pyro_pixels.runs import Run
 
 BINS = (0.0, 1.0, 2.0, 4.0, float("inf"))  # closest approach of two objects, pixels
-END = 4  # frames at either end whose mean height is compared
 
 
 @dataclass
@@ -41,15 +40,19 @@ class Arguments(QueryArguments):
 
 
 def order_changes(positions: Tensor, n: int) -> Tensor:
-    """Returns (b,) bool, whether the order of mean rows of n objects differs between the first and the last frames."""
-    rows = positions[:, :n, :, 1]
-    return (rows[..., :END].mean(-1).argsort(1) != rows[..., -END:].mean(-1).argsort(1)).any(1)
+    """Returns (b,) bool, whether the order of mean rows of n objects differs between the first and the last frames.
+
+    The frames are those of `metrics.known_ends`.
+    """
+    rows, ends = positions[:, :n, :, 1], metrics.known_ends(positions, torch.full((len(positions),), n))
+    first, last = (rows.where(frames[:, None], torch.nan).nanmean(-1).argsort(1) for frames in ends)
+    return (first != last).any(1)
 
 
 def closest(positions: Tensor, n: int) -> Tensor:
-    """Returns (b,), the smallest distance between any two of n objects in any frame, in pixels."""
-    pairs = [(positions[:, i] - positions[:, j]).norm(dim=-1).amin(-1) for i, j in combinations(range(n), 2)]
-    return torch.stack(pairs).amin(0)
+    """Returns (b,), the smallest distance between any two of n objects in any frame with true positions, in pixels."""
+    pairs = [(positions[:, i] - positions[:, j]).norm(dim=-1) for i, j in combinations(range(n), 2)]
+    return torch.stack(pairs).nan_to_num(torch.inf).amin((0, -1))
 
 
 def matched(in_pixels: Tensor, data: ImageSequences) -> Tensor:

@@ -66,8 +66,7 @@ class BlobTracker:
         if observed.dtype != torch.bool or observed.shape != images.shape[1:2]:
             raise ValueError(f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,), one per frame")
         measured, _ = self._follow(images, n_objects, observed)
-        seen = ~measured.isnan().any(-1)  # (B, N, T)
-        path = metrics.floor_predictions(self.dynamics, measured, seen.unsqueeze(-2))
+        path = metrics.floor_predictions(self.dynamics, measured, observed)
         return path.masked_fill(~object_mask(n_objects, path.shape[1])[:, :, None, None], torch.nan)
 
     def _follow(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyro_pixels._batch import object_mask
+from pyro_pixels._batch import check_any, object_mask
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.answers import check_n_seen, seen_by_default
@@ -40,7 +40,7 @@ Module = TypeVar("Module", bound=nn.Module)
 class Distances(NamedTuple):
     """Squared Mahalanobis distances of true positions from their predictions."""
 
-    squared: Tensor  # (B, N, T), NaN for absent objects and in frames that are not predicted
+    squared: Tensor  # (B, N, T), NaN for absent objects and in frames that are not predicted or have no truth
     log_density: Tensor  # (B, N, T), of the true positions, per square pixel; NaN in the same places
     held: Tensor  # (B,) bool, True where identities did not switch
 
@@ -101,8 +101,9 @@ def mahalanobis_distances(
         Each of `KINDS` -> its `Distances`.
 
     Raises:
-        ValueError: if the truth is missing, or the sequences are too short.
+        ValueError: if there are no sequences, the truth is missing, or the sequences are too short.
     """
+    check_any(len(data), "to predict")
     T, N = data.images.shape[1], int(data.n_objects.max())
     if data.positions is None:
         raise ValueError("the sequences have no positions; wanted simulated ones (examples/simulate.py)")
@@ -150,16 +151,16 @@ def _compare(data: ImageSequences, mean: Tensor, cov: Tensor, seen: Tensor, pred
     """Matches objects over the frames ``seen`` (T,) and measures distances in the frames ``predicted`` (T,)."""
     truth, n_objects = data.positions, data.n_objects
     assert truth is not None
-    order = metrics.assign(mean[:, :, seen].nan_to_num(), truth[:, :, seen].nan_to_num(), n_objects)
+    order = metrics.assign(mean[:, :, seen], truth[:, :, seen], n_objects)
     mean, cov = metrics.reorder(mean, order), metrics.reorder(cov, order)
-    valid = object_mask(n_objects, truth.shape[1]).unsqueeze(-1) & predicted
+    valid = object_mask(n_objects, truth.shape[1]).unsqueeze(-1) & predicted & truth.isfinite().all(-1)
     eye = torch.eye(2, dtype=cov.dtype)
     L = torch.linalg.cholesky(torch.where(valid[..., None, None], cov, eye))
     e = (truth - mean).nan_to_num().unsqueeze(-1)
     squared = torch.linalg.solve_triangular(L, e, upper=False).square().sum((-2, -1))
     log_density = -0.5 * squared - L.diagonal(dim1=-2, dim2=-1).log().sum(-1) - float(np.log(2 * np.pi))
     nan = torch.full_like(squared, torch.nan)
-    held = ~metrics.switches(mean[:, :, seen].nan_to_num(), truth[:, :, seen].nan_to_num(), n_objects)
+    held = ~metrics.switches(mean[:, :, seen], truth[:, :, seen], n_objects)
     return Distances(torch.where(valid, squared, nan), torch.where(valid, log_density, nan), held)
 
 
@@ -215,9 +216,10 @@ def fit_correction(
         progress: show a progress bar on a terminal.
 
     Raises:
-        ValueError: as in `mahalanobis_distances` and `corrected`.
+        ValueError: if identities switch in all sequences, or as in `mahalanobis_distances` and `corrected`.
     """
     held = mahalanobis_distances(model, guide, data, n_seen=n_seen)["smoothing"].held
+    check_any(int(held.sum()), "whose identities are right, on which variances can be corrected")
     data = data[held.nonzero().squeeze(1)]
 
     def loss(log_factors: np.ndarray) -> float:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_pixels._batch import unseen_frames
 from pyro_pixels._checks import MAX_SEED, Bounds, check_fields, check_number, check_value
 from pyro_pixels._init import init_as_paper
 from pyro_pixels.data import ImageSequences
@@ -102,9 +103,10 @@ class EDLSTM(nn.Module):
             n_frames: T, the total number of frames, more than tau.
 
         Raises:
-            ValueError: if tau >= T, or as in `forward`.
+            ValueError: if tau >= T, a frame is unobserved, or as in `forward`.
         """
         tau = images.shape[1]
+        _check_observed(images)
         if n_frames <= tau:
             raise ValueError(f"n_frames is {n_frames} and includes the {tau} observed frames; give more than {tau}")
         return self(F.pad(images, (0, 0, 0, 0, 0, n_frames - tau)), n_seen=tau).sigmoid()
@@ -119,7 +121,7 @@ def fit_edlstm(
     """Minimises -log p of all frames with Adam, in place, on the device of ``net``.
 
     Args:
-        data: the training data; only the images are used.
+        data: the training data; only the images are used, and all frames must be observed.
         own_predictions: if False, every frame is predicted from the true frames before it, as in the paper. If True,
             only the first 5 frames are given and gradients pass through the predictions, so that training matches
             testing.
@@ -130,14 +132,15 @@ def fit_edlstm(
         config: a dataclass, written to config.json after the contents of the folder have been checked.
 
     Raises:
-        ValueError: if a number is out of range; if ``resume`` finds no checkpoint, or one of a different training; or
-            if the folder holds a run and ``resume`` is False.
+        ValueError: if a number is out of range, or a frame unobserved; if ``resume`` finds no checkpoint, or one of a
+            different training; or if the folder holds a run and ``resume`` is False.
         FloatingPointError: if the loss is no longer finite; the last checkpoint before that is kept.
     """
     for name, value in {"steps": steps, "batch_size": batch_size, "evaluate_every": evaluate_every}.items():
         check_number(name, value, 1)
     check_value("learning_rate", learning_rate, float, Bounds(0, 1e38, above=True))
     check_number("seed", seed, 0, MAX_SEED)
+    _check_observed(data.images)
     training = _Training(
         net, data, steps, evaluate_every, own_predictions=own_predictions, batch_size=batch_size,
         learning_rate=learning_rate, seed=seed, run_dir=run_dir, on_evaluation=on_evaluation,
@@ -257,7 +260,8 @@ def evaluate_edlstm(
         radius: radius of a ball, in pixels.
 
     Raises:
-        ValueError: if the sequences are too short, or their size is not the network's.
+        ValueError: if the sequences are too short, one of the first frames is unobserved, or their size is not the
+            network's.
     """
     T = data.images.shape[1]
     if not 1 <= n_seen < T:
@@ -268,7 +272,7 @@ def evaluate_edlstm(
     values = {
         "nll_per_frame_nats": metrics.nll_per_frame(unseen, drawn).double(),
         "paper_style_loss": metrics.paper_style_loss(unseen, drawn).double(),
-        "constant_image_nll_per_frame_nats": metrics.nll_per_frame(unseen, unseen.double().mean().expand(unseen.shape)),
+        "constant_image_nll_per_frame_nats": metrics.constant_image_nll(unseen),
     }
     if data.positions is not None:
         found = find_disks(drawn > 0.5, n_objects, radius)
@@ -280,7 +284,7 @@ def evaluate_edlstm(
         order = metrics.assign(guess, truth, n_each)
         error = metrics.errors(metrics.reorder(guess, order), truth, n_each).view(len(data), T - n_seen, -1)
         lost = metrics.reorder(missing.transpose(1, 2).flatten(0, 1), order).view(error.shape)
-        values["generation_error_px"] = error.mean(1)
+        values["generation_error_px"] = error.nanmean(1)
         values["generation_found_error_px"] = error.masked_fill(lost, torch.nan)
         values["missing_share"] = torch.where(error.isnan(), torch.nan, lost.double())
     return {"n_seen": n_seen, "n_frames": T} | means_by_n(values, n_objects)
@@ -300,6 +304,14 @@ def _batch(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     epoch, place = divmod(step, max(1, n // batch_size))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[place * batch_size : (place + 1) * batch_size]
+
+
+def _check_observed(images: Tensor) -> None:
+    n_unseen = int(unseen_frames(images).sum())
+    if n_unseen:
+        raise ValueError(
+            f"{n_unseen} frames are unobserved (NaN), but an ED-LSTM needs every frame; leave their sequences out"
+        )
 
 
 def _check_kind(state: dict[str, Any], path: Path) -> None:

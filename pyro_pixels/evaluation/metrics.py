@@ -2,6 +2,7 @@
 
 Latent positions are identified up to an affine map (Sec 3.3). One map, fitted by least squares on the sequences with a
 single object, takes all latent positions to pixels; objects are matched with the true ones sequence by sequence.
+True positions may be NaN in unobserved frames; such frames do not count.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels._batch import object_mask, unseen_frames
-from pyro_pixels.data import TrueDynamics
+from pyro_pixels.data import ImageSequences, TrueDynamics
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM
 from pyro_pixels.lgssm.marginal import marginal_moments
@@ -73,17 +74,18 @@ def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def assign(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
-    """Finds the best one-to-one assignment of each sequence, by mean distance over all given frames.
+    """Finds the best one-to-one assignment of each sequence, by mean distance over the frames with a true position.
 
     Args:
         predicted: (B, N, T, 2).
-        truth: (B, N, T, 2).
+        truth: (B, N, T, 2); a track that is NaN in all frames fits every prediction equally well.
         n_objects: (B,).
 
     Returns:
         The order (B, N) int64: ``predicted[b, order[b, n]]`` belongs to ``truth[b, n]``; absent objects stay in place.
     """
-    costs = pairwise_distances(predicted, truth)
+    unknown = truth.isnan().any(-1).all(-1)  # (B, N)
+    costs = pairwise_distances(predicted, truth).masked_fill(unknown.unsqueeze(1), 0.0)
     order = torch.arange(predicted.shape[1]).repeat(len(predicted), 1)
     for b, n in enumerate(n_objects.tolist()):
         rows, columns = scipy.optimize.linear_sum_assignment(costs[b, :n, :n].numpy())
@@ -97,20 +99,40 @@ def reorder(a: Tensor, order: Tensor) -> Tensor:
 
 
 def errors(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
-    """Returns the distance (B, N, T) between matched positions, NaN for absent objects."""
+    """Returns the distance (B, N, T) between matched positions, NaN for absent objects and where the truth is NaN."""
     distance = (predicted - truth).norm(dim=-1)
     return torch.where(object_mask(n_objects, truth.shape[1]).unsqueeze(-1), distance, torch.nan)
+
+
+def known_ends(truth: Tensor, n_objects: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns masks (B, T) of the first and of the last frames in which all objects have true positions.
+
+    Each has `SWITCH_FRAMES` frames; in a sequence with fewer such frames, each has them all.
+    """
+    absent = ~object_mask(n_objects, truth.shape[1])
+    known = (truth.isfinite().all(-1) | absent.unsqueeze(-1)).all(1)
+    rank, n_known = known.cumsum(1), known.sum(1, keepdim=True)
+    return known & (rank <= SWITCH_FRAMES), known & (rank > n_known - SWITCH_FRAMES)
 
 
 def switches(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
     """Returns (B,) bool, True where the best assignments over the first and over the last frames differ.
 
-    Counting changes of the best permutation frame by frame would mislead: noise alone causes many without any switch.
+    The frames are those of `known_ends`. Counting changes of the best permutation frame by frame would mislead: noise
+    alone causes many without any switch.
     """
-    k = min(SWITCH_FRAMES, truth.shape[2])
-    first = assign(predicted[:, :, :k], truth[:, :, :k], n_objects)
-    last = assign(predicted[:, :, -k:], truth[:, :, -k:], n_objects)
+    first, last = (
+        assign(predicted, truth.masked_fill(~frames[:, None, :, None], torch.nan), n_objects)
+        for frames in known_ends(truth, n_objects)
+    )
     return (first != last).any(1)
+
+
+def switch_rates(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
+    """Returns (B,) float64, 1 for `switches` and else 0; NaN with one object or fewer than two frames to compare."""
+    first, last = known_ends(truth, n_objects)
+    comparable = (n_objects > 1) & ((first | last).sum(1) > 1)
+    return torch.where(comparable, switches(predicted, truth, n_objects).double(), torch.nan)
 
 
 def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
@@ -153,14 +175,37 @@ def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tenso
 
     Args:
         dynamics: the true parameters, in pixels.
-        positions: (B, N, T, 2) in pixels, NaN for absent objects.
+        positions: (B, N, T, 2) in pixels; where they are NaN, the object counts as unobserved.
         observed: (T,) bool.
     """
     lgssm: LGSSM = dynamics.lgssm
-    a = positions.nan_to_num().unsqueeze(-3)
-    z = (kalman.log_likelihood(lgssm, a, observed) + dynamics.pi.log()).softmax(-1)
-    mean = kalman.rts_smoother(lgssm, a, observed).mean @ lgssm.B.mT
-    return (z[..., None, None] * mean).sum(-3)
+
+    def predict(tracks: Tensor, seen: Tensor) -> Tensor:
+        a = tracks.unsqueeze(-3)
+        z = (kalman.log_likelihood(lgssm, a, seen) + dynamics.pi.log()).softmax(-1)
+        mean = kalman.rts_smoother(lgssm, a, seen).mean @ lgssm.B.mT
+        return (z[..., None, None] * mean).sum(-3)
+
+    known = positions.isfinite().all(-1)
+    whole = (known | ~observed).all(-1)
+    found = torch.empty_like(positions)
+    found[whole] = predict(positions[whole], observed)  # one mask, so covariances are computed once
+    found[~whole] = predict(positions[~whole], (known[~whole] & observed).unsqueeze(-2))
+    return found
+
+
+def floor_of(data: ImageSequences, observed: Tensor) -> Tensor:
+    """Returns the `floor_predictions` (n, N, T, 2) of sequences with ``positions`` and ``dynamics``.
+
+    Args:
+        data: true positions in frames without an image are not used.
+        observed: (T,) bool.
+    """
+    assert data.positions is not None
+    assert data.dynamics is not None
+    return floor_predictions(
+        data.dynamics, data.positions.masked_fill(~data.seen[:, None, :, None], torch.nan), observed
+    )
 
 
 def likeliest_labels(dynamics: TrueDynamics, positions: Tensor, n_objects: Tensor, *, reach: float = 4.0) -> Tensor:
@@ -172,7 +217,7 @@ def likeliest_labels(dynamics: TrueDynamics, positions: Tensor, n_objects: Tenso
 
     Args:
         dynamics: the true parameters, in pixels.
-        positions: in pixels, NaN for absent objects.
+        positions: in pixels, NaN for absent objects; objects that are NaN in single frames keep their labels.
         n_objects: (B,).
         reach: only objects that come within this distance in pixels of each other are exchanged.
     """

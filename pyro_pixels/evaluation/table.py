@@ -48,8 +48,9 @@ def evaluate(
     Args:
         model: the trained model.
         guide: the trained guide.
-        data: held-out sequences. Errors in pixels need ``positions``, floors also need ``dynamics``. Without positions,
-            forecasts are compared with baselines without motion, and innovations are measured (`evaluation.film`).
+        data: held-out sequences. Errors in pixels need ``positions``, floors also need ``dynamics``; frames whose
+            positions are NaN do not count. Without positions, forecasts are compared with baselines without motion,
+            and innovations are measured (`evaluation.film`).
         n_seen: observed frames before generation, and at either end for interpolation; default: 5, or fewer where
             sequences have fewer than 11 frames.
         n_futures: sampled futures per sequence whose images are averaged, for the measures of forecasts; 0 leaves those
@@ -62,7 +63,7 @@ def evaluate(
         does not apply), the fitted affine map from latent units to pixels, and the learned dynamics in pixels.
 
     Raises:
-        ValueError: if the sequences are too short or do not fit the model, or ``n_futures`` is negative.
+        ValueError: if there are no sequences, they are too short or do not fit the model, or ``n_futures`` is negative.
     """
     T = data.images.shape[1]
     n_seen = seen_by_default(T) if n_seen is None else check_n_seen(n_seen, T)
@@ -118,7 +119,7 @@ def errors_in_pixels(
     """Returns the mean error of each object in pixels (n, N) and whether identities switched (n,).
 
     Objects are matched with the true ones over all frames for inference, and over the observed frames for generation
-    and interpolation.
+    and interpolation. Frames without true positions count for neither errors nor floors.
 
     Args:
         data: sequences with ``positions``.
@@ -138,20 +139,20 @@ def errors_in_pixels(
     inferred = matched(inferred, torch.ones_like(ends))
     values = {
         "position_error_px": metrics.errors(inferred, truth, n_objects).nanmean(-1),
-        "switch_rate": torch.where(n_objects > 1, metrics.switches(inferred, truth, n_objects).double(), torch.nan),
+        "switch_rate": metrics.switch_rates(inferred, truth, n_objects),
     }
     targets = {"": truth} if data.paths is None else {"": truth, "path_": data.paths}
     predictions = {"generation": (matched(generated, seen), seen)}
     if interpolated is not None:
         predictions["interpolation"] = (matched(interpolated, ends), ends)
     for kind, (prediction, observed) in predictions.items():
-        floor = None if data.dynamics is None else metrics.floor_predictions(data.dynamics, truth, observed)
+        floor = None if data.dynamics is None else metrics.floor_of(data, observed)
         for name, target in targets.items():
             error = metrics.errors(prediction, target, n_objects)
-            values[f"{kind}_{name}error_px"] = error[..., ~observed].mean(-1)
+            values[f"{kind}_{name}error_px"] = error[..., ~observed].nanmean(-1)
             if floor is not None:
                 error = metrics.errors(floor, target, n_objects)
-                values[f"{kind}_{name}floor_px"] = error[..., ~observed].mean(-1)
+                values[f"{kind}_{name}floor_px"] = error[..., ~observed].nanmean(-1)
     return values
 
 

@@ -104,8 +104,7 @@ def _positions_alone(model: PixelModel, guide: Guide, data: ImageSequences, batc
     a = torch.cat(found)
     in_pixels = metrics.fit_affine(a, data.positions, data.n_objects)(a)
     matched = metrics.reorder(in_pixels, metrics.assign(in_pixels, data.positions, data.n_objects))
-    switched = metrics.switches(matched, data.positions, data.n_objects).double()
     return {
-        "position_error_px": metrics.errors(matched, data.positions, data.n_objects).mean(-1),
-        "switch_rate": torch.where(data.n_objects > 1, switched, torch.nan),
+        "position_error_px": metrics.errors(matched, data.positions, data.n_objects).nanmean(-1),
+        "switch_rate": metrics.switch_rates(matched, data.positions, data.n_objects),
     }
