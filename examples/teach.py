@@ -72,7 +72,8 @@ def main(args: Arguments) -> int:
     config = with_custom(config, args.custom, args.guide)
     if args.resume:
         config = load_config(args.out)
-        use_custom_guide(config, args.out, args.custom or config.custom_file)
+    use_custom_guide(config, args.out, args.custom or config.custom_file)
+    if args.resume:
         there = {"guide": config.guide, "state_size": config.guide_state_size, "seed": config.seed}
         refuse_changes(args, {**there, "steps": config.schedule.steps}, args.out)
     if args.data is None:

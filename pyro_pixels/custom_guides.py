@@ -17,7 +17,7 @@ from pyro_pixels._checksums import digest
 
 GROUP = "pyro_pixels.guides"
 Registry = MutableMapping[str, Callable[..., Any]]
-_loaded: dict[tuple[str, str], tuple[str, ...]] = {}
+_loaded: dict[tuple[str, str], dict[str, Callable[..., Any]]] = {}  # (path, SHA-256) -> name -> factory
 
 
 class GuideFile(NamedTuple):
@@ -31,7 +31,9 @@ class GuideFile(NamedTuple):
 
 
 def load_guides(path: str | Path, registry: Registry) -> GuideFile:
-    """Executes a Python file that adds guides to the registry, `GUIDES`, once per process.
+    """Registers the guides that a Python file adds to the registry, `GUIDES`; the file is executed once per process.
+
+    They replace guides of the same names. A file that fails leaves the registry as it was.
 
     Raises:
         ValueError: if there is no such file, it fails, or it adds no guide.
@@ -53,12 +55,23 @@ def load_guides(path: str | Path, registry: Registry) -> GuideFile:
         try:
             spec.loader.exec_module(module)
         except Exception as error:
+            registry.clear()
+            registry.update(before)
             raise ValueError(f"{path} fails: {type(error).__name__}: {_first_line(error)}") from error
-        names = tuple(sorted(n for n, make in registry.items() if before.get(n) is not make))
-        if not names:
+        made = {n: make for n, make in registry.items() if before.get(n) is not make}
+        if not made:
             raise ValueError(f'{path} adds no guide; wanted a line such as GUIDES["mine"] = lambda config, model: ...')
-        _loaded[key] = names
-    return GuideFile(path, found, _loaded[key])
+        _loaded[key] = made
+    registry.update(_loaded[key])
+    return GuideFile(path, found, tuple(sorted(_loaded[key])))
+
+
+def file_of(name: str, registry: Registry) -> GuideFile | None:
+    """Returns the file whose guide is registered under a name; None if it is not from a file, or there is none."""
+    for (path, sha256), made in _loaded.items():
+        if name in made and registry.get(name) is made[name]:
+            return GuideFile(Path(path), sha256, tuple(sorted(made)))
+    return None
 
 
 def load_unchanged(path: str | Path, sha256: str, registry: Registry, where: str) -> GuideFile:

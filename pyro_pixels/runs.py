@@ -19,7 +19,7 @@ from pyro_pixels._checks import check_number
 from pyro_pixels._checksums import checked_write, read_checked
 from pyro_pixels._lock import locked
 from pyro_pixels.config import RunConfig
-from pyro_pixels.custom_guides import find_guide, guide_names, load_guides, load_unchanged
+from pyro_pixels.custom_guides import file_of, find_guide, guide_names, load_guides, load_unchanged
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
@@ -184,32 +184,42 @@ def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
 def use_custom_guide(config: RunConfig, where: str | Path, custom: str | Path | None) -> None:
     """Registers the guide of a run that was trained with a user's Python file; other guides need no file.
 
+    A guide that has the right name but is not from the right file is refused.
+
     Args:
         config: the run's configuration.
         where: its folder, for messages.
         custom: the file that adds the guide to `GUIDES`. Loading a run executes no file that is not given here.
 
     Raises:
-        ValueError: if the file is needed but not given, is missing, or is not the one that the run was trained with.
+        ValueError: if the file is needed but not given, is missing, or is not the one that the run was trained with; or
+            if the run was trained without a file, but another has registered a guide of that name.
     """
     if config.custom_file is None or config.custom_sha256 is None:
-        if custom is not None:
-            load_guides(custom, GUIDES)
+        given = () if custom is None else load_guides(custom, GUIDES).names
+        other = file_of(config.guide, GUIDES)
+        if other is not None and config.guide not in given:
+            raise ValueError(
+                f"{where} names no file of guides, but its guide '{config.guide}' would now be that of {other.path}; "
+                "pass that file as custom=... if it is meant, or else use a new process"
+            )
     elif custom is not None:
         load_unchanged(custom, config.custom_sha256, GUIDES, str(where))
-    elif config.guide not in GUIDES:
-        raise ValueError(
-            f"the guide '{config.guide}' of {where} is defined in {config.custom_file}; if you trust that file, "
-            "pass it as custom=..."
-        )
+    else:
+        known = file_of(config.guide, GUIDES)
+        if known is None or known.sha256 != config.custom_sha256:
+            raise ValueError(
+                f"the guide '{config.guide}' of {where} is defined in {config.custom_file}; if you trust that file, "
+                "pass it as custom=..."
+            )
 
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu", *, custom: str | Path | None = None) -> Run:
     """Returns the trained model and guide of a folder, on ``device``, ready for queries.
 
     Args:
-        custom: the Python file that adds the run's guide to `GUIDES`, if the run was trained with ``--custom`` and the
-            guide is not registered yet.
+        custom: the Python file that adds the run's guide to `GUIDES`, if the run was trained with ``--custom`` and
+            this process has not loaded that file yet.
 
     Raises:
         ValueError: if the folder holds no run, its checkpoint is damaged or of another configuration, or the file with
@@ -245,7 +255,9 @@ def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> 
     names = sorted(path.name for path in PRETRAINED.glob("*") if path.is_dir())
     if name not in names:
         raise ValueError(f"there are no pretrained weights '{name}'; wanted one of {names}")
-    run, path = build(load_config(folder)), folder / "weights.npz"
+    config, path = load_config(folder), folder / "weights.npz"
+    use_custom_guide(config, folder, None)
+    run = build(config)
     try:
         arrays = read_arrays(path, read_checked(path), max_bytes=MAX_BYTES)
         about = json.loads(read_checked(folder / "about.json"))

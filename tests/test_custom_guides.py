@@ -15,7 +15,7 @@ from pyro_pixels import custom_guides, runs
 from pyro_pixels.custom_guides import find_guide, guide_names, load_guides
 from pyro_pixels.data import save_sequences
 from pyro_pixels.presets import PRESETS
-from pyro_pixels.runs import GUIDES, build, load_config, load_run
+from pyro_pixels.runs import GUIDES, build, load_config, load_pretrained, load_run, use_custom_guide
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 
@@ -43,12 +43,16 @@ GUIDES["NAME"] = lambda config, model: Nowhere(SCALE)
 def _guides_are_forgotten():
     """As in a process of its own."""
     yield
-    for name in set(GUIDES) - BUILT_IN:
-        del GUIDES[name]
+    forget()
+
+
+BUILT_IN = dict(GUIDES)
+
+
+def forget():
+    GUIDES.clear()
+    GUIDES.update(BUILT_IN)
     custom_guides._loaded.clear()
-
-
-BUILT_IN = set(GUIDES)
 
 
 def write(path, name="nowhere", scale=0.1):
@@ -69,8 +73,7 @@ def trained(data_file, tmp_path):
     own = write(tmp_path / "infer.py")  # called as a script is
     arguments = train.Arguments(run=tmp_path / "r", data=data_file, steps=2, threads=1, progress=False, custom=own)
     assert train.main(arguments) == 0
-    del GUIDES["nowhere"]
-    custom_guides._loaded.clear()
+    forget()
     return tmp_path / "r", own
 
 
@@ -109,11 +112,60 @@ def test_a_changed_file_is_refused_in_one_line_and_a_moved_one_is_found(trained,
     assert train.main(train.Arguments(run=folder, resume=True, steps=3, threads=1, progress=False, custom=moved)) == 0
 
 
+def test_of_two_files_with_a_guide_of_one_name_the_runs_own_is_used(trained, tmp_path):
+    folder, own = trained
+    other = write(tmp_path / "other.py", scale=0.2)
+    load_guides(own, GUIDES)
+    load_guides(other, GUIDES)
+    with pytest.raises(ValueError, match=f"'nowhere' of {folder} is defined in {own}; if you trust that file"):
+        load_run(folder)
+    assert load_run(folder, custom=own).guide.scale == 0.1
+    assert load_run(folder).guide.scale == 0.1
+    load_guides(other, GUIDES)
+    assert build(replace(PRESETS["quick"], guide="nowhere")).guide.scale == 0.2
+
+
+def test_a_guide_of_the_same_name_that_is_from_no_file_is_refused(trained):
+    folder, own = trained
+    GUIDES["nowhere"] = GUIDES["recurrent"]  # as a package or a line of the caller's program may do
+    with pytest.raises(ValueError, match=f"'nowhere' of {folder} is defined in {own}"):
+        load_run(folder)
+    assert load_run(folder, custom=own).guide.scale == 0.1
+
+
+def test_a_file_may_replace_a_built_in_guide_but_neither_is_taken_for_the_other(tmp_path):
+    own = write(tmp_path / "own.py", name="recurrent")
+    built_in = replace(PRESETS["quick"], guide="recurrent", state_size=8)
+    custom = train.configure(train.Arguments(custom=own, threads=1))
+    assert custom.guide == "recurrent"
+    forget()
+    with pytest.raises(ValueError, match=f"'recurrent' of r is defined in {own}"):
+        use_custom_guide(custom, "r", None)
+    use_custom_guide(built_in, "r", None)
+    use_custom_guide(custom, "r", own)
+    assert type(build(custom).guide).__name__ == "Nowhere"
+    with pytest.raises(ValueError, match=f"r names no file .* 'recurrent' would now be that of {own}") as error:
+        use_custom_guide(built_in, "r", None)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="names no file of guides"):
+        load_pretrained("recurrent")
+    use_custom_guide(built_in, "r", own)  # the caller says that this run was trained with the file
+
+
 def test_a_guide_from_a_file_is_taught(trained, tmp_path):
     folder, _ = trained
     other = write(tmp_path / "other.py", name="other")
     assert teach.main(teach.Arguments(teacher=folder, out=tmp_path / "t", custom=other, steps=1, progress=False)) == 0
     assert json.loads((tmp_path / "t/config.json").read_text())["custom_file"] == str(other)
+
+
+def test_a_teachers_file_does_not_replace_the_guide_that_is_taught(data_file, tmp_path):
+    own = write(tmp_path / "own.py", name="attentive")
+    arguments = train.Arguments(run=tmp_path / "r", data=data_file, steps=1, threads=1, progress=False, custom=own)
+    assert train.main(arguments) == 0
+    forget()
+    with pytest.raises(ValueError, match=f"names no file of guides, but its guide 'attentive' would .* {own}"):
+        teach.main(teach.Arguments(teacher=tmp_path / "r", out=tmp_path / "t", steps=1, progress=False))
 
 
 @pytest.mark.parametrize(
@@ -123,6 +175,7 @@ def test_a_guide_from_a_file_is_taught(trained, tmp_path):
         ("x = 1\n", "adds no guide"),
         ("import nothing_of_that_name\n", "fails: ModuleNotFoundError: No module named"),
         ("def f(:\n", "fails: SyntaxError"),
+        (GUIDE.replace("NAME", "recurrent").replace("SCALE", "1.0") + "1 / 0\n", "fails: ZeroDivisionError"),
     ],
 )
 def test_files_that_add_no_guide(tmp_path, content, message):
@@ -132,6 +185,7 @@ def test_files_that_add_no_guide(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         load_guides(path, GUIDES)
     assert "\n" not in str(error.value)
+    assert GUIDES == BUILT_IN
 
 
 def test_of_several_guides_one_is_chosen(tmp_path):
