@@ -50,6 +50,14 @@ def test_a_sequence_has_one_answer_whatever_is_in_its_batch(run, small_data):
         assert oracles.relative_error(together.std[i, :n], alone.std[0]) < 1e-8
 
 
+def test_positions_have_the_types_that_the_notation_says(run, small_data):
+    batch = small_data.images, small_data.n_objects
+    kind = torch.float64 if run.config.guide == "structured" else torch.float32
+    assert poutine.trace(run.guide).get_trace(*batch).nodes["a"]["value"].dtype == kind
+    assert poutine.trace(poutine.uncondition(run.model)).get_trace(*batch).nodes["a"]["value"].dtype == torch.float64
+    assert infer(run.guide, *batch).mean.dtype == torch.float64
+
+
 def test_only_objects_that_are_there_count(run, small_data):
     trace = poutine.trace(run.guide).get_trace(small_data.images, small_data.n_objects)
     trace.compute_log_prob()
