@@ -118,9 +118,10 @@ def _in_one_line(framed: str) -> str:
     """Returns the message in a framed text of tyro's, without its title and the help after a rule or an empty line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", framed)
     rows = [re.sub(r"^[│|]\s?|\s*[│|]$", "", row.strip()).strip() for row in text.splitlines()]
-    rows = [row for row in rows if not re.match(r"[╭╰+]", row)]
+    inside = [row for row in rows if not re.match(r"[╭╰+]", row)]
+    has_frame, rows = len(inside) < len(rows), inside
     rules = [not re.search(r"[^─\-]", row) for row in rows]
-    if rules[1:2] == [True]:  # without characters for frames, the title is above a rule
+    if not has_frame and rules[1:2] == [True]:  # without characters for frames, the title is above a rule
         rows, rules = rows[2:], rules[2:]
     ends = [i for i, is_rule in enumerate(rules) if i and is_rule]
     message = " ".join(rows[: ends[0] if ends else None]).removeprefix("Error parsing ").rstrip(". ")

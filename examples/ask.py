@@ -5,7 +5,7 @@ objects come from? what-if: no gravity, half of it, a push. evidence: how likely
 are there? stream: inference frame by frame. calibration: are the stated uncertainties right?
 """
 
-from _common import QueryArguments, new_folder, open_run, progress, say_where, start, write_json
+from _common import QueryArguments, new_folder, open_sequences, progress, say_where, start, write_json
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -45,9 +45,9 @@ def further(run: Run, args: Arguments) -> ImageSequences:
 @torch.no_grad()
 def main(args: Arguments) -> None:
     out = new_folder(args.out or args.home / "ask")
-    run, data, device = open_run(args)
+    (run, data, device), asked = open_sequences(args)
     print(f"answering '{args.question}' for {len(data)} sequences", flush=True)
-    scene = Scene(run, data, device, n_samples=args.n_samples)
+    scene = Scene(run, data, device, n_samples=args.n_samples, first=asked.first)
     scene.progress, scene.shows_progress = progress, True
     if args.question == "calibration":
         answer = draw_calibration(scene, further(run, args))

@@ -4,7 +4,7 @@ Uses the weights that come with the package unless --run or --no-pretrained is g
 `gallery` in the run's folder, or in runs/pretrained.
 """
 
-from _common import QueryArguments, new_folder, open_run, progress, say_where, start
+from _common import QueryArguments, new_folder, open_sequences, progress, say_where, start
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -65,8 +65,8 @@ def closer(figure: Figure, scene: Scene, name: str, margin: float = 3.0) -> Figu
 
 def names(scene: Scene, found: Prediction) -> Tensor:
     """Returns the order (B, N) that matches objects to those inferred from all frames; their numbers may differ."""
-    seen = found.observed
-    few, all_ = (x[:, :, seen].cpu() for x in (found.mean, scene.inference.mean))
+    unseen = ~found.observed.cpu().expand(found.mean.shape[:3])[..., None]  # zero in both, these frames cost nothing
+    few, all_ = (x.cpu().masked_fill(unseen, 0.0) for x in (found.mean, scene.inference.mean))
     return assign(few, all_, scene.data.n_objects).to(scene.device)
 
 
@@ -79,8 +79,9 @@ def draw_positions(scene: Scene) -> Figure:
 def draw_velocities(scene: Scene) -> Figure:
     rows, h = scene.rows, smooth(scene.dynamics, scene.inference.mean)
     true = scene.true_moves()
+    tracks = scene.tracks(h.mean[..., :2])
     return plots.plot_moves(
-        scene.tracks(h.mean[..., :2])[rows], scene.moves(h).mean[rows],
+        tracks.masked_fill(scene.padding(tracks.shape[2]), torch.nan)[rows], scene.moves(h).mean[rows],
         truth=None if true is None or scene.data.paths is None else (scene.data.paths[rows], true[rows]),
         n_objects=scene.data.n_objects[rows], size=scene.size,
     )  # fmt: skip
@@ -119,7 +120,8 @@ def draw_fan(scene: Scene) -> Figure:
 def draw_missing(scene: Scene) -> Figure:
     found = scene.interpolation()
     order, rows = names(scene, found), scene.rows.to(scene.device)
-    return scene.picture(Gaussians(*(reorder(x, order)[rows] for x in (found.mean, found.cov))), found.observed)
+    known = found.observed.expand(found.mean.shape[:3])[rows]
+    return scene.picture(Gaussians(*(reorder(x, order)[rows] for x in (found.mean, found.cov))), known)
 
 
 OWN: dict[str, Callable[[Scene], Figure]] = {
@@ -143,8 +145,12 @@ def main(args: Arguments) -> None:
     for name in progress(args.pictures, "pictures"):
         n = args.n_sequences if name in MANY else min(12, args.n_sequences)
         if n not in scenes:
-            scenes[n] = Scene(*open_run(replace(args, n_sequences=n)), per_n=1, n_samples=args.n_samples)
+            opened, asked = open_sequences(replace(args, n_sequences=n))
+            scenes[n] = Scene(*opened, per_n=1, n_samples=args.n_samples, first=asked.first)
             scenes[n].progress, scenes[n].shows_progress = progress, True
+        if name == "calibration" and scenes[n].data.positions is None and len(args.pictures) > 1:
+            texts.append(f"{name}: not drawn, as the sequences have no true positions")
+            continue
         torch.manual_seed(args.seed)  # so that a picture does not depend on the others
         path = out / f"{name}.png"
         if name == "forecast":

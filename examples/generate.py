@@ -1,6 +1,6 @@
 """Generates the frames that follow a few observed ones (Sec 3.4); draws pictures like Figs 6 and 8, and a GIF."""
 
-from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
+from _common import QueryArguments, new_folder, open_sequences, save_arrays, say_where, start
 
 from dataclasses import dataclass
 
@@ -19,20 +19,19 @@ class Arguments(QueryArguments):
 
 
 def main(args: Arguments) -> None:
-    run, data, device = open_run(args)
+    (run, data, device), asked = open_sequences(args)
     out = new_folder(args.out or args.home / "generate")
     T = args.n_frames or data.images.shape[1]
     if args.n_seen is not None and args.n_seen >= T:
         raise ValueError(
             f"--n-seen is {args.n_seen}, but the total is {T} frames; give a smaller --n-seen, or a larger --n-frames"
         )
-    view = RunView(run, data, device, n_seen=args.n_seen)
+    view = RunView(run, data, device, n_seen=args.n_seen, first=asked.first)
     prediction = view.generation(args.n_frames, args.n_samples)
     last = prediction.mean.shape[2]
     print(f"generated frames {view.n_seen + 1} to {last} of {len(data)} sequences from the first {view.n_seen}")
-    paths = draw_generation(view, prediction, out)
     arrays = save_arrays(out / "generation.npz", mean_px=view.in_pixels(prediction.mean), **prediction._asdict())
-    say_where([*paths, arrays])
+    say_where([*draw_generation(view, prediction, out), arrays])
 
 
 if __name__ == "__main__":

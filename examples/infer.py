@@ -23,17 +23,15 @@ def main(args: Arguments) -> None:
     (run, data, device), asked = open_sequences(args)
     out = new_folder(args.out or args.home / "infer")
     print(f"inferring the positions of {len(data)} sequences {tuple(data.images.shape[1:])}")
-    view = RunView(run, data, device, n_samples=args.n_samples)
+    view = RunView(run, data, device, n_samples=args.n_samples, first=asked.first)
     inferred, states = view.inference, view.states
-    paths = draw_inference(view, out)
     arrays = save_arrays(
         out / "positions.npz", mean_px=view.in_pixels(inferred.mean), mean=inferred.mean, std=inferred.std,
         samples=inferred.samples, states=states.mean, states_cov=states.cov, component_probabilities=states.p_z,
         images=view.reconstruction,
     )  # fmt: skip
-    tracks = []
-    if view.size:
-        tracks = write_tracks(view, out, data_file=asked.file, first=asked.first, scale=args.scale, fps=args.fps)
+    paths = draw_inference(view, out)
+    tracks = write_tracks(view, out, data_file=asked.file, scale=args.scale, fps=args.fps) if view.size else []
     say_where([*paths, arrays, *tracks])
 
 

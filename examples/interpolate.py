@@ -1,6 +1,6 @@
 """Interpolates missing frames between observed ones at both ends (Sec 3.5), and draws a picture like Fig 9."""
 
-from _common import QueryArguments, new_folder, open_run, save_arrays, say_where, start
+from _common import QueryArguments, new_folder, open_sequences, save_arrays, say_where, start
 
 from dataclasses import dataclass
 
@@ -18,17 +18,19 @@ class Arguments(QueryArguments):
 
 
 def main(args: Arguments) -> None:
-    run, data, device = open_run(args)
+    (run, data, device), asked = open_sequences(args)
     out = new_folder(args.out or args.home / "interpolate")
     T = data.images.shape[1]
     n_seen = check_n_seen(seen_by_default(T) if args.n_seen is None else args.n_seen, T, "--n-seen")
-    view = RunView(run, data, device, n_seen=n_seen)
+    view = RunView(run, data, device, n_seen=n_seen, first=asked.first)
     prediction = view.interpolation(args.n_samples)
     last = T - view.n_seen
-    print(f"filled frames {view.n_seen + 1} to {last} of {len(data)} sequences from {view.n_seen} at either end")
-    paths = draw_interpolation(view, view.generation(), prediction, out)
+    print(
+        f"filled frames {view.n_seen + 1} to {last} of {len(data)} sequences from {view.n_seen} at either end"
+        + (", fewer in shorter sequences" if int(view.lengths.min()) < T else "")
+    )
     arrays = save_arrays(out / "interpolation.npz", mean_px=view.in_pixels(prediction.mean), **prediction._asdict())
-    say_where([*paths, arrays])
+    say_where([*draw_interpolation(view, view.generation(), prediction, out), arrays])
 
 
 if __name__ == "__main__":

@@ -138,8 +138,18 @@ class Job:
                 f"{self.config.data_file} are held out; the other scripts use these by default"
             )
         if self.config.data_file is not None:
-            for warning in check_film(self.data):
+            for warning in [*self.likelihood_warnings(), *check_film(self.data)]:
                 print(f"  ! {warning}")
+
+    def likelihood_warnings(self) -> list[str]:
+        """Returns a warning if the images are grey but the likelihood is meant for black and white; else nothing."""
+        images = self.data.images
+        if self.config.likelihood != "bernoulli" or not bool(((images > 0) & (images < 1)).any()):
+            return []
+        return [
+            "images are grey, but the likelihood is bernoulli, which takes their values for fractions of white; "
+            "for a distribution over grey images, give --likelihood gaussian"
+        ]
 
     def train(self, n_starts: int, progress: bool) -> FitResult:
         self.run, result = train_run(

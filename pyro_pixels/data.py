@@ -5,6 +5,7 @@ Positions are in pixels, (column, row), with pixel centres at whole numbers and 
 """
 
 import dataclasses
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,6 +177,11 @@ def load_sequences(path: str | Path, *, max_bytes: int = MAX_BYTES) -> ImageSequ
         ValueError: if there is no such file, or its contents are not as above.
     """
     path = Path(path)
+    if path.suffix != ".npz" and path.exists() and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is not an .npz of image sequences; if it is a film, convert it with examples/prepare.py, and give "
+            "the file that it writes"
+        )
     true = [f"true_{field}" for field in LGSSM._fields] + ["true_pi"]
     names = ("images", "n_objects", "positions", "paths", "sides", *true)
     try:

@@ -54,9 +54,10 @@ class Scene(RunView):
     """
 
     def __init__(
-        self, run: Run, data: ImageSequences, device: torch.device, *, per_n: int = 2, n_samples: int = 20
-    ) -> None:
-        super().__init__(run, data, device)
+        self, run: Run, data: ImageSequences, device: torch.device, *, per_n: int = 2, n_samples: int = 20,
+        first: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__(run, data, device, first=first)
         self.model, self.guide, self.dynamics = run.model, run.guide, run.model.dynamics
         self.rows, self.n_samples = self.pick(per_n), n_samples
         rows = self.rows.to(device)
@@ -76,6 +77,7 @@ class Scene(RunView):
     def picture(self, found: Gaussians, known: Tensor, truth: Tensor | None = None) -> Figure:
         """Returns a plot of the regions of positions of the drawn sequences; ``truth`` is given for all sequences."""
         mean, cov = self.regions(found, self.rows)
+        mean = mean.masked_fill(self.padding(mean.shape[2])[self.rows], torch.nan)
         known = known.expand(mean.shape[:-1]).cpu()
         known = known if self.order is None else metrics.reorder(known, self.order[self.rows])
         truth = self.data.positions if truth is None else truth
@@ -106,7 +108,8 @@ def draw_filter(scene: Scene) -> Answer:
     a = scene.drawn[2]
     found = {"so far": filter_states(scene.dynamics, a), "in hindsight": smooth(scene.dynamics, a)}
     moves = {name: scene.moves(h, scene.rows) for name, h in found.items()}
-    means = {name: x.mean[:, 0, :, 1] for name, x in moves.items()}
+    padding = scene.padding(a.shape[2])[scene.rows, 0, :, 0]
+    means = {name: x.mean[:, 0, :, 1].masked_fill(padding, torch.nan) for name, x in moves.items()}
     stds = {name: x.cov[:, 0, :, 1, 1].sqrt() for name, x in moves.items()}
     truth = scene.true_moves()
     titles = [f"{title}, object 1" for title in scene.titles(scene.rows)]
@@ -124,7 +127,7 @@ def draw_hidden(scene: Scene) -> Answer:
     observed = torch.ones(B, N, T, dtype=torch.bool, device=scene.device)
     observed[:, 0, T // 3 : 2 * T // 3] = False
     found = interpolate(scene.model, scene.guide, images, n_objects, observed)
-    figure = scene.picture(Gaussians(found.mean, found.cov), observed)
+    figure = scene.picture(Gaussians(found.mean, found.cov), found.observed)
     hidden = f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}"
     return Answer(figure, f"Positions where {hidden}", hidden)
 
@@ -142,14 +145,16 @@ def draw_retrodict(scene: Scene) -> Answer:
             before = 3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3]
             truth = torch.cat([before if before.shape[2] else torch.full_like(truth[:, :, :1], torch.nan), truth], 2)
     figure = scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
-    text = f"frames {1 - n} to 0, before the first; paths are drawn without noise, the true ones as parabolas"
+    text = f"frames {1 - n} to 0, before the first; paths are drawn without noise"
+    text += "" if truth is None or scene.order is None else ", the true ones as parabolas"
     return Answer(figure, f"Paths from {n} frames before the first one on", text)
 
 
 def draw_what_if(scene: Scene) -> Answer:
     """Draws one sequence after changes in some frame: half the gravity, none, a push upwards, or one object fewer."""
     row = scene.rows[:1]
-    images, n_objects, _ = (x[:1] for x in scene.drawn)
+    T = int(scene.lengths[row])
+    images, n_objects = scene.drawn[0][:1, :T], scene.drawn[1][:1]
     inferred = infer(scene.guide, images, n_objects, n_samples=scene.n_samples)
     push = torch.tensor([0.0, 0.0, 0.0, -0.1])  # upwards
     changes = {
@@ -158,7 +163,6 @@ def draw_what_if(scene: Scene) -> Answer:
         "a push upwards": Change(shift=push.to(scene.device)),
         "one object fewer": Change(removed=torch.arange(int(n_objects.max()), device=scene.device) == 0),
     }
-    T = images.shape[1]
     frame = max(1, 2 * T // 5)
     means, covs = [], []
     for change in scene.progress(changes.values(), "changes"):
@@ -171,7 +175,7 @@ def draw_what_if(scene: Scene) -> Answer:
     mean, truth, n = torch.cat(means), scene.data.positions, len(changes)
     figure = plots.plot_regions(
         mean, torch.cat(covs), known=(torch.arange(T) < frame).expand(mean.shape[:-1]),
-        truth=None if truth is None or scene.order is None else truth[row].repeat(n, 1, 1, 1),
+        truth=None if truth is None or scene.order is None else truth[row, :, :T].repeat(n, 1, 1, 1),
         n_objects=scene.data.n_objects[row].repeat(n), size=scene.size, columns=2,
         titles=[f"{name} from frame {frame + 1} on" for name in changes],
     )  # fmt: skip
@@ -180,16 +184,16 @@ def draw_what_if(scene: Scene) -> Answer:
 
 def draw_evidence(scene: Scene) -> Answer:
     """Draws log p(v) by importance sampling and the ELBO of Eq (7) for comparison."""
-    args, T = (scene.model, scene.guide, scene.images, scene.n_objects), scene.images.shape[1]
+    args, n_frames = (scene.model, scene.guide, scene.images, scene.n_objects), scene.data.seen.sum(1)
     times = scene.progress(range(5), "bound")
     one = torch.stack([log_evidence(*args, n_samples=1).log_evidence for _ in times]).mean(0)
     found = log_evidence(*args, n_samples=scene.n_samples)
     text = (
-        f"bound of Eq (7) {float(one.mean()) / T:.2f}, with {scene.n_samples} samples "
-        f"{float(found.log_evidence.mean()) / T:.2f} nats per frame; "
+        f"bound of Eq (7) {float((one.cpu() / n_frames).mean()):.2f}, with {scene.n_samples} samples "
+        f"{float((found.log_evidence.cpu() / n_frames).mean()):.2f} nats per frame; "
         f"effective samples {float(found.effective_samples.mean()):.1f}"
     )
-    figure = plots.plot_evidence(one, found.log_evidence, found.effective_samples, scene.data.n_objects, T)
+    figure = plots.plot_evidence(one, found.log_evidence, found.effective_samples, scene.data.n_objects, n_frames)
     return Answer(figure, f"log p(v) from {scene.n_samples} weighted samples, and its bound", text)
 
 

@@ -34,6 +34,7 @@ class RunView:
             any, else it is that of `map_to_pixels`, or the identity if the renderer draws nothing yet.
         size: (H, W), or None if positions are plotted in latent units.
         order: (B, N), which inferred object is which true one; None if no true positions are known.
+        first: the index, in the file of the sequences, of the first one; titles count from it.
         progress: wraps the items of long loops, for example in a progress bar with the given name.
         shows_progress: whether long queries show a progress bar on a terminal.
     """
@@ -42,11 +43,12 @@ class RunView:
     shows_progress: bool = False
 
     def __init__(
-        self, run: Run, data: ImageSequences, device: torch.device, *, n_seen: int | None = None, n_samples: int = 0
-    ) -> None:
+        self, run: Run, data: ImageSequences, device: torch.device, *, n_seen: int | None = None, n_samples: int = 0,
+        first: int = 0,
+    ) -> None:  # fmt: skip
         T = data.images.shape[1]
         self.n_seen = seen_by_default(T) if n_seen is None else n_seen
-        self.run, self.data, self.device = run, data, device
+        self.run, self.data, self.device, self.first = run, data, device, first
         self.images, self.n_objects = data.images.to(device), data.n_objects.to(device)
         self.inference = infer(run.guide, self.images, self.n_objects, n_samples=n_samples)
         self.to_pixels: Callable[[Tensor], Tensor] = lambda a: a
@@ -86,16 +88,33 @@ class RunView:
         )  # fmt: skip
 
     def interpolation(self, n_samples: int = 0) -> Prediction:
-        """Interpolates between the first and the last ``n_seen`` frames; raises ValueError if none lie between."""
+        """Interpolates between the first and the last ``n_seen`` frames; raises ValueError if none lie between.
+
+        The last frames of a sequence are those before its padding, if it is shorter than others.
+        """
         T = self.images.shape[1]
         if 2 * self.n_seen >= T:
             raise ValueError(
                 f"sequences have {T} frames, so {self.n_seen} at either end leave none to fill; give a smaller "
                 "--n-seen, or longer sequences"
             )
-        time = torch.arange(self.images.shape[1], device=self.device)
-        ends = (time < self.n_seen) | (time >= len(time) - self.n_seen)
+        time, lengths = torch.arange(T), self.lengths[:, None]
+        ends = (time < self.n_seen) | ((time >= lengths - self.n_seen) & (time < lengths))
+        ends = (ends[0] if bool((lengths == T).all()) else ends).to(self.device)
         return interpolate(self.run.model, self.run.guide, self.images, self.n_objects, ends, n_samples=n_samples)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """The number of frames of each sequence (B,), up to the last observed one; shorter sequences are padded."""
+        return (self.data.seen * torch.arange(1, self.data.images.shape[1] + 1)).amax(1)
+
+    def padding(self, n_frames: int) -> Tensor:
+        """Returns the mask (B, 1, n_frames, 1) of frames beyond the last of each sequence, for positions.
+
+        If there are more frames than the sequences have, the others lie before the first.
+        """
+        last = n_frames - self.data.images.shape[1] + self.lengths
+        return torch.arange(n_frames)[:, None] >= last[:, None, None, None]
 
     @cached_property
     def reconstruction(self) -> Tensor:
@@ -113,13 +132,19 @@ class RunView:
         return torch.cat([(self.data.n_objects == n).nonzero().squeeze(1)[:per_n] for n in values])
 
     def titles(self, rows: Tensor) -> list[str]:
-        """Returns a title for each of the sequences ``rows``: its index, counted from 0, and its N."""
-        return [f"sequence {b}, N = {n}" for b, n in zip(rows.tolist(), self.data.n_objects[rows].tolist())]
+        """Returns a title for each of the sequences ``rows``: its index in the file, counted from 0, and its N."""
+        return [
+            f"sequence {self.first + b}, N = {n}" for b, n in zip(rows.tolist(), self.data.n_objects[rows].tolist())
+        ]
 
     def truth_and_inferred(self, rows: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Returns the true positions of the sequences ``rows``, None if unknown, and the inferred ones."""
+        """Returns the true positions of the sequences ``rows``, None if unknown, and the inferred ones.
+
+        The inferred ones are NaN where a sequence is only padded.
+        """
         truth = None if self.order is None or self.data.positions is None else self.data.positions[rows]
-        return truth, self.tracks(self.inference.mean)[rows]
+        inferred = self.tracks(self.inference.mean).masked_fill(self.padding(self.data.images.shape[1]), torch.nan)
+        return truth, inferred[rows]
 
 
 def draw_sequences(data: ImageSequences, path: Path) -> Path:
@@ -186,14 +211,12 @@ def draw_forecast(view: RunView, prediction: Prediction, path: Path) -> Path:
 
 
 def draw_interpolation(view: RunView, generated: Prediction, interpolated: Prediction, out: Path) -> list[Path]:
-    """Writes interpolation.png, like Fig 9."""
+    """Writes interpolation.png, like Fig 9, up to the last frame of each sequence."""
     rows, path = view.pick(2), out / "interpolation.png"
-    images = {
-        "generated": generated.images.cpu()[rows],
-        "truth": view.data.images[rows],
-        "interpolated": interpolated.images.cpu()[rows],
-    }
-    red, cyan = (view.tracks(p.mean) for p in (generated, interpolated))
+    padding, found = view.padding(view.images.shape[1]), (generated, interpolated)
+    left, right = (p.images.cpu().masked_fill(padding[:, 0, :, :, None], 0.0)[rows] for p in found)
+    images = {"generated": left, "truth": view.data.images[rows], "interpolated": right}
+    red, cyan = (view.tracks(p.mean).masked_fill(padding, torch.nan) for p in found)
     red[:, :, : view.n_seen - 1] = torch.nan
     figure = plots.plot_trajectories(
         *view.truth_and_inferred(rows), red[rows], cyan[rows],

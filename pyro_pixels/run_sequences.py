@@ -113,11 +113,17 @@ def sequences_to_ask(
         held_out = run_sequences(config).held_out
         if held_out is None:
             raise ValueError(
-                f"no sequences of {config.data_file} were held out of training; give others with --data, or "
-                "--simulated to simulate the preset's world"
+                f"no sequences of {config.data_file} were held out of training; give "
+                + (
+                    "others with --data, the same ones with --data and its path, or --simulated to simulate the "
+                    "preset's world"
+                    if data is None
+                    else "--trained-on-too to use those that this run was trained on, or others with --data"
+                )
             )
         file, first = Path(str(config.data_file)), len(training_sequences(config))
-        found, source = held_out, f"held-out sequences of {config.data_file}"
+        last = first + min(n_sequences, len(held_out)) - 1
+        found, source = held_out, f"held-out sequences of {config.data_file} ({first} to {last}, counted from 0)"
     else:
         assert data is not None
         file, first = Path(data), 0

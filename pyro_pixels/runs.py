@@ -173,8 +173,10 @@ def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
     try:
         values = json.loads(read_checked(path))
     except FileNotFoundError:
+        inside = sorted(config.parent for config in Path(folder).glob("*/config.json"))
         raise ValueError(
-            f"there is no run in {folder} ({path.name} is missing); train one with examples/train.py"
+            f"there is no run in {folder} ({path.name} is missing); "
+            + (f"give one of its folders, such as {inside[0]}" if inside else "train one with examples/train.py")
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); restore it, or train again") from None

@@ -43,20 +43,22 @@ def follow_the_page(folder, **instead):
 
 
 def tracks_of(folder):
-    """(sequence, n objects, T, 2) in the film's pixels, from the CSV."""
+    """Film -> (n objects, T, 2) in the film's pixels, from the CSV."""
     rows = list(csv.DictReader((folder / "runs/mine/infer/tracks.csv").open()))
     found = {}
     for row in rows:
-        found.setdefault(int(row["sequence"]), {}).setdefault(int(row["particle"]), []).append(
-            (float(row["x"]), float(row["y"]))
-        )
-    return [np.array(list(tracks.values())) for _, tracks in sorted(found.items())], rows
+        film = int(row["film"].removeprefix("throw_").removesuffix(".mp4"))
+        found.setdefault(film, {}).setdefault(int(row["particle"]), []).append((float(row["x"]), float(row["y"])))
+    return {film: np.array(list(tracks.values())) for film, tracks in found.items()}, rows
 
 
 def check_what_there_is(folder, n_films):
     tracks, rows = tracks_of(folder)
     source = load_source(folder / "mine.npz")
     assert len(tracks) == n_films // 10  # those held out
+    n_sequences = len(source.first_frames)
+    assert {int(row["sequence"]) for row in rows} == {*range(n_sequences - len(tracks), n_sequences)}
+    assert {source.first_frames[int(row["sequence"])][0] for row in rows} == tracks.keys()
     assert source.size == (96, 128)
     assert len(source.films) == n_films
     assert float(rows[1]["time"]) == pytest.approx(float(rows[1]["frame"]) / 30, rel=1e-3)
@@ -68,13 +70,13 @@ def check_what_there_is(folder, n_films):
     assert {"metrics.json", "tracks.csv", "tracks.gif", "generation.npz", "generation.gif", "what-if.png"} <= made
     with np.load(folder / "runs/mine/generate/generation.npz") as file:
         assert file["mean_px"].shape == file["mean"].shape
-    return tracks, source
+    return tracks
 
 
 def test_the_commands_of_the_page_run(tmp_path):
     printed = follow_the_page(tmp_path, _120="12", _300="6")
-    tracks, _ = check_what_there_is(tmp_path, 12)
-    assert all(np.isfinite(x).all() for x in tracks)
+    tracks = check_what_there_is(tmp_path, 12)
+    assert all(np.isfinite(x).all() for x in tracks.values())
     table = next(text for line, text in printed.items() if "evaluate" in line)
     assert "persistence" in table
     assert " - " not in table
@@ -86,12 +88,10 @@ def test_the_page_tracks_balls_of_another_physics_engine(tmp_path):
     import torch
 
     follow_the_page(tmp_path)
-    tracks, source = check_what_there_is(tmp_path, 120)
+    tracks = check_what_there_is(tmp_path, 120)
     truth = np.load(tmp_path / "truth.npz")["positions"]
     errors = []
-    first = len(source.first_frames) - len(tracks)
-    for i, found in enumerate(tracks):
-        film = source.first_frames[first + i][0]
+    for film, found in tracks.items():
         true = truth[film][np.isfinite(truth[film][:, 0, 0])]
         if len(true) != len(found):
             continue  # counted wrong

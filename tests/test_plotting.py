@@ -40,6 +40,15 @@ def test_plot_frames_has_a_row_a_sequence_with_its_frames_side_by_side(data):
     assert [ax.texts[0].get_text() for ax in figure.axes] == ["seen", "drawn"]
 
 
+def test_unobserved_frames_are_black():
+    images = torch.full((1, 3, 4, 4), torch.nan)
+    images[0, 0, 1, 1] = 1
+    images[0, 0] = images[0, 0].nan_to_num()
+    picture = plotting.plot_sequences(images).axes[0].images[0].get_array()[1:-1, 1:-1]
+    np.testing.assert_allclose(picture, plotting.DARKEST * images[0, 0])
+    assert images[0, 1:].isnan().all()  # the caller's are left alone
+
+
 @pytest.mark.parametrize("columns", [1, 2, 4])
 def test_plot_sequences_has_an_axes_a_sequence_and_no_empty_ones(data, columns):
     assert [len(ax.images) for ax in plotting.plot_sequences(data.images, columns=columns).axes] == [1] * B
@@ -154,6 +163,7 @@ def test_a_gif_stacks_sequences_and_keeps_every_pixel(tmp_path):
     [
         (lambda d: plotting.overlay(d.images), r"images has shape \(3, 30, 32, 32\); wanted \(T, H, W\)"),
         (lambda d: plotting.plot_sequences(255 * d.images), "values from 0 to 255; wanted 0 to 1"),
+        (lambda d: plotting.overlay([[[0.5, np.nan]]]), "NaN in part of a frame"),
         (lambda d: plotting.plot_sequences(d.images, titles=["one"]), "1 titles for 3 sequences"),
         (lambda d: plotting.plot_trajectories(d.positions[..., 0]), r"\(3, 3, 30\); wanted \(B, N, T, 2\)"),
         (

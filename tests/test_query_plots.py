@@ -83,6 +83,8 @@ def test_evidence_is_per_frame_and_sorted():
     top, below = plot_evidence([-50, -40, -60], [-30, -20, -40], [1, 2, 3], [1, 1, 2], 10).axes
     np.testing.assert_allclose(top.collections[-1].get_offsets()[:, 1], [-2, -3, -4])
     assert [bar.get_height() for bar in below.patches] == [2, 1, 3]
+    top, _ = plot_evidence([-50, -40, -60], [-30, -20, -40], [1, 2, 3], [1, 1, 2], [10, 5, 20]).axes
+    np.testing.assert_allclose(top.collections[-1].get_offsets()[:, 1], [-4, -3, -2])
 
 
 @pytest.mark.parametrize(

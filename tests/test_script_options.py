@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
 import gallery
@@ -18,7 +19,7 @@ import teach
 import to_arviz
 import train
 from pyro_pixels._options import check_options, refuse_changes, result_file
-from pyro_pixels.data import load_sequences, save_sequences
+from pyro_pixels.data import ImageSequences, load_sequences, save_sequences
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.run_sequences import run_sequences, sequences_to_ask
 from pyro_pixels.runs import load_config
@@ -141,6 +142,7 @@ def test_what_is_held_out_is_kept_in_the_run_and_asked_about(trained, file):
     assert (where, first) == (file, 27)
     assert np.array_equal(found.images, data.images[27:])
     assert "3 held-out sequences of" in source
+    assert "(27 to 29, counted from 0)" in source
     assert len(sequences_to_ask(config, file, 60, 0, trained_on_too=False).data) == 3
     everything, source, where, first = sequences_to_ask(config, file, 20, 0)
     assert (where, first) == (file, 0)
@@ -154,6 +156,37 @@ def test_a_run_that_held_nothing_out_asks_for_sequences(trained):
     config = replace(load_config(trained), n_held_out=0)
     with pytest.raises(ValueError, match=r"no sequences of .* were held out of training; give others with --data"):
         sequences_to_ask(config, None, 60, 0)
+    with pytest.raises(ValueError, match="give --trained-on-too to use those that this run was trained on"):
+        sequences_to_ask(config, Path(config.data_file), 60, 0, trained_on_too=False)
+
+
+def test_a_film_given_as_data_is_sent_to_prepare(tmp_path, trained):
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"no zip file")
+    for path in (film, tmp_path):
+        for main, args in ((train.main, train.Arguments(run=tmp_path / "r", data=path)),
+                           (infer.main, infer.Arguments(run=trained, data=path, device="cpu"))):  # fmt: skip
+            with pytest.raises(ValueError, match=f"^{path} is not an .npz .* convert it with examples/prepare.py"):
+                main(args)
+
+
+def test_the_folder_of_several_runs_is_not_taken_for_an_untrained_one(trained):
+    with pytest.raises(ValueError, match=f"there is no run in {trained.parent} .*; give one of its .* as {trained}$"):
+        infer.main(infer.Arguments(run=trained.parent, device="cpu"))
+
+
+def test_training_warns_of_grey_images_under_the_bernoulli_likelihood(file, tmp_path, capsys):
+    data = load_sequences(file)
+    images = data.images.float()
+    images[0, -1] = torch.nan  # black and white, with an unobserved frame
+    for name, x in (("white", images), ("grey", images * 0.5)):
+        save_sequences(tmp_path / f"{name}.npz", ImageSequences(x, data.n_objects))
+    warned = []
+    for name, likelihood in (("white", "bernoulli"), ("grey", "bernoulli"), ("grey", "gaussian")):
+        args = train.Arguments(run=tmp_path / "r", data=tmp_path / f"{name}.npz", likelihood=likelihood)
+        train.make_job(args, 0, torch.device("cpu")).introduce()
+        warned.append("! images are grey, but the likelihood is bernoulli" in capsys.readouterr().out)
+    assert warned == [False, True, False]
 
 
 def test_a_run_on_a_file_is_measured_on_what_was_held_out(trained, file, tmp_path, capsys):

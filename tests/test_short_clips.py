@@ -14,7 +14,9 @@ import infer
 import interpolate
 import to_arviz
 import train
-from pyro_pixels.data import ImageSequences, save_sequences
+from pyro_pixels.data import ImageSequences, load_sequences, save_sequences
+from pyro_pixels.queries.evidence import Evidence
+from pyro_pixels.question_figures import Scene
 from pyro_pixels.runs import load_pretrained
 from pyro_pixels.worlds.base import simulate
 
@@ -44,6 +46,73 @@ def test_generation_and_interpolation_fit_the_clips(clips, tmp_path, capsys):
     with np.load(tmp_path / "i/interpolation.npz") as file:
         assert file["observed"].sum() == 2 * n_seen
         assert np.isfinite(file["mean_px"]).all()
+
+
+LENGTHS = [14, 20, 17, 12, 20, 20]
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """Six sequences of unequal length without positions, N = 1, 2, 3."""
+    path = tmp_path_factory.mktemp("unequal") / "unequal.npz"
+    data = simulate(load_pretrained().config.data, 6, seed=2)
+    images = [v[:n].numpy() for v, n in zip(data.images, LENGTHS)]
+    save_sequences(path, ImageSequences(images, data.n_objects))
+    return path, max(LENGTHS)
+
+
+def test_clips_of_unequal_length_are_generated_and_filled(unequal, tmp_path, capsys):
+    run(generate, unequal, tmp_path / "g")
+    assert (tmp_path / "g/generation.gif").exists()
+    run(interpolate, unequal, tmp_path / "i")
+    assert "from 5 at either end, fewer in shorter sequences" in capsys.readouterr().out
+    with np.load(tmp_path / "i/interpolation.npz") as file:
+        for seen, n in zip(file["observed"][:, 0], LENGTHS):  # both ends are those of each clip
+            assert np.flatnonzero(seen).tolist() == [*range(5), *range(n - 5, n)]
+
+
+def test_arrays_are_saved_even_if_drawing_fails(unequal, tmp_path, monkeypatch):
+    for script, draw, name in (
+        (infer, "draw_inference", "positions"),
+        (generate, "draw_generation", "generation"),
+        (interpolate, "draw_interpolation", "interpolation"),
+    ):
+        monkeypatch.setattr(script, draw, lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(script, unequal, tmp_path, n_sequences=2)
+        assert (tmp_path / f"{name}.npz").exists()
+
+
+def test_tracks_are_drawn_up_to_the_end_of_each_clip(unequal):
+    run, data = load_pretrained(), load_sequences(unequal[0])
+    scene = Scene(run, data, torch.device("cpu"), first=7)
+    assert scene.lengths.tolist() == LENGTHS
+    shown = scene.truth_and_inferred(torch.arange(6))[1]
+    assert [int(track[0, :, 0].isfinite().sum()) for track in shown] == LENGTHS
+    longer = scene.padding(30)  # ten frames before the first
+    assert [int((~x).sum()) for x in longer] == [10 + n for n in LENGTHS]
+    assert scene.titles(torch.tensor([1])) == ["sequence 8, N = 2"]
+
+
+def test_evidence_counts_the_observed_frames(unequal, tmp_path, capsys, monkeypatch):
+    def two_nats_per_frame(model, guide, images, n_objects, *, n_samples):
+        seen = (~images[..., 0, 0].isnan()).sum(1).double()
+        return Evidence(-2 * seen, seen)
+
+    monkeypatch.setattr("pyro_pixels.question_figures.log_evidence", two_nats_per_frame)
+    run(ask, unequal, tmp_path, question="evidence", n_samples=2)
+    assert "bound of Eq (7) -2.00, with 2 samples -2.00 nats per frame" in capsys.readouterr().out
+
+
+def test_the_gallery_leaves_out_what_needs_true_positions(unequal, tmp_path, capsys):
+    pictures = ("fan", "missing", "velocities", "filter", "what-if", "retrodict", "calibration")
+    run(gallery, unequal, tmp_path, n_samples=2, pictures=pictures)
+    said = capsys.readouterr().out
+    assert "calibration: not drawn, as the sequences have no true positions" in said
+    assert "drawn without noise\n" in said  # and no word of a truth
+    assert {path.stem for path in tmp_path.iterdir()} == {*pictures} - {"calibration"}
+    with pytest.raises(ValueError, match="no positions"):
+        run(gallery, unequal, tmp_path, pictures=("calibration",))
 
 
 def test_inference_and_evaluation(clips, tmp_path):

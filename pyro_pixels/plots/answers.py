@@ -317,7 +317,7 @@ def plot_counts(n_objects: Data, counted: Data, log_evidence: Data) -> Figure:
     return figure
 
 
-def plot_evidence(bound: Data, log_evidence: Data, effective_samples: Data, n_objects: Data, n_frames: int) -> Figure:
+def plot_evidence(bound: Data, log_evidence: Data, effective_samples: Data, n_objects: Data, n_frames: Data) -> Figure:
     """Draws each sequence's ELBO (grey), importance-weighted bound (coloured by N) and effective sample size.
 
     Args:
@@ -325,13 +325,13 @@ def plot_evidence(bound: Data, log_evidence: Data, effective_samples: Data, n_ob
         log_evidence: (B,), the importance-weighted bound in nats.
         effective_samples: (B,).
         n_objects: (B,).
-        n_frames: T; the bounds are shown in nats per frame.
+        n_frames: the number of observed frames, (B,) or one for all; the bounds are shown in nats per frame.
     """
     given = read("B", {"bound": bound, "log_evidence": log_evidence, "effective": effective_samples, "n": n_objects})
-    n = given["n"].astype(int)
+    n, frames = given["n"].astype(int), np.asarray(n_frames, np.float64)
     order = np.lexsort((-given["log_evidence"], n))
     low, high, effective, n = (
-        x[order] for x in (given["bound"] / n_frames, given["log_evidence"] / n_frames, given["effective"], n)
+        x[order] for x in (given["bound"] / frames, given["log_evidence"] / frames, given["effective"], n)
     )
     figure, [(top, below)] = grid(1, 1, 5.0, [2.4, 1.3], sharex=True)
     x = np.arange(len(n))

@@ -1,8 +1,9 @@
 """The paper's figures (Figs 1, 3, 4, 5, 6, 8, 9 and 10-13) and GIFs, from plain tensors or numpy arrays.
 
-B sequences, N objects, T frames. Images (B, T, H, W) have values in [0, 1]; positions (B, N, T, 2) are (column, row)
-in pixels or latent units; NaN and slots beyond ``n_objects`` (B,) are not drawn. Every function returns a new `Figure`
-and leaves pyplot, its settings and its backend alone. A ValueError names the shape or value that was wanted.
+B sequences, N objects, T frames. Images (B, T, H, W) have values in [0, 1]; frames of NaN, unobserved, are black.
+Positions (B, N, T, 2) are (column, row) in pixels or latent units; NaN and slots beyond ``n_objects`` (B,) are not
+drawn. Every function returns a new `Figure` and leaves pyplot, its settings and its backend alone. A ValueError names
+the shape or value that was wanted.
 
 Departures from the paper: the truth that Fig 3 repeats in red behind the inferred positions is grey, because red stands
 for generated positions everywhere; Fig 9 shows the true images once, between the generated and interpolated ones.

@@ -33,7 +33,8 @@ def read(form: str, named: Named, like: Mapping[str, Floats] | None = None) -> d
     """Converts named arrays to float64 and checks that they share one shape.
 
     Args:
-        form: the dimensions, such as "B N T 2"; images, "... H W", must also lie in [0, 1].
+        form: the dimensions, such as "B N T 2"; images, "... H W", must also lie in [0, 1], and frames that are NaN,
+            which means unobserved, become black.
         named: name -> array.
         like: if given, arrays whose names and shape ``named`` must match.
 
@@ -49,8 +50,14 @@ def read(form: str, named: Named, like: Mapping[str, Floats] | None = None) -> d
         if not fits or x.shape != shape:
             wanted = f"({', '.join(axes)})" + f" = {shape}" * (x.shape != shape)
             raise ValueError(f"{name} has shape {x.shape}; wanted {wanted}")
-        if form.endswith("H W") and not (x.min() >= 0 and x.max() <= 1):
-            raise ValueError(f"{name} has values from {x.min():g} to {x.max():g}; wanted 0 to 1 (divide bytes by 255)")
+        if form.endswith("H W"):
+            arrays[name] = x = np.where(np.isnan(x).all((-2, -1), keepdims=True), 0.0, x)
+            if np.isnan(x).any():
+                raise ValueError(f"{name} has NaN in part of a frame; only whole frames may be NaN (unobserved)")
+            if x.min() < 0 or x.max() > 1:
+                raise ValueError(
+                    f"{name} has values from {x.min():g} to {x.max():g}; wanted 0 to 1 (divide bytes by 255)"
+                )
     return arrays
 
 

@@ -4,7 +4,11 @@ Values are made from the annotations of each script's arguments, so that a new o
 soon as it is there.
 """
 
+import _common
+
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,6 +40,27 @@ def refused(script, line):
     end = bad.run(line, main, script.Arguments, script.__doc__)
     named = any(word.strip("-") and word in end.said for words in line for word in words.split("="))
     return None if end.code == 2 and end.is_one_line and named else (script.__name__, line, end)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("name, line, message", [
+    ("prepare", "vig -n 2", "Unrecognized options: -n, 2"),
+    ("infer", "--question x", "Unrecognized options: --question, x"),
+    ("train", "--step 5", "Unrecognized options: --step, 5; perhaps --steps"),
+    ("train", "--no-such-option-as-this --nor-such-a-long-option-as-this --nor-this", "Unrecognized options: "
+        "--no-such-option-as-this, --nor-such-a-long-option-as-this, --nor-this"),
+    ("train", "--steps", "Missing value for argument '--steps'. Expected 1 values"),
+    ("train", "--preset x", "invalid choice 'x' for argument '--preset'. Expected one of ('quick', 'recurrent', "
+        "'recurrent_long', 'paper', 'paper_learned')"),
+    ("train", "--seed 2.5", "--seed: invalid literal for int() with base 10: '2.5'"),
+    ("train", "--steps x", "--steps: no type matching {None}|INT could be instantiated from ['x']"),
+])  # fmt: skip
+def test_errors_of_the_command_line_keep_their_message(name, line, message, encoding, monkeypatch):
+    """tyro frames its errors where the terminal has the characters for it."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *line.split()])
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}; --help lists all options$"):
+        _common.parse(SCRIPTS[name].Arguments, None)
 
 
 def test_every_script_is_there_and_every_number_has_bounds():
