@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_pixels._batch import unseen_frames
 from pyro_pixels._checks import MAX_SEED, Bounds, check_fields, check_number, check_value
 from pyro_pixels._init import init_as_paper
 from pyro_pixels.data import ImageSequences
@@ -66,7 +67,7 @@ class EDLSTM(nn.Module):
         """Returns logits (B, T, H, W) of every frame given those before it; the first is preceded by a black image.
 
         Args:
-            images: (B, T, H, W) in [0, 1] or uint8.
+            images: (B, T, H, W) in [0, 1] or uint8. Frames of NaN are unobserved: black as an input.
             n_seen: the number of frames of ``images`` that are used; later ones are replaced by the network's own
                 probabilities. With None all are used, as in the paper's training. The logits of frames 1 to n_seen + 1
                 are the same in both cases.
@@ -81,7 +82,8 @@ class EDLSTM(nn.Module):
             raise ValueError(f"n_seen is {n_seen}; wanted at least 0, or None for all frames")
         T = images.shape[1]
         given = T if n_seen is None else min(n_seen + 1, T)
-        previous = F.pad(images[:, : given - 1].flatten(2).to(next(self.parameters())), (0, 0, 1, 0))
+        previous = images[:, : given - 1].flatten(2).to(next(self.parameters())).nan_to_num()
+        previous = F.pad(previous, (0, 0, 1, 0))
         x, (h, c) = self.lstm(self.encoder(previous))
         logits, h, c = [self.decoder(x)], h[0], c[0]
         for _ in range(given, T):  # a cell is faster here than the LSTM on one frame
@@ -116,7 +118,7 @@ def fit_edlstm(
     progress: bool = True, on_evaluation: Callable[[dict[str, float]], None] | None = None, evaluate_every: int = 500,
     config: Any = None,
 ) -> FitResult:  # fmt: skip
-    """Minimises -log p of all frames with Adam, in place, on the device of ``net``.
+    """Minimises -log p of all observed frames with Adam, in place, on the device of ``net``.
 
     Args:
         data: the training data; only the images are used.
@@ -171,7 +173,7 @@ class _Training(Loop):
     def _take_step(self) -> None:
         index = _batch(len(self.images), self.settings["batch_size"], self.settings["seed"], self.step)
         v = self.images[index.to(self.device)].to(self.weight.dtype)
-        loss = F.binary_cross_entropy_with_logits(self.net(v, self.n_seen), v, reduction="sum") / v[..., 0, 0].numel()
+        loss = _loss(self.net(v, self.n_seen), v)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -210,7 +212,7 @@ class _Training(Loop):
 
     def _not_finite(self) -> str | None:
         def loss(v: Tensor) -> Tensor:
-            return F.binary_cross_entropy_with_logits(self.net.forward(v, self.n_seen), v)
+            return _loss(self.net.forward(v, self.n_seen), v)
 
         v = self.images[:GOOD_SEQUENCES].to(self.weight.dtype)
         return what_is_not_finite({"net": self.net}, self.optimizer, loss, [v])
@@ -268,7 +270,7 @@ def evaluate_edlstm(
     values = {
         "nll_per_frame_nats": metrics.nll_per_frame(unseen, drawn).double(),
         "paper_style_loss": metrics.paper_style_loss(unseen, drawn).double(),
-        "constant_image_nll_per_frame_nats": metrics.nll_per_frame(unseen, unseen.double().mean().expand(unseen.shape)),
+        "constant_image_nll_per_frame_nats": metrics.constant_image_nll(unseen),
     }
     if data.positions is not None:
         found = find_disks(drawn > 0.5, n_objects, radius)
@@ -277,10 +279,10 @@ def evaluate_edlstm(
         frames = [x.transpose(1, 2).flatten(0, 1).unsqueeze(2) for x in (found, data.positions[:, :, n_seen:])]
         guess, truth = torch.where(frames[0].isnan(), centre, frames[0]), frames[1]  # (n (T - n_seen), N, 1, 2)
         n_each = n_objects.repeat_interleave(T - n_seen)
-        order = metrics.assign(guess, truth, n_each)
+        order = metrics.assign(guess, truth.nan_to_num(), n_each)  # positions of unobserved frames may be NaN
         error = metrics.errors(metrics.reorder(guess, order), truth, n_each).view(len(data), T - n_seen, -1)
         lost = metrics.reorder(missing.transpose(1, 2).flatten(0, 1), order).view(error.shape)
-        values["generation_error_px"] = error.mean(1)
+        values["generation_error_px"] = error.nanmean(1)
         values["generation_found_error_px"] = error.masked_fill(lost, torch.nan)
         values["missing_share"] = torch.where(error.isnan(), torch.nan, lost.double())
     return {"n_seen": n_seen, "n_frames": T} | means_by_n(values, n_objects)
@@ -293,6 +295,14 @@ def _layers(sizes: list[int]) -> nn.Sequential:
         layers += [nn.Linear(n_in, n_out), nn.ReLU()]
         init_as_paper(layers[-2])  # type: ignore[arg-type]
     return nn.Sequential(*layers[:-1])
+
+
+def _loss(logits: Tensor, v: Tensor) -> Tensor:
+    """Returns -log p of images (B, T, H, W) given their logits, in nats per observed frame."""
+    seen = (~unseen_frames(v)).to(v.dtype)
+    weight = seen[..., None, None]
+    total = F.binary_cross_entropy_with_logits(logits, v.nan_to_num(), weight=weight, reduction="sum")
+    return total / seen.sum().clamp(min=1)
 
 
 def _batch(n: int, batch_size: int, seed: int, step: int) -> Tensor:
