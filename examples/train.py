@@ -68,7 +68,8 @@ class Arguments:
     """Number of runs to train at once, with consecutive seeds from --seed. On a GPU that one run does not fill, this
     takes little longer than one run."""
     starts: Count = 1
-    """Number of initial weights to train for 200 steps; training then continues from those with the highest bound."""
+    """Number of initial weights to train for 200 steps; training then continues from those with the highest bound. If
+    stopped before, it begins again."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:1, mps, or auto, which is CUDA if available and else the CPU."""
     precision: Literal["auto", "highest", "high", "medium"] = "auto"
@@ -207,6 +208,9 @@ def main(args: Arguments) -> int:
             results = fit_together([job.beside_others() for job in jobs], resume=args.resume, progress=progress)
         if not first:
             return 130 if results[0].interrupted else 0
+        if results[0].interrupted and not (jobs[0].folder / "checkpoint.pt").exists():
+            print("stopped while comparing starts; nothing was saved: repeat the same command to begin again")
+            return 130
         if results[0].interrupted:
             print(f"stopped and saved at step {results[0].step:,}; repeat the same command with --resume to continue")
             return 130

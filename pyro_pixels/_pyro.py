@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from pyro.poutine.runtime import am_i_wrapped, effectful
@@ -78,16 +79,46 @@ def check_precision(what: str, x: Tensor) -> None:
 
 
 def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:
-    """Returns p(v) and v (B, T, H, W) with NaN frames masked out; integer images and other distributions unchanged.
+    """Returns p(v) and v (B, T, H, W) with NaN frames masked out; integer images unchanged.
 
     Args:
         p_v: the distribution returned by a likelihood, with event shape (T, H, W).
         images: images of any type.
+
+    Raises:
+        ValueError: if there are NaN frames and the pixels are not independent.
     """
-    if not (images.is_floating_point() and isinstance(p_v, torch.distributions.Independent)):
+    if not images.is_floating_point():
+        return p_v, images
+    if _of_pixels(p_v) is None and not bool(images.isnan().any()):
         return p_v, images
     seen = ~images.isnan()
-    return p_v.base_dist.mask(seen).to_event(3), images.nan_to_num()  # a NaN would make the gradient NaN
+    return of_pixels(p_v).mask(seen).to_event(3), images.nan_to_num()  # a NaN would make the gradient NaN
+
+
+def of_pixels(p_v: Any) -> Any:
+    """Returns the distribution of each pixel, with event shape (), given one over images of independent pixels.
+
+    Raises:
+        ValueError: if the distribution does not show that they are independent.
+    """
+    pixels = _of_pixels(p_v)
+    if pixels is None:
+        raise ValueError(
+            f"the likelihood is a {type(p_v).__name__} over images, which cannot be split into pixels; wanted a "
+            "distribution of single pixels with `.to_event(3)`"
+        )
+    return pixels
+
+
+def _of_pixels(p_v: Any) -> Any:
+    """Returns the distribution of each pixel, or None if it cannot be read off ``p_v``."""
+    while isinstance(p_v, torch.distributions.Independent):
+        p_v = p_v.base_dist
+    if p_v.event_shape and isinstance(p_v, torch.distributions.TransformedDistribution):
+        base = _of_pixels(p_v.base_dist)
+        p_v = p_v if base is None else dist.TransformedDistribution(base, p_v.transforms)
+    return None if p_v.event_shape else p_v
 
 
 class _WeakKey:

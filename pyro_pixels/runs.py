@@ -217,7 +217,7 @@ def use_custom_guide(config: RunConfig, where: str | Path, custom: str | Path | 
 
 
 def load_run(folder: str | Path, device: torch.device | str = "cpu", *, custom: str | Path | None = None) -> Run:
-    """Returns the trained model and guide of a folder, on ``device``, ready for queries.
+    """Returns the trained model and guide of a folder, on ``device`` and in evaluation mode, ready for queries.
 
     Args:
         custom: the Python file that adds the run's guide to `GUIDES`, if the run was trained with ``--custom`` and
@@ -237,14 +237,14 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", *, custom: 
     run.model.load_state_dict(state["model"])
     run.guide.load_state_dict(state["guide"])
     step = check_number(f"step in {path}", state.get("step"), 0)
-    return run._replace(model=run.model.to(device), guide=run.guide.to(device), step=step)
+    return _ready(run, device, step)
 
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> Run:
-    """Returns a run that comes with the package, as shown in docs/reproduction.md, ready for queries.
+    """Returns a run that comes with the package, as shown in docs/reproduction.md, in evaluation mode.
 
     Args:
         name: a folder in pyro_pixels/pretrained: quick, trained for 1,000 steps; long, for 15,000; or recurrent, with
@@ -270,7 +270,12 @@ def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> 
     for part, module in (("model", run.model), ("guide", run.guide)):
         own = {key.removeprefix(f"{part}."): x for key, x in weights.items() if key.startswith(f"{part}.")}
         load_weights(module, own, path)
-    return run._replace(model=run.model.to(device), guide=run.guide.to(device), step=step)
+    return _ready(run, device, step)
+
+
+def _ready(run: Run, device: torch.device | str, step: int) -> Run:
+    """Returns a trained run on ``device``, in evaluation mode."""
+    return run._replace(model=run.model.to(device).eval(), guide=run.guide.to(device).eval(), step=step)
 
 
 def export_weights(run: Run, folder: str | Path, about: Mapping[str, Any]) -> None:

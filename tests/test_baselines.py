@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pyro_pixels.evaluation.ed_lstm import EDLSTM, EDLSTMConfig, evaluate_edlstm, fit_edlstm, load_edlstm
@@ -197,7 +198,7 @@ def test_evaluation_of_perfect_and_of_black_images():
     assert not [name for name in without if name.endswith("_px")]
 
 
-def test_unobserved_frames_do_not_count_and_are_refused_as_input(small_data):
+def test_unobserved_frames_do_not_count():
     data = simulate(QUICK, 6, seed=5)
     images, positions = data.images.float(), data.positions.clone()
     images[:, 8] = images[1::2, 20:] = torch.nan
@@ -205,14 +206,25 @@ def test_unobserved_frames_do_not_count_and_are_refused_as_input(small_data):
     row = evaluate_edlstm(Draws(data.images), replace(data, images=images, positions=positions), batch_size=6)["all"]
     assert 0 < row["generation_error_px"] < 0.4
     assert row["nll_per_frame_nats"] < 0.01 < row["constant_image_nll_per_frame_nats"]
-    images = small_data.images.float()
-    images[2, 1] = torch.nan
-    for call in (
-        lambda: make_net().generate(images[:, :5], 11),
-        lambda: fit_edlstm(make_net(), replace(small_data, images=images), steps=1, own_predictions=False),
-    ):
-        with pytest.raises(ValueError, match=r"1 frames are unobserved \(NaN\), .*; leave their sequences out"):
-            call()
+
+
+@pytest.mark.parametrize("own_predictions", [False, True])
+def test_frames_that_were_not_seen_are_black_as_inputs_and_cost_nothing(small_data, tmp_path, own_predictions):
+    images, positions = small_data.images.float(), small_data.positions.clone()
+    images[1, 2:4], images[2, 7:] = torch.nan, torch.nan
+    positions[1, :, 2:4], positions[2, :, 7:] = torch.nan, torch.nan
+    data = replace(small_data, images=images, positions=positions, paths=None)
+    net = make_net()
+    first = net(images, 5 if own_predictions else None)
+    assert torch.equal(first, net(images.nan_to_num(), 5 if own_predictions else None))
+    wanted = F.binary_cross_entropy_with_logits(first, images.nan_to_num(), reduction="none").sum((2, 3))
+    result = fit_edlstm(
+        net, data, steps=1, own_predictions=own_predictions, batch_size=12, run_dir=tmp_path, progress=False
+    )
+    assert result.metrics["nll_per_frame"] == pytest.approx(float(wanted[data.seen].mean()), rel=1e-5)
+    table = evaluate_edlstm(net, data)["all"]
+    assert all(x is None or x == x for x in table.values())
+    assert table["generation_error_px"] > 0
 
 
 BAD = {

@@ -14,8 +14,10 @@ import pytest
 import torch
 import xarray as xr
 
+import train
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.runs import build, save_config
+from pyro_pixels.training.elbo import bound
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +153,26 @@ def test_quickstart_makes_everything(tmp_path, own_file):
     figures = {"training", "inference_means", "sequences", "start", "positions", "generated_images", "interpolation"}
     files = {"config.json", "metrics.jsonl", "checkpoint.pt", "metrics.json", "generation.gif"}
     assert made >= files | {f"{name}.png" for name in figures}
+
+
+def test_ctrl_c_while_starts_are_compared_saves_nothing_and_the_same_command_begins_again(
+    tmp_path, monkeypatch, capsys
+):
+    arguments = train.Arguments(run=tmp_path / "r", steps=4, starts=2, n_sequences=60, threads=1, progress=False)
+
+    def stop(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return bound(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_pixels.training.svi.bound", stop)  # after the steps of the first start
+        assert train.main(arguments) == 130
+    assert "nothing was saved: repeat the same command to begin again" in capsys.readouterr().out
+    assert not (tmp_path / "r/checkpoint.pt").exists()
+    assert train.main(arguments) == 0
+    assert "trained 4 steps" in capsys.readouterr().out
+    assert (tmp_path / "r/checkpoint.pt").exists()
+    assert (tmp_path / "r/training.png").exists()
 
 
 def test_sigterm_saves_and_resume_finishes(tmp_path):

@@ -15,9 +15,13 @@ from conftest import make_guide, make_model
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
+from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.model.likelihoods import GaussianPixels
+from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.training.checkpoints import load_checkpoint, save_checkpoint
+from pyro_pixels.training.distillation import GivenTracks
 from pyro_pixels.training.elbo import AnnealedELBO, bound
 from pyro_pixels.training.fitting import fit
 from pyro_pixels.training.schedule import Schedule
@@ -248,15 +252,16 @@ def test_a_stopped_and_resumed_run_is_an_uninterrupted_one(small_data, tmp_path,
     assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
 
 
+def hopeless():
+    """A model that is certain that everything is white."""
+    model = make_model(seed=3)
+    with torch.no_grad():
+        model.renderer.to_v.bias.fill_(20.0)
+    return model
+
+
 def test_the_best_of_several_starts_goes_on(small_data, tmp_path):
     """A start with a hopeless renderer loses; what goes on is the other one, as if it had been trained alone."""
-
-    def hopeless():
-        model = make_model(seed=3)
-        with torch.no_grad():
-            model.renderer.to_v.bias.fill_(20.0)  # certain that everything is white
-        return model
-
     options = {"seed": 1, "validation": small_data[:3], "progress": False, "candidate_steps": 2}
     model, guide = hopeless(), make_guide(seed=3)
     result = fit(model, guide, small_data, QUICK, candidates=[(make_model(), make_guide())], **options)
@@ -417,3 +422,121 @@ def test_fewer_steps_shorten_the_schedule_and_more_are_added_at_its_end():
     assert quick.with_steps(200) == quick.shortened(200)
     assert quick.with_steps(quick.steps) == quick
     assert quick.with_steps(15_000) == replace(quick, steps=15_000)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(6, 2), (4, 2), (4, 3), (5, 9)])
+def test_the_start_that_goes_on_has_all_its_lines_and_a_checkpoint(small_data, tmp_path, steps, every):
+    """They are those of a training of this start alone, also where the schedule ends with the comparison of starts."""
+    schedule = replace(QUICK, steps=steps, evaluate_every=every)
+    alone, seen = tmp_path / "alone", []
+    options = {"validation": small_data[:3], "progress": False}
+    fit(make_model(), make_guide(), small_data, schedule, run_dir=alone, **options)
+    result = fit(
+        make_model(), make_guide(), small_data, schedule, candidates=[(hopeless(), make_guide(seed=3))],
+        candidate_steps=4, run_dir=tmp_path / "best", on_evaluation=lambda line: seen.append(line["step"]), **options,
+    )  # fmt: skip
+    assert lines_of(tmp_path / "best") == lines_of(alone)
+    assert [line["step"] for line in lines_of(alone) if line["step"] >= 4] == seen
+    assert result.metrics["step"] == steps
+    best, wanted = (load_checkpoint(folder / "checkpoint.pt") for folder in (tmp_path / "best", alone))
+    assert best["step"] == steps
+    assert all(torch.equal(best["guide"][name], x) for name, x in wanted["guide"].items())
+
+
+@pytest.mark.parametrize("stop_at", [2, 5])
+def test_a_training_stopped_while_starts_are_compared_saves_nothing_and_begins_again(small_data, tmp_path, stop_at):
+    """Whichever start the stop falls into, the next training is an uninterrupted one."""
+
+    def train(folder, *, stop):
+        runs, calls = [(make_model(seed), make_guide(seed)) for seed in (0, 1)], []
+        for _, guide in runs:
+            encode = guide.encode
+
+            def count(images, n_objects, encode=encode):
+                calls.extend([1] if torch.is_grad_enabled() else [])
+                if stop and torch.is_grad_enabled() and len(calls) == stop_at:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return encode(images, n_objects)
+
+            guide.encode = count
+        return runs[0], fit(
+            *runs[0], small_data, QUICK, candidates=runs[1:], candidate_steps=4, run_dir=tmp_path / folder,
+            progress=False,
+        )  # fmt: skip
+
+    _, stopped = train("again", stop=True)
+    assert (stopped.step, stopped.interrupted, stopped.metrics) == (0, True, {})
+    assert not (tmp_path / "again/checkpoint.pt").exists()
+    assert lines_of(tmp_path / "again") == []
+    again, result = train("again", stop=False)
+    whole, _ = train("whole", stop=False)
+    assert (result.step, result.interrupted) == (6, False)
+    assert all(torch.equal(x, whole[0].state_dict()[name]) for name, x in again[0].state_dict().items())
+    assert lines_of(tmp_path / "again") == lines_of(tmp_path / "whole")
+
+
+def test_parameters_that_the_user_froze_keep_their_values(small_data, tmp_path):
+    """Also where EM or the look at the film would set them, with clipping, and on resuming."""
+    grey = ImageSequences(0.7 * small_data.images + 0.2 * torch.rand(small_data.images.shape), small_data.n_objects)
+
+    def frozen():
+        model, guide = make_model(), make_guide()
+        model = PixelModel(model.dynamics, model.renderer, GaussianPixels(0.3))
+        model.dynamics.requires_grad_(False)
+        model.renderer.to_v.bias.requires_grad_(False)
+        model.likelihood.log_std.requires_grad_(False)
+        guide.rnn.requires_grad_(False)
+        return model, guide
+
+    schedule = replace(QUICK, fit_starts_at=(1,), clip_norm=10.0)
+    model, guide = frozen()
+    start = {name: p.clone() for module in (model, guide) for name, p in module.named_parameters()}
+    flags = [p.requires_grad for module in (model, guide) for p in module.parameters()]
+    fit(model, guide, grey, replace(schedule, steps=4), run_dir=tmp_path, progress=False)
+    model, guide = frozen()
+    fit(model, guide, grey, schedule, run_dir=tmp_path, resume=True, progress=False)
+    assert flags == [p.requires_grad for module in (model, guide) for p in module.parameters()]
+    for module in (model, guide):
+        for name, p in module.named_parameters():
+            assert torch.equal(p, start[name]) == (not p.requires_grad), name
+
+
+def test_a_film_needs_no_weights_of_ones_own_renderer(small_data):
+    class Blobs(nn.Module):
+        """A renderer without W^v and b^v: a Gaussian blob at each position."""
+
+        def __init__(self):
+            super().__init__()
+            self.height = self.width = 12
+            self.gain = nn.Parameter(torch.tensor(6.0))
+            axis = torch.linspace(-1, 1, 12)
+            self.register_buffer("grid", torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1))
+
+        def forward(self, a, present):
+            distance = (a[..., None, None, :].to(self.grid.dtype) - self.grid).square().sum(-1)
+            return self.gain * ((-10 * distance).exp() * present[..., None, None, None]).sum(-4) - 3.0
+
+    model = PixelModel(make_model().dynamics, Blobs())
+    fit(model, make_guide(), small_data, QUICK, progress=False)
+    assert float(model.renderer.gain.detach()) != 6.0
+    model.renderer.to_v = nn.Conv2d(1, 3, 1)  # a layer that is no W^v
+    fit(model, make_guide(), small_data, QUICK, progress=False)
+
+
+def test_a_training_without_a_parameter_to_train_is_refused(small_data):
+    with pytest.raises(ValueError, match="learn_from freezes every parameter until step 2; wanted at least one"):
+        fit(make_model(), make_guide(), small_data, replace(QUICK, learn_from={"model": 5, "guide": 2}))
+    with pytest.raises(ValueError, match="requires_grad is False for every parameter"):
+        fit(make_model().requires_grad_(False), make_guide().requires_grad_(False), small_data, QUICK)
+    with pytest.raises(ValueError, match="the loss depends on no parameter that is trained in this step"):
+        fit(
+            make_model(), make_guide(), small_data, replace(QUICK, learn_from={"guide": 2}), objective=GivenTracks,
+            tracks=torch.zeros(12, 3, 11, 2), progress=False,
+        )  # fmt: skip
+
+
+def test_a_schedule_can_be_made_longer_and_what_never_happens_still_does_not():
+    schedule = PRESETS["recurrent"].schedule
+    longer = schedule.shortened(2 * schedule.steps)
+    assert longer.fit_starts_at == tuple(2 * step for step in schedule.fit_starts_at)
+    assert min(longer.learn_from.values()) >= longer.steps

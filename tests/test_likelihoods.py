@@ -1,6 +1,7 @@
 """Likelihoods of the pixels: they are normalised, the default is Eq (2)'s to the bit, and each can be trained."""
 
 import dataclasses
+import math
 
 import pyro.distributions as dist
 import pytest
@@ -8,9 +9,12 @@ import torch
 from conftest import SMALL, make_guide, make_model
 from pyro import poutine
 from pyro.infer import Predictive
+from torch.distributions.transforms import ReshapeTransform, SigmoidTransform
 
 from pyro_pixels.config import RunConfig
+from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.health import check_health
+from pyro_pixels.evaluation.table import evaluate
 from pyro_pixels.model.likelihoods import (
     LIKELIHOODS,
     BernoulliPixels,
@@ -145,6 +149,61 @@ def test_a_likelihood_of_ones_own():
     plain, model = with_likelihood(None), with_likelihood(Inverted())
     a, n_objects = torch.zeros(1, 1, 2, 2), torch.tensor([1])
     torch.testing.assert_close(render(model, a, n_objects), 1 - render(plain, a, n_objects))
+
+
+class LogitNormal(PixelLikelihood):
+    """A transformed distribution, transformed after or before pixels become images."""
+
+    def __init__(self, *, after=True):
+        super().__init__()
+        self.after = after
+
+    def forward(self, logits):
+        pixels, sigmoid = dist.Normal(logits, torch.full_like(logits, 0.5)), [SigmoidTransform()]
+        if self.after:
+            return dist.TransformedDistribution(pixels.to_event(3), sigmoid)
+        return dist.TransformedDistribution(pixels, sigmoid).to_event(3)
+
+
+class Joint(PixelLikelihood):
+    """Pixels of a frame that are not independent."""
+
+    def forward(self, logits):
+        flat = logits.flatten(-2)
+        rows = dist.LowRankMultivariateNormal(flat, torch.ones(*flat.shape, 1), torch.ones_like(flat))
+        back = ReshapeTransform(flat.shape[-1:], logits.shape[-2:])
+        return dist.TransformedDistribution(rows, [back]).to_event(1)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_pixels_that_are_transformed_are_trained_on_and_evaluated(small_data, missing):
+    """Before or after they become images: the same numbers."""
+    images = 0.05 + 0.9 * small_data.images.float()
+    if missing:
+        images[::2, 4:7] = torch.nan
+    data, found = ImageSequences(images, small_data.n_objects), []
+    model, guide = with_likelihood(LogitNormal()), make_guide()
+    result = fit(model, guide, data, Schedule(steps=3, batch_size=6), progress=False)
+    assert math.isfinite(result.metrics["bound_per_frame"])
+    for after in (True, False):
+        model.likelihood.after = after
+        torch.manual_seed(0)
+        loss = evaluate(model, guide, data)["all"]["forecast_nll_per_frame_nats"]
+        found.append([loss, float(bound(model, guide, data).bound.mean())])
+    assert all(map(math.isfinite, found[0]))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_pixels_that_are_not_independent_need_whole_films_and_have_no_forecast_loss(small_data):
+    model, guide = with_likelihood(Joint()), make_guide()
+    data = ImageSequences(0.9 * small_data.images.float(), small_data.n_objects)
+    schedule = Schedule(steps=3, batch_size=12)
+    fit(model, guide, data, schedule, progress=False)
+    with pytest.raises(ValueError, match=r"Independent over images, which cannot be split into pixels.*to_event\(3\)"):
+        evaluate(model, guide, data)
+    data.images[0, 3] = torch.nan
+    with pytest.raises(ValueError, match="cannot be split into pixels"):
+        fit(model, guide, data, schedule, progress=False)
 
 
 def test_wrong_arguments_raise():

@@ -252,3 +252,14 @@ def test_mean_field_answers_for_its_own_sequences_only(small_data):
     for other in (small_data[:6], replace(small_data, images=small_data.images.flip(0))):
         with pytest.raises(ValueError, match="holds the positions in 12 sequences of 11 frames"):
             infer(guide, other.images, other.n_objects)
+
+
+def test_mean_field_takes_frames_that_were_not_seen(small_data):
+    images = small_data.images.float()
+    images[1, 3:5] = torch.nan
+    data = replace(small_data, images=images)
+    fitted = fit_mean_field(make_model(), data, make_guide(), steps=3)
+    assert infer(fitted, data.images, data.n_objects).mean.isfinite().all()
+    assert bound(make_model(), fitted, data).bound.isfinite().all()
+    with pytest.raises(ValueError, match="holds the positions in 12 sequences"):
+        infer(fitted, images.flip(0), small_data.n_objects)

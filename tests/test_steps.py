@@ -23,7 +23,7 @@ from pyro_pixels.training.checkpoints import load_checkpoint
 from pyro_pixels.training.elbo import AnnealedELBO
 from pyro_pixels.training.fitting import fit, fit_together
 from pyro_pixels.training.schedule import Schedule
-from pyro_pixels.training.step_runners import WARM_UP, Batch, CapturedSteps, Steps
+from pyro_pixels.training.step_runners import WARM_UP, Batch, CapturedSteps, DistributedSteps, Steps
 from pyro_pixels.training.svi import Training
 
 QUICK = Schedule(
@@ -100,13 +100,54 @@ def test_parts_add_up_to_the_gradient_of_the_batch(small_data):
     """Each part is drawn from a seed of its own, so the expectation is put together by hand."""
     model, guide = pair("recurrent")
     loss = AnnealedELBO(2.0)(model, guide)
-    for part, index in enumerate(torch.arange(7).chunk(3)):
+    for part, index in enumerate(torch.arange(7).tensor_split(3)):
         torch.manual_seed(5 * 1_009 + part)
         (loss(small_data.images[index], small_data.n_objects[index]) / 7).backward()
     steps, gradients = one_step(Steps, small_data, parts=3)
     for gradient, p in zip(gradients, loss.parameters(), strict=True):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-5, atol=1e-6)
     assert bool(steps.read_totals().isfinite().all())
+
+
+@pytest.mark.parametrize(("n", "parts", "world"), [(4, 3, 3), (7, 6, 3), (5, 6, 3), (6, 3, 3)])
+def test_every_process_has_a_part_and_their_gradients_are_those_of_one_process(
+    monkeypatch, n, parts, world, small_data
+):
+    """Also where a batch cannot be split evenly. A process without a backward pass would keep the others waiting."""
+    module = DistributedSteps.take.__globals__["processes"]
+    monkeypatch.setattr(module, "get_world_size", lambda: world)
+    monkeypatch.setattr(DistributedSteps, "_shared_loss", lambda self: Alone(self.loss))
+    shares = []
+    for rank in range(world):
+        monkeypatch.setattr(module, "get_rank", lambda rank=rank: rank)
+        shares.append(one_step(DistributedSteps, small_data, parts, torch.arange(n)))
+    wanted, gradients = one_step(Steps, small_data, parts, torch.arange(n))
+    for gradient, *of_ranks in zip(gradients, *(share[1] for share in shares), strict=True):
+        torch.testing.assert_close(sum(of_ranks) / world, gradient, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum(steps.totals for steps, _ in shares), wanted.totals)
+
+
+class Alone(torch.nn.Module):
+    """A `DistributedDataParallel` of a single process."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *args):
+        return self.loss(*args)
+
+    def no_sync(self):
+        return nullcontext()
+
+
+def test_fewer_sequences_in_a_batch_than_processes_are_refused(small_data, monkeypatch):
+    """Sequences with one object may be fewer than a batch."""
+    monkeypatch.setattr("pyro_pixels.training.svi.n_processes", lambda: 4)
+    schedule = replace(QUICK, parts=4, single_object_steps=2)
+    few = small_data[[*(small_data.n_objects == 1).nonzero()[:3, 0], *(small_data.n_objects > 1).nonzero()[:, 0]]]
+    with pytest.raises(ValueError, match=r"a batch has only 3 sequence\(s\) for 4 processes; wanted at least one"):
+        Training(*pair("recurrent"), few, schedule)
 
 
 def test_trainings_together_are_those_one_after_the_other_to_the_bit(small_data, tmp_path):

@@ -67,7 +67,7 @@ class EDLSTM(nn.Module):
         """Returns logits (B, T, H, W) of every frame given those before it; the first is preceded by a black image.
 
         Args:
-            images: (B, T, H, W) in [0, 1] or uint8.
+            images: (B, T, H, W) in [0, 1] or uint8. Frames of NaN are unobserved: black as an input.
             n_seen: the number of frames of ``images`` that are used; later ones are replaced by the network's own
                 probabilities. With None all are used, as in the paper's training. The logits of frames 1 to n_seen + 1
                 are the same in both cases.
@@ -82,7 +82,8 @@ class EDLSTM(nn.Module):
             raise ValueError(f"n_seen is {n_seen}; wanted at least 0, or None for all frames")
         T = images.shape[1]
         given = T if n_seen is None else min(n_seen + 1, T)
-        previous = F.pad(images[:, : given - 1].flatten(2).to(next(self.parameters())), (0, 0, 1, 0))
+        previous = images[:, : given - 1].flatten(2).to(next(self.parameters())).nan_to_num()
+        previous = F.pad(previous, (0, 0, 1, 0))
         x, (h, c) = self.lstm(self.encoder(previous))
         logits, h, c = [self.decoder(x)], h[0], c[0]
         for _ in range(given, T):  # a cell is faster here than the LSTM on one frame
@@ -103,10 +104,9 @@ class EDLSTM(nn.Module):
             n_frames: T, the total number of frames, more than tau.
 
         Raises:
-            ValueError: if tau >= T, a frame is unobserved, or as in `forward`.
+            ValueError: if tau >= T, or as in `forward`.
         """
         tau = images.shape[1]
-        _check_observed(images)
         if n_frames <= tau:
             raise ValueError(f"n_frames is {n_frames} and includes the {tau} observed frames; give more than {tau}")
         return self(F.pad(images, (0, 0, 0, 0, 0, n_frames - tau)), n_seen=tau).sigmoid()
@@ -118,10 +118,10 @@ def fit_edlstm(
     progress: bool = True, on_evaluation: Callable[[dict[str, float]], None] | None = None, evaluate_every: int = 500,
     config: Any = None,
 ) -> FitResult:  # fmt: skip
-    """Minimises -log p of all frames with Adam, in place, on the device of ``net``.
+    """Minimises -log p of all observed frames with Adam, in place, on the device of ``net``.
 
     Args:
-        data: the training data; only the images are used, and all frames must be observed.
+        data: the training data; only the images are used.
         own_predictions: if False, every frame is predicted from the true frames before it, as in the paper. If True,
             only the first 5 frames are given and gradients pass through the predictions, so that training matches
             testing.
@@ -132,15 +132,14 @@ def fit_edlstm(
         config: a dataclass, written to config.json after the contents of the folder have been checked.
 
     Raises:
-        ValueError: if a number is out of range, or a frame unobserved; if ``resume`` finds no checkpoint, or one of a
-            different training; or if the folder holds a run and ``resume`` is False.
+        ValueError: if a number is out of range; if ``resume`` finds no checkpoint, or one of a different training; or
+            if the folder holds a run and ``resume`` is False.
         FloatingPointError: if the loss is no longer finite; the last checkpoint before that is kept.
     """
     for name, value in {"steps": steps, "batch_size": batch_size, "evaluate_every": evaluate_every}.items():
         check_number(name, value, 1)
     check_value("learning_rate", learning_rate, float, Bounds(0, 1e38, above=True))
     check_number("seed", seed, 0, MAX_SEED)
-    _check_observed(data.images)
     training = _Training(
         net, data, steps, evaluate_every, own_predictions=own_predictions, batch_size=batch_size,
         learning_rate=learning_rate, seed=seed, run_dir=run_dir, on_evaluation=on_evaluation,
@@ -174,7 +173,7 @@ class _Training(Loop):
     def _take_step(self) -> None:
         index = _batch(len(self.images), self.settings["batch_size"], self.settings["seed"], self.step)
         v = self.images[index.to(self.device)].to(self.weight.dtype)
-        loss = F.binary_cross_entropy_with_logits(self.net(v, self.n_seen), v, reduction="sum") / v[..., 0, 0].numel()
+        loss = _loss(self.net(v, self.n_seen), v)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -213,7 +212,7 @@ class _Training(Loop):
 
     def _not_finite(self) -> str | None:
         def loss(v: Tensor) -> Tensor:
-            return F.binary_cross_entropy_with_logits(self.net.forward(v, self.n_seen), v)
+            return _loss(self.net.forward(v, self.n_seen), v)
 
         v = self.images[:GOOD_SEQUENCES].to(self.weight.dtype)
         return what_is_not_finite({"net": self.net}, self.optimizer, loss, [v])
@@ -260,8 +259,7 @@ def evaluate_edlstm(
         radius: radius of a ball, in pixels.
 
     Raises:
-        ValueError: if the sequences are too short, one of the first frames is unobserved, or their size is not the
-            network's.
+        ValueError: if the sequences are too short, or their size is not the network's.
     """
     T = data.images.shape[1]
     if not 1 <= n_seen < T:
@@ -299,19 +297,19 @@ def _layers(sizes: list[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def _loss(logits: Tensor, v: Tensor) -> Tensor:
+    """Returns -log p of images (B, T, H, W) given their logits, in nats per observed frame."""
+    seen = (~unseen_frames(v)).to(v.dtype)
+    weight = seen[..., None, None]
+    total = F.binary_cross_entropy_with_logits(logits, v.nan_to_num(), weight=weight, reduction="sum")
+    return total / seen.sum().clamp(min=1)
+
+
 def _batch(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Returns the sequences of a step from seed and step alone; an epoch uses each at most once, leaving out a rest."""
     epoch, place = divmod(step, max(1, n // batch_size))
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[place * batch_size : (place + 1) * batch_size]
-
-
-def _check_observed(images: Tensor) -> None:
-    n_unseen = int(unseen_frames(images).sum())
-    if n_unseen:
-        raise ValueError(
-            f"{n_unseen} frames are unobserved (NaN), but an ED-LSTM needs every frame; leave their sequences out"
-        )
 
 
 def _check_kind(state: dict[str, Any], path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_pixels._batch import object_mask, unseen_frames
+from pyro_pixels._pyro import of_pixels
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
@@ -65,13 +66,15 @@ def forecast_nll_per_frame(model: PixelModel, samples: Tensor, images: Tensor, n
         samples: (S, B, N, T, 2), positions in these frames, sampled given the frames before them.
         images: (B, T, H, W), NaN in unobserved frames.
         n_objects: (B,).
+
+    Raises:
+        ValueError: if the likelihood's pixels are not independent.
     """
     seen, present = ~unseen_frames(images), object_mask(n_objects, samples.shape[2])
     v = images.float().nan_to_num()
     log_p = torch.full_like(v, -torch.inf)
     for a in samples:
-        pixels = model.likelihood(model.renderer(a, present))
-        pixels = getattr(pixels, "base_dist", pixels)
+        pixels = of_pixels(model.likelihood(model.renderer(a, present)))
         log_p = torch.logaddexp(log_p, pixels.log_prob(v))
     each = (log_p - math.log(len(samples))).double().sum((2, 3))
     return -(torch.where(seen, each, 0.0).sum(1) / seen.sum(1)).cpu()

@@ -45,7 +45,7 @@ class MeanFieldGuide(Guide):
         with pyro.settings.context(module_local_params=True), torch.random.fork_rng(devices=[]):
             self.auto = AutoNormal(model, init_loc_fn=init_to_value(values={"a": mean}), init_scale=sigma)
             self.auto(images, n_objects)  # the first call creates the parameters
-        self.register_buffer("images", images.to(start.dtype), persistent=False)
+        self.register_buffer("images", self.see(images), persistent=False)  # as `encode` receives them
         self.register_buffer("n_objects", n_objects, persistent=False)
 
     def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:

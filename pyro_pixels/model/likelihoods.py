@@ -26,7 +26,11 @@ class PixelLikelihood(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, logits: Tensor) -> dist.TorchDistribution:
-        """Returns the distribution given logits (..., T, H, W): batch shape (...), event shape (T, H, W)."""
+        """Returns the distribution given logits (..., T, H, W): batch shape (...), event shape (T, H, W).
+
+        It has to be a distribution of single pixels, made one of images by ``.to_event(3)``, so that frames can be left
+        out and pixels be averaged one by one. Transforms of single pixels may come before or after that.
+        """
 
     def mean(self, logits: Tensor) -> Tensor:
         """Returns the expected image, of the shape of the logits and within [0, 1]."""

@@ -32,6 +32,12 @@ class Batches:
         self._epoch: tuple[bool, int] | None = None
         self._order: list[Tensor] = []
 
+    @property
+    def fewest(self) -> int:
+        """The number of sequences in the smallest batch."""
+        used = [False, True] if self.schedule.single_object_steps else [False]
+        return min(self.schedule.batch_size, *(len(pool) for alone in used for pool in self._pools[alone]))
+
     def index(self, step: int) -> Tensor:
         """Returns the indices (B,) of the sequences used in a step.
 

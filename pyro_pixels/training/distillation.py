@@ -28,6 +28,7 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.training.elbo import AnnealedELBO, BoundTerms
+from pyro_pixels.training.modes import evaluating
 
 MOST_OBJECTS = 6
 """The largest N, because all N! orders are evaluated: 720 for six objects."""
@@ -59,7 +60,7 @@ def draw_tracks(guide: Guide, data: ImageSequences, *, batch_size: int = 100, se
     """Draws one sample of q(a | v) for each sequence, (n, N, T, 2) on the CPU; absent objects are last."""
     device, most = next(guide.parameters()).device, int(data.n_objects.max())
     drawn = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), evaluating(guide):
         torch.manual_seed(seed)
         for start in range(0, len(data), batch_size):
             part = data[start : start + batch_size]

@@ -23,6 +23,7 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm.sharing import sharing
 from pyro_pixels.model.order import drawing_in_random_order
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.training.modes import evaluating
 
 
 class ScaleLatents(ScaleMessenger):
@@ -99,13 +100,17 @@ def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
 
 
 def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:
-    """Returns the terms of Eq (7) for each sequence of ``data`` (n,), from one sample each, in float64 nats."""
+    """Returns the terms of Eq (7) for each sequence of ``data`` (n,), from one sample each, in float64 nats.
+
+    They are computed in evaluation mode, whatever the mode of model and guide.
+    """
     check_any(len(data), "to evaluate the bound on")
     device = next(model.parameters()).device
     elbo = AnnealedELBO()
     loss = elbo(model, guide)
     parts = []
-    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    cuda = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda), evaluating(model, guide):
         torch.manual_seed(seed)
         for start in range(0, len(data), batch_size):
             part = data[start : start + batch_size]

@@ -20,18 +20,19 @@ def look_at_film(model: PixelModel, guide: Guide, data: ImageSequences) -> FilmS
     """Returns the guide's estimates for a film, and initialises an untrained renderer with its background and noise.
 
     By default b^v of Eq (2) starts at one value for all pixels. If the film has a background, b^v is set to the
-    background image; if it has noise, the standard deviation of `GaussianPixels` is set to that of the noise.
+    background image; if it has noise, the standard deviation of `GaussianPixels` is set to that of the noise. Values
+    whose ``requires_grad`` is False are kept, as is a model whose renderer has no b^v (``to_v.bias``, (H W,)).
     """
     found = guide.look_at(data.images, data.n_objects)
-    b_v = model.renderer.to_v.bias
-    if bool((b_v != b_v[0]).any()):  # already trained
+    b_v = getattr(getattr(model.renderer, "to_v", None), "bias", None)
+    if b_v is None or b_v.shape != (data.size[0] * data.size[1],) or bool((b_v != b_v[0]).any()):  # already trained
         return found
     darkest = float(b_v[0].sigmoid())
-    if found.has_background:
+    if found.has_background and b_v.requires_grad:
         background = guide.pixel_evidence.background.flatten().to(b_v)
         b_v.copy_(background.clamp(min(darkest, 0.98), 0.98).logit())
     likelihood = model.likelihood
-    if found.noise and isinstance(likelihood, GaussianPixels):
+    if found.noise and isinstance(likelihood, GaussianPixels) and likelihood.log_std.requires_grad:
         likelihood.log_std.fill_(math.log(max(found.noise, STD_LEAST)))
     return found
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from pyro_pixels.training.modes import evaluating
 from pyro_pixels.training.states import first_not_finite
 
 GOOD_SEQUENCES = 20  # on which the loss is evaluated before weights are saved
@@ -34,7 +35,7 @@ def what_is_not_finite(
     if bad is not None:
         return bad
     cuda = [given[0].device] if given[0].device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda), _evaluating(*modules.values()):
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda), evaluating(*modules.values()):
         torch.manual_seed(0)
         try:
             value = float(loss(*given))
@@ -64,16 +65,3 @@ def _is_of_numbers(error: Exception) -> bool:
     return isinstance(error, torch.linalg.LinAlgError) or any(
         words in said for words in ("contains either `inf`, `nan` or element < 0", "invalid multinomial distribution")
     )
-
-
-@contextmanager
-def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Puts modules into evaluation mode, so that running averages stay unchanged, and restores their modes on exit."""
-    training = [part for module in modules for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -29,6 +29,9 @@ def fit(
 ) -> FitResult:
     """Maximises the ELBO of Eq (7) over the parameters of model and guide, in place, on their device.
 
+    Steps are taken in training mode, of all but the parameters whose ``requires_grad`` is False. Model and guide are
+    left in evaluation mode, ready for queries.
+
     On a CUDA device, steps are replayed as CUDA graphs (`step_runners.CapturedSteps`). Under `torchrun`, the processes
     that make the same call share every batch (`step_runners.DistributedSteps`), and the first one writes the files.
 
@@ -39,7 +42,8 @@ def fit(
         schedule: the settings of training.
         candidates: pairs of a model and a guide with other starting weights. These and the given pair are trained for
             ``candidate_steps``; the one with the highest bound (on the validation sequences, if there are any) is
-            trained further, in ``model`` and ``guide``. No labels are used.
+            trained further, in ``model`` and ``guide``. No labels are used. If training is stopped before they are
+            compared, nothing is saved: the result has step 0, and the same call with new models begins again.
         candidate_steps: the number of steps before candidates are compared.
         resume: continue from the checkpoint in ``run_dir``; on a CPU the results are those of an uninterrupted run.
         progress: show a progress bar.
@@ -61,14 +65,14 @@ def fit(
     if candidates and n_processes() > 1:
         raise ValueError("candidates are compared in one process; leave them out under torchrun")
     training = Training(model, guide, data, schedule, **options)
-    shared: TrainingOptions = {**options, "run_dir": None, "validation": None, "on_evaluation": None, "config": None}
+    shared: TrainingOptions = {**options, "run_dir": None, "on_evaluation": None, "config": None}
     others = [
         Training(*start, data, schedule, **{**shared, "seed": training.seed + i + 1})
         for i, start in enumerate(candidates)
     ]
     with prepared([training], resume) as stop:
-        if others and not resume:
-            training.start_from_best(others, candidate_steps, stop, progress)
+        if others and not resume and not training.start_from_best(others, candidate_steps, stop, progress):
+            return FitResult(0, 0.0, {}, interrupted=True)
         training.train(stop, progress=progress)
         return training.result(stop)
 

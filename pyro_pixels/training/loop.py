@@ -8,7 +8,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,8 @@ class FitResult(NamedTuple):
     metrics: dict[str, float]
     """The last line of metrics.jsonl."""
     interrupted: bool
-    """Whether Ctrl-C or SIGTERM stopped the training; a checkpoint was then saved."""
+    """Whether Ctrl-C or SIGTERM stopped the training; a checkpoint was then saved, unless `fit` was
+    still comparing candidates."""
 
 
 class Loop(ABC):
@@ -101,6 +102,10 @@ class Loop(ABC):
     def _not_finite(self) -> str | None:
         """Returns the name of a value in the state that is not finite, or "the loss"; None if all are finite."""
 
+    def _evaluating(self) -> AbstractContextManager[None]:
+        """Returns the context of an evaluation, during training."""
+        return nullcontext()
+
     def begin(self, resume: bool) -> None:
         """Prepares the first step, or with ``resume`` restores the checkpoint."""
         lines: list[dict[str, float]] = []
@@ -147,10 +152,11 @@ class Loop(ABC):
             self.since["seconds"] += now - self.seconds
             self.seconds = now
             if evaluate:
-                self._evaluate()
-                self._save()
-                if self.on_evaluation is not None and is_first_process():
-                    self.on_evaluation(self.metrics)
+                with self._evaluating():
+                    self._evaluate()
+                    self._save()
+                    if self.on_evaluation is not None and is_first_process():
+                        self.on_evaluation(self.metrics)
                 started = time.perf_counter() - self.seconds
             yield
 

@@ -8,8 +8,9 @@ from typing import Annotated, TypeVar
 from pyro_pixels._checks import Bounds, check_fields
 
 Value = TypeVar("Value")
-Step = Annotated[int, Bounds(0, 10**9)]
-Count = Annotated[int, Bounds(1, 10**9)]
+MAX_STEP = 10**9
+Step = Annotated[int, Bounds(0, MAX_STEP)]
+Count = Annotated[int, Bounds(1, MAX_STEP)]
 Rate = Annotated[float, Bounds(0, 1e38, above=True)]
 
 
@@ -60,10 +61,10 @@ class Schedule:
             raise ValueError(f"parts is {self.parts}; wanted between 1 and batch_size, {self.batch_size}")
 
     def shortened(self, steps: int) -> "Schedule":
-        """Returns a schedule of ``steps`` steps with all events at the same fractions of them."""
+        """Returns a schedule of ``steps`` steps, fewer or more, with all events at the same fractions of them."""
 
         def at(step: int) -> int:
-            return round(step * steps / self.steps)
+            return min(MAX_STEP, round(step * steps / self.steps))
 
         return replace(
             self,
@@ -117,3 +118,14 @@ def check_prefixes(schedule: Schedule, names: Collection[str]) -> None:
                     f"{option} has '{prefix}', which is not a prefix of any parameter name; "
                     + (f"did you mean '{near[0]}'?" if near else f"names look like '{next(iter(names))}'")
                 )
+
+
+def check_learning(schedule: Schedule, learnable: Collection[str]) -> None:
+    """Raises ValueError if the first step would train none of the parameters with these names."""
+    first = min((by_longest_prefix(schedule.learn_from, name, 0) for name in learnable), default=None)
+    if first is None:
+        raise ValueError("requires_grad is False for every parameter of model and guide; wanted True for at least one")
+    if first > 0:
+        raise ValueError(
+            f"learn_from freezes every parameter until step {first}; wanted at least one that is trained from step 0"
+        )

@@ -10,7 +10,7 @@ device finds them on a CPU.
 import contextlib
 import gc
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -82,9 +82,16 @@ class Steps:
     def take(self, batch: Batch) -> None:
         """Takes one step."""
         self.optimizer.zero_grad()
-        for i, index in enumerate(batch.index.chunk(self.parts)):
+        for i, index in enumerate(self._split(batch.index)):
             self._add_gradient(self.loss, batch, i, index)
         self._move()
+
+    def _split(self, index: Tensor) -> Sequence[Tensor]:
+        """Returns the parts of a batch, nearly equal in size; single sequences if there are fewer of them than parts.
+
+        `torch.chunk` may return fewer parts than asked for, which would leave a process without one.
+        """
+        return index.tensor_split(min(self.parts, len(index)))
 
     def parts_that_fit(self, batch: Batch, free: float) -> int:
         """Returns the fewest parts with which a step fits in ``free`` bytes, estimated from 1 and from 2 sequences."""
@@ -131,7 +138,12 @@ class Steps:
         self._seed(batch, part)
         chosen, n = index.to(batch.images.device, non_blocking=True), len(batch.index)
         given = [x.index_select(0, chosen) for x in (batch.images, batch.n_objects, batch.tracks) if x is not None]
-        (loss(*given) * (weight / n)).backward()
+        value = loss(*given)
+        if not value.requires_grad:
+            raise ValueError(
+                "the loss depends on no parameter that is trained in this step; change learn_from or requires_grad"
+            )
+        (value * (weight / n)).backward()
         terms = self.elbo.terms
         assert terms is not None
         self.totals += torch.stack([terms.log_likelihood.sum(), terms.kl.sum()]) / n
@@ -160,7 +172,7 @@ class DistributedSteps(Steps):
 
     def take(self, batch: Batch) -> None:
         rank, world, loss = processes.get_rank(), processes.get_world_size(), self._shared_loss()
-        mine = list(enumerate(batch.index.chunk(self.parts)))[rank::world]
+        mine = list(enumerate(self._split(batch.index)))[rank::world]
         self.optimizer.zero_grad()
         for i, index in mine:
             last = i == mine[-1][0]

@@ -15,24 +15,27 @@ from torch import Tensor, nn
 
 from pyro_pixels._batch import check_any, object_mask
 from pyro_pixels._checks import MAX_SEED, check_number
+from pyro_pixels._lock import check_still_there
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.training import states
 from pyro_pixels.training.batches import Batches
-from pyro_pixels.training.checkpoints import load_weights
+from pyro_pixels.training.checkpoints import load_weights, write_lines
 from pyro_pixels.training.elbo import AnnealedELBO, bound
 from pyro_pixels.training.film import look_at_film, most_weights
 from pyro_pixels.training.finite import GOOD_SEQUENCES, saying_what_is_not_finite, what_is_not_finite
 from pyro_pixels.training.loop import Loop
+from pyro_pixels.training.modes import evaluating
 from pyro_pixels.training.own_tracks import OwnTracks
 from pyro_pixels.training.processes import is_first_process, n_processes
-from pyro_pixels.training.schedule import Schedule, by_longest_prefix, check_prefixes
+from pyro_pixels.training.schedule import Schedule, by_longest_prefix, check_learning, check_prefixes
 from pyro_pixels.training.start_mixture import LEAST_TRACKS, fit_starts
 from pyro_pixels.training.step_runners import Batch, Steps, steps_for
 
 FIT_STARTS_SEQUENCES = 500
 BOUND_SEQUENCES = 60  # to compare candidates on if there are no validation sequences
+STARTS = {f"model.dynamics.{name}" for name in ("log_pi", "mu", "root_Sigma")}  # set by `fit_starts`
 
 
 class TrainingOptions(TypedDict, total=False):
@@ -45,7 +48,7 @@ class TrainingOptions(TypedDict, total=False):
     validation: ImageSequences | None
     """Sequences whose bound is reported at each evaluation."""
     on_evaluation: Callable[[dict[str, float]], None] | None
-    """Called with each line of metrics."""
+    """Called with each line of metrics, except those of the first steps of candidates."""
     objective: Callable[[], AnnealedELBO]
     """Factory of an objective other than the bound, such as `distillation.GivenTracks`."""
     tracks: Tensor | None
@@ -66,7 +69,8 @@ class Training(Loop):
 
     Raises:
         ValueError: if the numbers of ``tracks`` and sequences differ; if ``schedule.parts`` is not a multiple of the
-            number of processes; if a prefix in the schedule matches no parameter; or as in `Batches`.
+            number of processes; if a batch has fewer sequences than there are processes; if a prefix in the schedule
+            matches no parameter; if no parameter is trained in the first step; or as in `Batches`.
     """
 
     def __init__(
@@ -107,6 +111,8 @@ class Training(Loop):
         loss = elbo(model, guide)  # a module: its parameters are the model's and the guide's
         self.parameters = dict(loss.named_parameters())
         check_prefixes(schedule, self.parameters)
+        self._frozen = self._frozen_by_user()
+        check_learning(schedule, self.parameters.keys() - self._frozen)
         self._marks: dict[str, str | None] = {}
         self.steps = self._runner(elbo, loss)
 
@@ -120,6 +126,11 @@ class Training(Loop):
         if schedule.parts % n_processes():
             raise ValueError(
                 f"a batch has {schedule.parts} parts for {n_processes()} processes; wanted a multiple (Schedule.parts)"
+            )
+        if self.batches.fewest < n_processes():
+            raise ValueError(
+                f"a batch has only {self.batches.fewest} sequence(s) for {n_processes()} processes; wanted at least "
+                "one for each: use fewer processes, a larger batch_size or more sequences with this N"
             )
         groups: dict[float, list[nn.Parameter]] = {}
         for name, p in self.parameters.items():
@@ -140,41 +151,71 @@ class Training(Loop):
         self.batches.most_white = most_weights(self.guide, self.images)
 
     def advance(self, until: int, stop: threading.Event) -> Iterator[None]:
-        learned = {name: p.requires_grad for name, p in self.parameters.items()}
+        self._frozen = self._frozen_by_user()
+        for module in self._modules.values():
+            module.train()
         try:
             yield from super().advance(until, stop)
         finally:
             for name, p in self.parameters.items():
-                p.requires_grad_(learned[name])
+                p.requires_grad_(name not in self._frozen)
+            for module in self._modules.values():
+                module.eval()
 
-    def start_from_best(self, others: "Sequence[Training]", steps: int, stop: threading.Event, progress: bool) -> None:
-        """Trains this start and ``others`` for ``steps`` steps each, and adopts the state with the highest bound."""
+    def _frozen_by_user(self) -> frozenset[str]:
+        return frozenset(name for name, p in self.parameters.items() if not p.requires_grad)
+
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        return evaluating(*self._modules.values())
+
+    def start_from_best(self, others: "Sequence[Training]", steps: int, stop: threading.Event, progress: bool) -> bool:
+        """Trains this start and ``others`` for ``steps`` steps each, and adopts the state with the highest bound.
+
+        Returns False if training was stopped before all of them had taken their steps. Nothing is then adopted or
+        saved, as the choice would depend on the time of the stop.
+        """
         judges = self.data[:BOUND_SEQUENCES] if self.validation is None else self.validation
         alike = Training(
-            self.model, self.guide, self.data, self.schedule, seed=self.seed,
+            self.model, self.guide, self.data, self.schedule, seed=self.seed, validation=self.validation,
             objective=self.objective, tracks=self.tracks,
         )  # fmt: skip
-        starts, best, kept = [alike, *others], -torch.inf, 0
+        starts, best, kept = [alike, *others], -math.inf, None
         for i, start in enumerate(starts):
+            lines: list[dict[str, float]] = []
+            start.on_evaluation = lines.append
             start.begin(resume=False)
             start.train(stop, steps, progress=progress, title=f"start {i + 1} of {len(starts)}")
+            if start.step < steps:
+                return False
             reached = float(bound(start.model, start.guide, judges).bound.mean())
             if reached > best:
-                best, kept, state = reached, i, copy.deepcopy(start._state())
-        self._restore({**state, "seconds": sum(start.seconds for start in starts)}, f"start {kept + 1}")
+                best, kept = reached, (f"start {i + 1}", copy.deepcopy(start._state()), lines)
+        if kept is None:
+            raise FloatingPointError(alike._diverged("the bound of every start"))
+        name, state, lines = kept
+        self._restore({**state, "seconds": sum(start.seconds for start in starts)}, name)
+        self.metrics = lines[-1] if lines else {}
+        if self.run_dir is not None:
+            check_still_there(self.run_dir)
+            write_lines(self.run_dir, lines)
+        self._save()
+        if self.on_evaluation is not None and self.metrics.get("step") == self.step:
+            self.on_evaluation(self.metrics)
+        return True
 
     def _take_step(self) -> None:
         torch.set_rng_state(self._rng)
         with saying_what_is_not_finite(self._modules, self._diverged), self.steps.stream():
             schedule, step = self.schedule, self.step
             for name, p in self.parameters.items():
-                p.requires_grad_(step >= by_longest_prefix(schedule.learn_from, name, 0))
+                learns = step >= by_longest_prefix(schedule.learn_from, name, 0)
+                p.requires_grad_(learns and name not in self._frozen)
             self.steps.set(schedule.kl_weight(step), schedule.learning_rate_at(step))
             self._set(self.steps.elbo)
             seed = self.seed * 1_000_003 + step
             if schedule.parts > 1:
                 torch.manual_seed(seed)  # the same in every process
-            if step in schedule.fit_starts_at:
+            if step in schedule.fit_starts_at and not self._frozen & STARTS:
                 self._fit_starts(seed)
             index = self.batches.index(step)
             batch = Batch(self.images, self.n_objects, index, self.batches.known(index), seed, self.tracks)
@@ -218,7 +259,8 @@ class Training(Loop):
         tracks = []
         for index in torch.randperm(len(self.images), generator=generator)[:FIT_STARTS_SEQUENCES].split(100):
             n_objects = self.n_objects[index.to(self.device)]
-            a = self.guide.q(self.images[index.to(self.device)], n_objects).sample()
+            with evaluating(self.guide):
+                a = self.guide.q(self.images[index.to(self.device)], n_objects).sample()
             tracks.append(a[object_mask(n_objects, a.shape[1])])
         all_tracks = torch.cat(tracks)
         if len(all_tracks) < LEAST_TRACKS * self.model.dynamics.config.n_components:
