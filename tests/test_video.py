@@ -235,7 +235,8 @@ def test_tracks_in_the_films_own_pixels(tmp_path):
         assert abs(float(r["x"]) - 0.01 * centre(t)[0]) < 0.012
         assert abs(float(r["y"]) - 0.01 * centre(t)[1]) < 0.012
         assert float(r["time"]) == pytest.approx(t / 25)
-        assert float(r["var_x"]) == pytest.approx((0.01 / source.scale) ** 2, rel=1e-4)
+        for axis, scale in zip("xy", source.scale):
+            assert float(r[f"var_{axis}"]) == pytest.approx((0.01 / scale) ** 2, rel=1e-4)
     draw_tracks_gif(tmp_path / "a.gif", prepared.films[0][:6], source.to_source(a[0]))
     assert iio.imread(tmp_path / "a.gif", index=None).shape[0] == 6
     assert np.array_equal(source.frames(1, 6), prepared.films[0][6:12])  # the film itself, read again
@@ -244,6 +245,35 @@ def test_tracks_in_the_films_own_pixels(tmp_path):
     assert source.frames(0, 6) is None
     figure = plot_contact_sheet(prepared.films[0], v, prepared.counts, [1, 1], threshold=0.4, notes=prepared.notes)
     assert len(figure.axes) == 14
+
+
+def centroids(v):
+    """(T, 2), (column, row), of grey values (T, H, W)."""
+    mass, (y, x) = v.sum((1, 2)), np.mgrid[: v.shape[1], : v.shape[2]]
+    return np.stack([(v * g).sum((1, 2)) / mass for g in (x, y)], -1)
+
+
+def test_tracks_are_exact_along_both_sides_whatever_their_ratio(tmp_path):
+    np.save(tmp_path / "a.npy", film(noise=0))
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=1, crop=(0, 42, 0, 64), size=16, grey=True)
+    scale = prepared.source.scale
+    assert scale == (16 / 64, 10 / 42)  # 10.5 rows were rounded
+    found = prepared.source.to_source(centroids(prepared.data.images[0].numpy().astype(float)))
+    assert np.abs(found - [centre(t) for t in range(T)]).max() < 0.3
+    row = next(track_rows(found[None, None], np.ones((1, 1, T, 2, 2)), [[0]], [1], source=prepared.source)[1])
+    wanted = [1 / scale[0] ** 2, 1 / scale[0] / scale[1], 1 / scale[1] ** 2]
+    assert [float(x) for x in row[5:8]] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_files_with_one_scale_for_both_axes_give_the_same_tracks_as_ever(tmp_path):
+    np.save(tmp_path / "a.npy", film())
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=1)
+    save_prepared(tmp_path / "mine.npz", prepared._replace(source=prepared.source._replace(scale=0.5)))
+    source = load_source(tmp_path / "mine.npz")
+    assert source == prepared.source
+    a = np.random.default_rng(0).random((3, 2)) * 32
+    assert np.array_equal(source.to_source(a), (a + 0.5 - np.array(source.offset)) / 0.5 - 0.5)
+    assert np.array_equal(source.to_source_covariances(np.eye(2)), np.eye(2) / 0.5**2)
 
 
 def test_good_films_are_not_warned_of(tmp_path):

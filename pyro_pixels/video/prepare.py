@@ -16,47 +16,12 @@ from pyro_pixels._arrays import read_arrays
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.video.check import count_components
-from pyro_pixels.video.read import Film, Origin, optional, read_films, read_with_origins
+from pyro_pixels.video.read import Film, Origin, optional, read_with_origins
+from pyro_pixels.video.source import Source
 
 Background = Literal["keep", "median", "local"]
 COARSE = 1 / 8  # fraction of the film's resolution below which a note warns
 LONG, CUT = 60, 30  # films of more than LONG frames are cut into sequences of CUT, half overlapping
-
-
-class Source(NamedTuple):
-    """The origin of the sequences: source pixels = (pixels + 0.5 - offset) / scale - 0.5 + corner."""
-
-    scale: float
-    """Pixels of the sequences per pixel of the film."""
-    offset: tuple[float, float]
-    """(column, row) of the film's corner in the sequences, whose margins are black."""
-    corner: tuple[int, int]
-    """(column, row) of the crop's corner in the film."""
-    size: tuple[int, int]
-    """(H, W) of the film."""
-    first_frames: tuple[tuple[int, int], ...] = ()
-    """(film, frame) at which each sequence begins."""
-    films: tuple[Origin, ...] = ()
-    """The origin of each film."""
-    axes: str | None = None
-    """The ``axes`` with which films that are arrays were read."""
-
-    def frames(self, row: int, n_frames: int) -> Film | None:
-        """Reads the film's own frames (T, H, W) of a sequence again; returns None if they are no longer available."""
-        if row >= len(self.first_frames) or not self.films:
-            return None
-        film, first = self.first_frames[row]
-        try:
-            found = read_films(self.films[film].path, axes=self.axes)[self.films[film].index]
-        except (ValueError, IndexError):
-            return None
-        frames = found[first : first + n_frames]
-        return frames if len(frames) and frames.shape[1:] == self.size else None
-
-    def to_source(self, positions: Any) -> NDArray[np.float64]:
-        """Maps positions (..., 2), (column, row), to the film's own pixels."""
-        inside = np.asarray(positions, np.float64) + 0.5 - np.asarray(self.offset)
-        return inside / self.scale - 0.5 + np.asarray(self.corner)
 
 
 class Prepared(NamedTuple):
@@ -138,9 +103,9 @@ def prepare_video(
     shrunk, scale = _shrink(cropped, size)
     notes.append(f"{len(films)} film(s) of {[len(f) for f in films][:6]} frames, {shape[0]} x {shape[1]} pixels, "
                  f"shrunk to {shrunk[0].shape[1]} x {shrunk[0].shape[2]}")  # fmt: skip
-    if scale < COARSE:
+    if min(scale) < COARSE:
         notes.append(
-            f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, so smaller objects are lost: "
+            f"a pixel stands for {1 / scale[1]:.0f} x {1 / scale[0]:.0f} of the film's, so smaller objects are lost: "
             "crop to where objects are (--crop), or keep more pixels (--size)"
         )
     excess = [f - np.median(f) for f in shrunk]
@@ -198,33 +163,16 @@ def save_prepared(path: str | Path, prepared: Prepared) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def load_source(path: str | Path) -> Source | None:
-    """Returns the map back to the film's pixels from a file written by `save_prepared`, None from other files.
-
-    Raises:
-        ValueError: if the file cannot be read, or the map is damaged.
-    """
-    found = read_arrays(path, names=("source",))
-    if "source" not in found:
-        return None
-    try:
-        values = json.loads(str(found["source"]))
-        first = tuple((int(a), int(b)) for a, b in values["first_frames"])
-        offset, corner, size = (tuple(values[name]) for name in ("offset", "corner", "size"))
-        films = tuple(Origin(str(path), int(i)) for path, i in values.get("films", ()))
-        return Source(values["scale"], offset, corner, size, first, films, values.get("axes"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: its map to the film is damaged ({error}); create it again with prepare.py") from None
-
-
-def _shrink(films: list[Film], size: int) -> tuple[list[Film], float]:
+def _shrink(films: list[Film], size: int) -> tuple[list[Film], tuple[float, float]]:
+    """Returns the films, at most ``size`` pixels long and wide, and the scale of their (horizontal, vertical) axes."""
     height, width = films[0].shape[1:]
     scale = size / max(height, width)
     if scale >= 1:
-        return films, 1.0
-    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
+        return films, (1.0, 1.0)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
     resize = optional("skimage.transform").resize_local_mean
-    return [np.moveaxis(resize(np.moveaxis(f, 0, -1), shape), -1, 0).astype(np.float32) for f in films], scale
+    shrunk = [np.moveaxis(resize(np.moveaxis(f, 0, -1), (h, w)), -1, 0).astype(np.float32) for f in films]
+    return shrunk, (w / width, h / height)
 
 
 def _without_background(
