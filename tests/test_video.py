@@ -2,10 +2,13 @@
 
 import csv
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import prepare
+import simulate
 from pyro_pixels import load_sequences
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.plots.film import plot_contact_sheet
@@ -302,6 +305,36 @@ def test_what_may_go_wrong_is_said_before_the_first_step(tmp_path, change, messa
     v = load_video(tmp_path / "a.npy", n_objects=1).images.numpy()
     found = check_film(ImageSequences(np.ascontiguousarray(change(v)).astype(np.uint8), 1))
     assert any(re.search(message, line) for line in found), found
+
+
+def test_nothing_that_was_there_is_lost_to_a_contact_sheet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    iio.imwrite("film.png", BYTES, plugin="pillow")  # an animation
+    write_folder(tmp_path / "frames", ".png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+
+    def run(*films, out):
+        prepare.main(prepare.Arguments(films=films, out=Path(out), n_objects=(1,)))
+
+    run("film.png", out="mine.npz")
+    run("film.png", out="mine.npz")  # the same again replaces its own results
+    assert Path("mine.png").exists()
+    for films, out in (
+        ("film.png", "film.npz"),
+        ("frames", "frames/mine.npz"),
+        ("frames/frame*.png", "frames/frame_all.npz"),
+        ("*.png", "new.npz"),
+    ):
+        with pytest.raises(ValueError, match=r"would overwrite, or be added to, the film .*; choose another --out"):
+            run(films, out=out)
+    np.save("a.npy", BYTES)
+    with pytest.raises(ValueError, match=r"film.png was not drawn by this program and would be overwritten"):
+        run("a.npy", out="film.npz")
+    with pytest.raises(ValueError, match=r"film.png was not drawn by this program and would be overwritten"):
+        simulate.main(simulate.Arguments(out=Path("film.npz"), n_sequences=2))
+    run("frames/frame*.png", out="frames/mine.npz")  # the glob does not include mine.png
+    assert not Path("film.npz").exists()
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_without_a_single_object_it_is_said(tmp_path):

@@ -7,6 +7,7 @@ tifffile and scikit-image, which ``pip install "pyro_pixels[video]"`` installs; 
 import gc
 import glob
 import importlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,20 @@ def read_with_origins(
     return found
 
 
+def reads(source: str | Path, path: Path) -> bool:
+    """Tells whether reading a source, a file, folder or glob, reads a picture, film or array at ``path`` too."""
+    where = Path(source)
+    if where.is_dir():
+        return path.resolve().parent == where.resolve()
+    if where.is_file():
+        return path.resolve() == where.resolve()
+    return _is_glob(where) and Path(os.path.abspath(path)).match(os.path.abspath(where))
+
+
+def _is_glob(path: Path) -> bool:
+    return any(c in str(path) for c in "*?[")
+
+
 def _read(path: str, axes: str | None) -> list[tuple[Film, Origin]]:
     where = Path(path)
 
@@ -85,7 +100,7 @@ def _read(path: str, axes: str | None) -> list[tuple[Film, Origin]]:
         files = sorted((p for p in where.iterdir() if p.is_file()), key=_natural)
     elif where.is_file():
         return of_file(where)
-    elif any(c in path for c in "*?["):
+    elif _is_glob(where):
         files = sorted((Path(p) for p in glob.glob(path)), key=_natural)
     else:
         raise ValueError(f"there is no file or folder {path}")
