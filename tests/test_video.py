@@ -48,6 +48,12 @@ def film(n=1, *, dark=False, noise=0.02, seed=0):
     return (1 - frames if dark else frames).clip(0, 1)
 
 
+def centroids(v):
+    """(T, 2), (column, row), of grey values (T, H, W)."""
+    mass, (y, x) = v.sum((1, 2)), np.mgrid[: v.shape[1], : v.shape[2]]
+    return np.stack([(v * g).sum((1, 2)) / mass for g in (x, y)], -1)
+
+
 BYTES = (255 * film()).astype(np.uint8)
 COLOUR = np.repeat(BYTES[..., None], 3, -1)
 
@@ -103,6 +109,34 @@ def test_dark_objects_are_found_and_said(tmp_path):
     wrong = load_video(tmp_path / "dark.npy", n_objects=1, invert=False, background="keep")
     inside = bright.images.bool()
     assert wrong.images[inside].float().mean() < 0.1  # asked for the ground, it gives no object
+
+
+LAMP = np.exp(-(((Y - 24) / 22) ** 2) - ((X - 32) / 28) ** 2)
+WALL = np.where((X < 4) | (Y > 43), 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "frames, dark",
+    [
+        (0.1 + 0.8 * LAMP * (1.1 - 0.8 * film()), True),
+        (0.1 + 0.5 * LAMP + 0.4 * film(), False),
+        (np.maximum(0.6 - 0.4 * film(), WALL), True),
+        (np.where(WALL > 0, 0, 0.3 + 0.5 * film()), False),
+    ],
+    ids=["dark before a lamp", "bright before a lamp", "dark beside a white wall", "bright beside a black wall"],
+)
+def test_a_still_background_does_not_decide_which_side_is_bright(tmp_path, frames, dark):
+    np.save(tmp_path / "a.npy", frames.clip(0, 1))
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=1)
+    assert any(f"objects are {'darker' if dark else 'brighter'}" in note for note in prepared.notes)
+    found = prepared.source.to_source(centroids(prepared.data.images[0].numpy().astype(float)))
+    assert np.median(np.abs(found - [centre(t) for t in range(T)])) < 1
+
+
+def test_a_background_taken_for_objects_is_warned_of(tmp_path):
+    np.save(tmp_path / "a.npy", 0.1 + 0.8 * LAMP * (1.1 - 0.8 * film()))
+    warnings = check_film(load_video(tmp_path / "a.npy", n_objects=1, invert=False, background="keep"))
+    assert any("white pixels hardly change over time" in line for line in warnings)
 
 
 def test_a_still_background_is_subtracted(tmp_path):
@@ -248,12 +282,6 @@ def test_tracks_in_the_films_own_pixels(tmp_path):
     assert source.frames(0, 6) is None
     figure = plot_contact_sheet(prepared.films[0], v, prepared.counts, [1, 1], threshold=0.4, notes=prepared.notes)
     assert len(figure.axes) == 14
-
-
-def centroids(v):
-    """(T, 2), (column, row), of grey values (T, H, W)."""
-    mass, (y, x) = v.sum((1, 2)), np.mgrid[: v.shape[1], : v.shape[2]]
-    return np.stack([(v * g).sum((1, 2)) / mass for g in (x, y)], -1)
 
 
 def test_tracks_are_exact_along_both_sides_whatever_their_ratio(tmp_path):

@@ -42,6 +42,12 @@ def check_film(data: ImageSequences) -> list[str]:
             "no sequence has N = 1: nothing shows one object alone, so learning begins with several, which is harder; "
             "add films of a single object if you can"
         )
+    still = _still(white, seen)
+    if still > 0.6:
+        warnings.append(
+            f"{still:.0%} of the white pixels hardly change over time: they are a still background, or nothing moves; "
+            "subtract it (prepare.py --background median), and check which side is bright (--invert or --no-invert)"
+        )
     frames, counts = white[seen], np.repeat(part.n_objects.numpy(), seen.sum(1))
     found, sizes = count_components(frames)
     if not len(sizes):
@@ -76,6 +82,14 @@ def check_film(data: ImageSequences) -> list[str]:
             "image; crop wider, or cut where objects enter and leave (prepare.py --crop, --frames)"
         )
     return warnings + _motion(weights, part)
+
+
+def _still(white: NDArray[np.bool_], seen: NDArray[np.bool_]) -> float:
+    """Returns the share of the white pixels (n, T, H, W) that are white in four of five frames of their sequence."""
+    long = seen.sum(1) >= 6
+    white = white[long] & seen[long, :, None, None]
+    always = white.sum(1) > 0.8 * seen[long].sum(1)[:, None, None]
+    return float((white & always[:, None]).sum() / max(1, white.sum()))
 
 
 def _motion(weights: NDArray[np.float32], data: ImageSequences) -> list[str]:

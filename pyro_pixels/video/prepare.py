@@ -109,10 +109,7 @@ def prepare_video(
             "crop to where objects are (--crop), or keep more pixels (--size)"
         )
     excess = [f - np.median(f) for f in shrunk]
-    everything = np.concatenate([x.ravel() for x in excess])
-    low, high = np.quantile(everything, (0.002, 0.998))
-    found = bool(-low > 1.2 * high)
-    invert = found if invert is None else invert
+    invert = _are_darker(shrunk, excess) if invert is None else invert
     notes.append(
         f"objects are {'darker' if invert else 'brighter'} than the background{', inverted' if invert else ''}"
     )
@@ -173,6 +170,15 @@ def _shrink(films: list[Film], size: int) -> tuple[list[Film], tuple[float, floa
     resize = optional("skimage.transform").resize_local_mean
     shrunk = [np.moveaxis(resize(np.moveaxis(f, 0, -1), (h, w)), -1, 0).astype(np.float32) for f in films]
     return shrunk, (w / width, h / height)
+
+
+def _are_darker(films: list[Film], excess: list[Film]) -> bool:
+    """Tells whether objects are darker than the background: by what changes over time if that is clear, else by all."""
+    low, high = np.quantile(np.concatenate([(f - np.median(f, 0)).ravel() for f in films]), (0.002, 0.998))
+    if max(-low, high) > 1.5 * min(-low, high):
+        return bool(-low > high)
+    low, high = np.quantile(np.concatenate([x.ravel() for x in excess]), (0.002, 0.998))
+    return bool(-low > 1.2 * high)
 
 
 def _without_background(
