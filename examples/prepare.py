@@ -35,7 +35,7 @@ class Arguments:
     """Frames between the starts of successive sequences; default: half of --frames."""
     crop: Annotated[tuple[int, int, int, int], Bounds(0, 10**6)] | None = None
     """Top, bottom, left, right, in the film's pixels."""
-    invert: bool | None = None
+    invert: Annotated[bool | None, tyro.conf.DisallowNone] = None
     """Objects are darker than the background; default: detected."""
     background: Background | None = None
     """Keep it, or subtract the median over time, or what is larger than objects in each frame (local); default:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 import prepare
 import simulate
@@ -133,6 +134,11 @@ def test_a_still_background_does_not_decide_which_side_is_bright(tmp_path, frame
     assert np.median(np.abs(found - [centre(t) for t in range(T)])) < 1
 
 
+@pytest.mark.parametrize("options, wanted", [([], None), (["--invert"], True), (["--no-invert"], False)])
+def test_the_script_takes_either_side_or_guesses(options, wanted):
+    assert tyro.cli(prepare.Arguments, args=["film.gif", *options, "--grey"]).invert is wanted
+
+
 def test_a_background_taken_for_objects_is_warned_of(tmp_path):
     np.save(tmp_path / "a.npy", 0.1 + 0.8 * LAMP * (1.1 - 0.8 * film()))
     warnings = check_film(load_video(tmp_path / "a.npy", n_objects=1, invert=False, background="keep"))
@@ -181,6 +187,9 @@ def test_objects_are_counted_film_by_film_and_long_films_cut(tmp_path):
     assert prepared.data.n_objects.tolist() == [1, 1, 1, 2, 2, 2]
     assert prepared.source.first_frames == ((0, 0), (0, 3), (0, 6), (1, 0), (1, 3), (1, 6))
     assert any("n_objects was counted: 100%" in note for note in prepared.notes)
+    assert not any("in no sequence" in note for note in prepared.notes)
+    notes = prepare_video(tmp_path / "1.npy", frames=5, stride=4).notes  # 0 to 8 of 12
+    assert any("3 frames at the ends of films are in no sequence" in note for note in notes)
     given = load_video([tmp_path / "1.npy", tmp_path / "2.npy"], frames=6, stride=3, n_objects=[1, 3])
     assert given.n_objects.tolist() == [1, 1, 1, 3, 3, 3]
 

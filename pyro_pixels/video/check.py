@@ -35,7 +35,7 @@ def check_film(data: ImageSequences) -> list[str]:
     if brightness > 0.5:
         warnings.append(
             f"images are mostly white (mean {brightness:.2f}): objects are taken to be bright; "
-            "invert the film (prepare.py --invert)"
+            "invert the film (prepare.py --invert, or --no-invert if it was inverted)"
         )
     if not bool((data.n_objects == 1).any()):
         warnings.append(

@@ -240,6 +240,9 @@ def _cuts(
     if stride < 1:
         raise ValueError(f"stride is {stride}; wanted at least 1")
     notes.append(f"cut into sequences of {T} frames, one every {stride}")
+    left = sum(max(L - T, 0) % stride for L in lengths)
+    if left:
+        notes.append(f"{left} frames at the ends of films are in no sequence; to keep them, choose another --stride")
     return [(i, t) for i, L in enumerate(lengths) for t in range(0, max(L - T, 0) + 1, stride)], T
 
 
