@@ -45,7 +45,7 @@ class Arguments:
     grey: bool = False
     """Keep grey values; then train with --likelihood gaussian."""
     axes: str | None = None
-    """Axes of arrays, in letters of NTHWC, if they are not (n,) T, H, W(, C)."""
+    """Axes of arrays, in letters of NTHWC, if they are not (n,) T, H, W(, C); T, 1 or 3, H, W has colours first."""
 
 
 def main(args: Arguments) -> None:

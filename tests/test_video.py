@@ -2,11 +2,13 @@
 
 import csv
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
+from PIL import Image
 
 import prepare
 import simulate
@@ -19,6 +21,7 @@ from pyro_pixels.video import (
     load_source,
     load_video,
     prepare_video,
+    read_films,
     save_prepared,
     track_rows,
     write_csv,
@@ -247,6 +250,140 @@ def test_wrong_paths_and_broken_files(tmp_path):
             load_video(str(tmp_path / path))
 
 
+def write_pictures(path, frames, name="f{}.png"):
+    path.mkdir()
+    for t, frame in enumerate(frames):
+        (frame if isinstance(frame, Image.Image) else Image.fromarray(frame)).save(path / name.format(t))
+    return path
+
+
+def write_pages(path, pages):
+    with tifffile.TiffWriter(path) as file:
+        for page in pages:
+            file.write(page, photometric="minisblack", contiguous=False)
+    return path
+
+
+UNUSUAL = {
+    "grey with alpha": lambda d: write_pictures(d / "f", [Image.fromarray(x).convert("LA") for x in BYTES]),
+    "superscripts in names": lambda d: write_pictures(d / "f", BYTES, "f{}\u00b2.png"),
+    "pages written one by one": lambda d: write_pages(d / "a.tif", BYTES),
+    "chunks of pages": lambda d: write_pages(d / "a.tif", np.split(BYTES, [5])),
+    "a TIFF with a thumbnail": lambda d: with_thumbnail(d / "a.tif"),
+    "colours in planes": lambda d: (
+        tifffile.imwrite(d / "a.tif", np.moveaxis(COLOUR, -1, 1), photometric="rgb", planarconfig="separate")
+        or d / "a.tif"
+    ),
+    "hidden files of macOS": lambda d: [
+        write_pictures(d / "f", BYTES), (d / "f/._f0.png").write_bytes(b"junk")
+    ] and d / "f",
+}  # fmt: skip
+
+
+def with_thumbnail(path):
+    with tifffile.TiffWriter(path) as file:
+        file.write(BYTES, photometric="minisblack")
+        file.write(BYTES[0, ::8, ::8], subfiletype=1, photometric="minisblack")
+    return path
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_files_are_read_whole(tmp_path, kind):
+    (found,) = read_films(UNUSUAL[kind](tmp_path))
+    assert np.array_equal(found, BYTES / np.float32(255))
+
+
+def test_a_folder_of_animations_is_several_films(tmp_path):
+    for name in "ab":
+        iio.imwrite(tmp_path / f"{name}.png", BYTES, plugin="pillow")
+    assert [len(f) for f in read_films(tmp_path)] == [T, T]
+
+
+def test_bits_among_bytes_are_white(tmp_path):
+    bits = BYTES > 100
+    (found,) = read_films(write_pictures(tmp_path / "f", [*bits[:6], *(bits[6:] * np.uint8(255))]))
+    assert np.array_equal(found, bits)
+
+
+def test_positions_of_the_stage_are_several_films(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
+        for frames in (BYTES, BYTES[:5]):
+            file.write(frames, photometric="minisblack", metadata={"axes": "TYX"})
+    assert [len(f) for f in read_films(tmp_path / "a.ome.tif")] == [T, 5]
+
+
+def test_four_axes_are_films_or_colours_first(tmp_path):
+    films = np.stack([BYTES[:3]] * 5)
+    np.save(tmp_path / "a.npy", films)
+    assert [f.shape for f in read_films(tmp_path / "a.npy")] == [(5, H, W)]
+    assert [f.shape for f in read_films(tmp_path / "a.npy", axes="NTHW")] == [(3, H, W)] * 5
+    np.savez(tmp_path / "a.npz", images=films, n_objects=np.ones(5, int))  # a file for --data is certain
+    assert [f.shape for f in read_films(tmp_path / "a.npz")] == [(3, H, W)] * 5
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda d: write_pictures(d / "f", [*BYTES[:6], *BYTES[6:].astype(np.uint16)]), "differ in type, .*uint16"),
+        (lambda d: write_pictures(d / "f", [*BYTES[:6], *BYTES[6:, 1:]]), "f: frames differ in size"),
+        (lambda d: write_pages(d / "a.tif", [*BYTES[:6], *BYTES[6:, 1:]]), r"a.tif: frames differ in size"),
+        (lambda d: gif_of_two_sizes(d / "a.gif"), r"a.gif: frames differ in size"),
+        (lambda d: damaged(write_pictures(d / "f", BYTES, "f{}.tif") / "f5.tif"), r"f5.tif cannot be read"),
+        (lambda d: np.save(d / "a.npy", BYTES.astype(complex)) or d / "a.npy", "type complex128; wanted numbers"),
+    ],
+    ids=["bits", "pictures", "pages", "gif", "damaged", "complex"],
+)  # fmt: skip
+def test_films_that_would_be_read_wrong_are_refused(tmp_path, write, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_films(write(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def gif_of_two_sizes(path):
+    first, *rest = [Image.fromarray(x) for x in (*BYTES[:6, 4:, 4:], *BYTES[6:])]
+    first.save(path, save_all=True, append_images=rest)
+    return path
+
+
+def damaged(path):
+    path.write_bytes(b"junk")
+    return path.parent
+
+
+def test_films_are_turned_as_a_phone_was_held(tmp_path):
+    """The tag of a JPEG and the matrix of an MP4 that say: turn it clockwise by a quarter."""
+    upright = np.rot90(BYTES, -1, (1, 2)) / np.float32(255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for t, frame in enumerate(BYTES):
+        Image.fromarray(frame).save(tmp_path / f"{t}.jpg", exif=exif, quality=95)
+    (found,) = read_films(tmp_path)
+    assert found.shape == upright.shape
+    assert np.abs(found - upright).max() < 0.1
+
+    iio.imwrite(tmp_path / "a.mp4", COLOUR, plugin="pyav", codec="libx264", fps=25)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    matrix = content.find(b"tkhd") + 4 + 40  # of version 0, behind 40 bytes
+    assert struct.unpack_from(">9i", content, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", content, matrix, 0, 1 << 16, 0, -1 << 16, 0, 0, H << 16, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    (found,), (lying,) = read_films(tmp_path / "turned.mp4"), read_films(tmp_path / "a.mp4")
+    assert np.array_equal(found, np.rot90(lying, -1, (1, 2)))
+    assert np.abs(found - upright).mean() < 0.05
+
+
+def test_films_of_wide_integers_have_one_scale_and_no_hot_pixels(tmp_path):
+    counts = (4000 * film(noise=0)).astype(np.uint16)
+    hot = counts // 2
+    hot[3, 5, 5] = 60_000
+    for name, x in {"a": counts, "b": hot, "c": counts // 4}.items():
+        np.save(tmp_path / f"{name}.npy", x)
+    films = read_films(tmp_path)
+    for x, y in zip(films, (counts, hot, counts // 4)):
+        assert np.array_equal(x, (y / np.float32(counts.max())).clip(0, 1))
+    assert np.array_equal(read_films(tmp_path / "c.npy")[0], (counts // 4) / np.float32((counts // 4).max()))
+
+
 def test_axes_say_what_an_array_is(tmp_path):
     np.save(tmp_path / "a.npy", film().transpose(1, 2, 0))
     data = load_video(tmp_path / "a.npy", axes="HWT", n_objects=1)
@@ -254,10 +391,10 @@ def test_axes_say_what_an_array_is(tmp_path):
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    from pyro_pixels.video import read
+    from pyro_pixels.video import formats
 
     path = KINDS["tiff"](tmp_path)
-    monkeypatch.setattr(read.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    monkeypatch.setattr(formats.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(ValueError, match=r'needs tifffile; pip install "pyro_pixels\[video\]"'):
         load_video(path)
 

@@ -16,7 +16,8 @@ from pyro_pixels._arrays import read_arrays
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.video.check import count_components
-from pyro_pixels.video.read import Film, Origin, optional, read_with_origins
+from pyro_pixels.video.formats import optional
+from pyro_pixels.video.read import Film, Origin, read_with_origins
 from pyro_pixels.video.source import Source
 
 Background = Literal["keep", "median", "local"]
