@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from PIL import Image
 
@@ -230,6 +231,18 @@ def test_grey_values_are_kept_where_they_are_asked_for(tmp_path):
         (film(), {"crop": (0, 50, 0, 64)}, "wanted .top, bottom, left, right."),
         (film(), {"n_objects": [1, 2]}, "n_objects has length 2 for 1 sequences of 1 films"),
         (film(), {"n_objects": 0}, "every sequence needs at least 1 object"),
+        (film(), {"n_objects": 1.5}, "n_objects is 1.5; wanted a whole number, or a list of them"),
+        (film(), {"n_objects": [1.7]}, r"n_objects is \[1.7\]; wanted a whole number"),
+        (film(), {"n_objects": [[1], [2, 3]]}, "n_objects is .*; wanted a whole number"),
+        (film(), {"n_objects": "2"}, "n_objects is '2'; wanted a whole number"),
+        (film(), {"n_objects": np.nan}, "n_objects is nan; wanted a whole number"),
+        (film(), {"crop": (0, 40.5, 0, 60)}, "crop is .*; wanted a whole number, or a list of them"),
+        (film(), {"crop": (0, 40, 0)}, "crop is .0, 40, 0.; wanted .top, bottom, left, right."),
+        (film(), {"crop": 3}, "crop is 3; wanted .top, bottom, left, right."),
+        (film(), {"threshold": -1}, "threshold is -1; wanted a finite number of at least 0, at most 1"),
+        (film(), {"size": 30.5}, "size is 30.5; wanted a whole number of at least 8"),
+        (film(), {"frames": "6"}, "frames is '6'; wanted a whole number of at least 2"),
+        (film(), {"frames": 6, "stride": 0}, "stride is 0; wanted a whole number of at least 1"),
         (film(), {"frames": 40}, "wanted from 2 to the length of the longest film, 12"),
         (np.zeros((5, 9, 9)), {}, "nothing moves or stands out"),
     ],
@@ -239,6 +252,27 @@ def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path, content, options,
     with pytest.raises(ValueError, match=message) as error:
         load_video(tmp_path / "a.npy", **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("paths", [film(), 3, [film()], b"a.npy", None])
+def test_what_is_no_path_is_said(paths):
+    with pytest.raises(ValueError, match=r"paths has a .*; wanted names of files, folders or globs"):
+        load_video(paths)
+
+
+@pytest.mark.parametrize("n", [np.int64(2), torch.tensor(2), 2.0, np.array([2]), torch.tensor([2]), [2.0], (2,)])
+def test_whole_numbers_of_any_type_are_taken(tmp_path, n):
+    np.save(tmp_path / "a.npy", film())
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=n, crop=np.array([0.0, 48, 0, 64]))
+    assert prepared.data.n_objects.tolist() == [2]
+    save_prepared(tmp_path / "mine.npz", prepared)
+    assert load_source(tmp_path / "mine.npz") == prepared.source
+
+
+def test_a_threshold_of_grey_films_is_said_to_serve_the_count(tmp_path):
+    np.save(tmp_path / "a.npy", film())
+    notes = prepare_video(tmp_path / "a.npy", grey=True, threshold=0.3).notes
+    assert any("grey values are kept" in note and "threshold 0.30 only serves to count" in note for note in notes)
 
 
 def test_wrong_paths_and_broken_files(tmp_path):

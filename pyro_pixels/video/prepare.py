@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pyro_pixels._arrays import read_arrays
+from pyro_pixels._checks import Bounds, check_number, check_value
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.video.check import count_components
@@ -47,7 +48,7 @@ def load_video(paths: str | Path | Sequence[str | Path], **options: Any) -> Imag
 def prepare_video(
     paths: str | Path | Sequence[str | Path],
     *,
-    n_objects: int | Sequence[int] | None = None,
+    n_objects: ArrayLike | None = None,
     size: int = 32,
     frames: int | None = None,
     stride: int | None = None,
@@ -80,11 +81,18 @@ def prepare_video(
     Raises:
         ValueError: if a film cannot be read, an option is out of range, or no sequence shows an object.
     """
+    given = None if n_objects is None else _whole("n_objects", n_objects)
+    size = check_number("size", size, 8)
+    frames = None if frames is None else check_number("frames", frames, 2)
+    stride = None if stride is None else check_number("stride", stride, 1)
+    threshold = check_value("threshold", threshold, float | None, Bounds(0, 1))
+    if background not in (None, *get_args(Background)):
+        raise ValueError(f"background is {background!r}; wanted one of {', '.join(get_args(Background))}, or None")
     read, notes = read_with_origins(paths, axes=axes), []
     films = [film for film, _ in read]
-    if n_objects is None:
-        n_objects = _numbers_beside([origin for _, origin in read])
-        notes += [] if n_objects is None else ["n_objects is read from the file; override it with --n-objects"]
+    if given is None:
+        given = _numbers_beside([origin for _, origin in read])
+        notes += [] if given is None else ["n_objects is read from the file; override it with --n-objects"]
     shape = films[0].shape[1:]
     if any(f.shape[1:] != shape for f in films):
         raise ValueError(
@@ -93,13 +101,12 @@ def prepare_video(
     short = [len(f) for f in films if len(f) < 2]
     if short:
         raise ValueError("a film has 1 frame, which shows no motion; give frames in one file, a folder or a glob")
-    top, bottom, left, right = crop or (0, shape[0], 0, shape[1])
+    box = (0, shape[0], 0, shape[1]) if crop is None else _whole("crop", crop)
+    if not isinstance(box, Sequence) or len(box) != 4:
+        raise ValueError(f"crop is {crop}; wanted (top, bottom, left, right)")
+    top, bottom, left, right = box
     if not (0 <= top < bottom <= shape[0] and 0 <= left < right <= shape[1]):
         raise ValueError(f"crop is {crop} for films of {shape[0]} x {shape[1]}; wanted (top, bottom, left, right)")
-    if background not in (None, *get_args(Background)):
-        raise ValueError(f"background is {background!r}; wanted one of {', '.join(get_args(Background))}, or None")
-    if size < 8:
-        raise ValueError(f"size is {size}; wanted at least 8 pixels")
     cropped = [f[:, top:bottom, left:right] for f in films]
     shrunk, scale = _shrink(cropped, size)
     notes.append(f"{len(films)} film(s) of {[len(f) for f in films][:6]} frames, {shape[0]} x {shape[1]} pixels, "
@@ -115,7 +122,7 @@ def prepare_video(
         f"objects are {'darker' if invert else 'brighter'} than the background{', inverted' if invert else ''}"
     )
     excess = [-x if invert else x for x in excess]
-    excess, said = _without_background(excess, background, n_objects)
+    excess, said = _without_background(excess, background, given)
     notes.append(said)
     top_value = float(np.quantile(np.concatenate([x.ravel() for x in excess]), 0.998))
     if top_value <= 0:
@@ -128,7 +135,10 @@ def prepare_video(
             f"threshold {chosen:.2f} of an object's brightness; {np.mean([w.mean() for w in white]):.1%} white"
         )
     else:
-        notes.append("grey values are kept; train with --likelihood gaussian")
+        notes.append(
+            "grey values are kept; train with --likelihood gaussian"
+            + ("" if threshold is None else f"; the threshold {threshold:.2f} only serves to count objects")
+        )
     square = max(values[0].shape[1:])
     offset = ((square - values[0].shape[2]) // 2, (square - values[0].shape[1]) // 2)
     kept = [_letterbox(v if grey else w.astype(np.uint8), square, offset) for v, w in zip(values, white)]
@@ -136,7 +146,7 @@ def prepare_video(
     images = [kept[film][t : t + T] for film, t in starts]
     of_film = [count_components(w)[0] for w in white]
     counts = [of_film[film][t : t + T] for film, t in starts]
-    n, keep = _numbers(n_objects, counts, [film for film, _ in starts], len(films), notes)
+    n, keep = _numbers(given, counts, [film for film, _ in starts], len(films), notes)
     if not any(keep):
         raise ValueError("no sequence shows an object; lower the threshold, or look at the contact sheet")
     chosen_images = [x for x, k in zip(images, keep) if k]
@@ -235,16 +245,26 @@ def _cuts(
             raise ValueError(f"stride is {stride} without frames; give the length of sequences (--frames)")
         return [(i, 0) for i in range(len(lengths))], max(lengths)
     T = frames or CUT
-    if T < 2 or max(lengths) < T:
+    if max(lengths) < T:
         raise ValueError(f"frames is {T}; wanted from 2 to the length of the longest film, {max(lengths)}")
     stride = max(1, T // 2) if stride is None else stride
-    if stride < 1:
-        raise ValueError(f"stride is {stride}; wanted at least 1")
     notes.append(f"cut into sequences of {T} frames, one every {stride}")
     left = sum(max(L - T, 0) % stride for L in lengths)
     if left:
         notes.append(f"{left} frames at the ends of films are in no sequence; to keep them, choose another --stride")
     return [(i, t) for i, L in enumerate(lengths) for t in range(0, max(L - T, 0) + 1, stride)], T
+
+
+def _whole(name: str, values: ArrayLike) -> int | list[int]:
+    """Returns a whole number, or a list of them, from numbers, sequences, arrays or tensors of any type."""
+    try:
+        found = np.asarray(values)
+    except (ValueError, TypeError):  # rows of unequal length; a tensor on a GPU
+        found = np.array("")
+    whole = found.ndim < 2 and found.dtype.kind in "iuf" and bool((found == np.round(found)).all())
+    if not whole or not np.isfinite(found).all():
+        raise ValueError(f"{name} is {' '.join(repr(values).split())[:60]}; wanted a whole number, or a list of them")
+    return found.astype(np.int64).tolist()
 
 
 def _per_film(n_objects: int | Sequence[int] | None, n_films: int) -> list[float] | None:
