@@ -132,7 +132,8 @@ WALL = np.where((X < 4) | (Y > 43), 1.0, 0.0)
 )
 def test_a_still_background_does_not_decide_which_side_is_bright(tmp_path, frames, dark):
     np.save(tmp_path / "a.npy", frames.clip(0, 1))
-    prepared = prepare_video(tmp_path / "a.npy", n_objects=1)
+    prepared = prepare_video(tmp_path / "a.npy")
+    assert prepared.data.n_objects.tolist() == [1]
     assert any(f"objects are {'darker' if dark else 'brighter'}" in note for note in prepared.notes)
     found = prepared.source.to_source(centroids(prepared.data.images[0].numpy().astype(float)))
     assert np.median(np.abs(found - [centre(t) for t in range(T)])) < 1

@@ -16,7 +16,7 @@ from pyro_pixels._arrays import read_arrays
 from pyro_pixels._checks import Bounds, check_number, check_value
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.video.check import count_components
+from pyro_pixels.video.check import STILL, count_components, still_share
 from pyro_pixels.video.formats import optional
 from pyro_pixels.video.read import Film, Origin, read_with_origins
 from pyro_pixels.video.source import Source
@@ -208,6 +208,9 @@ def _without_background(
             off = np.concatenate([np.abs(c - n) for c, n in zip(counts, wanted)])
             empty = np.concatenate([c == 0 for c in counts])
             scores.append(float(off.mean() + 3 * empty.mean()))
+            if n_objects is None:  # a still background agrees with its own number of components
+                shares = [still_share(x[None] > 0.5 * top, np.ones((1, len(x)), bool)) for x in films]
+                scores[-1] += float(np.mean(shares) > STILL)
         structure = max(float(np.ptp(np.median(x, 0))) for x in excess) > 0.02
         background = "median" if structure and scores[1] <= scores[0] + 0.02 else "keep"
     if background == "median":

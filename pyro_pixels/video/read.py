@@ -68,12 +68,7 @@ def read_with_origins(
     top: dict[str, float] = {}
     for (x, _), group in zip(found, groups):
         top[group] = float(np.maximum(top.get(group, 0.0), _brightest(x) if _is_wide(x) else x.max()))
-    films: list[tuple[Film, Origin]] = []
-    found.reverse()
-    for group in groups:
-        x, origin = found.pop()  # frees what was read, film by film
-        films.append((to_unit(x, top[group], origin.path), origin))
-    return films
+    return [(to_unit(x, top[group], origin.path), origin) for (x, origin), group in zip(found, groups)]
 
 
 def reads(source: str | Path, path: Path) -> bool:
