@@ -14,8 +14,9 @@ import tyro
 from pyro_pixels._checks import Bounds
 from pyro_pixels._options import Frames, Objects, Pixels, Share, result_file
 from pyro_pixels.plots.film import plot_contact_sheet
-from pyro_pixels.plots.paper import save_figure
+from pyro_pixels.plots.paper import figure_beside, save_figure
 from pyro_pixels.video import Background, check_film, prepare_video, save_prepared
+from pyro_pixels.video.read import reads
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Arguments:
     """Frames between the starts of successive sequences; default: half of --frames."""
     crop: Annotated[tuple[int, int, int, int], Bounds(0, 10**6)] | None = None
     """Top, bottom, left, right, in the film's pixels."""
-    invert: bool | None = None
+    invert: Annotated[bool | None, tyro.conf.DisallowNone] = None
     """Objects are darker than the background; default: detected."""
     background: Background | None = None
     """Keep it, or subtract the median over time, or what is larger than objects in each frame (local); default:
@@ -44,12 +45,16 @@ class Arguments:
     grey: bool = False
     """Keep grey values; then train with --likelihood gaussian."""
     axes: str | None = None
-    """Axes of arrays, in letters of NTHWC, if they are not (n,) T, H, W(, C)."""
+    """Axes of arrays, in letters of NTHWC, if they are not (n,) T, H, W(, C); T, 1 or 3, H, W has colours first."""
 
 
 def main(args: Arguments) -> None:
+    out = result_file(args.out, ".npz")
     for film in args.films:
-        result_file(args.out, ".npz", Path(film))
+        for path in (out, out.with_suffix(".png")):
+            if reads(film, path):
+                raise ValueError(f"{path} would overwrite, or be added to, the film {film}; choose another --out")
+    sheet = figure_beside(out)
     print(f"reading {', '.join(args.films)}")
     n = args.n_objects[0] if len(args.n_objects) == 1 else (args.n_objects or None)
     prepared = prepare_video(
@@ -61,14 +66,13 @@ def main(args: Arguments) -> None:
         print(f"  {note}")
     for warning in check_film(data):
         print(f"  ! {warning}")
-    save_prepared(args.out, prepared)
-    sheet = args.out.with_suffix(".png")
+    save_prepared(out, prepared)
     figure = plot_contact_sheet(
         prepared.films[film][first:], data.images, prepared.counts, data.n_objects, threshold=prepared.threshold,
         notes=prepared.notes,
     )  # fmt: skip
     save_figure(figure, sheet)
-    say_where([args.out, sheet])
+    say_where([out, sheet])
 
 
 if __name__ == "__main__":

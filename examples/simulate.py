@@ -14,6 +14,7 @@ import tyro
 
 from pyro_pixels._options import Frames, Objects, Pixels, Positive, Seed, Sequences, result_file
 from pyro_pixels.data import save_sequences
+from pyro_pixels.plots.paper import figure_beside
 from pyro_pixels.run_figures import draw_sequences
 from pyro_pixels.worlds.base import WorldConfig, simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
@@ -68,13 +69,14 @@ def configure(args: Arguments) -> WorldConfig:
 
 def main(args: Arguments) -> None:
     out, c = result_file(args.out, ".npz"), configure(args)
+    picture = figure_beside(out)
     print(
         f"simulating {args.n_sequences} sequences of {c.n_frames} frames, {c.height} x {c.width} pixels, "
         f"N in {c.n_objects}, seed {args.seed}"
     )
     data = simulate(c, args.n_sequences, seed=args.seed)
     save_sequences(out, data)
-    say_where([out, draw_sequences(data, out.with_suffix(".png"))])
+    say_where([out, draw_sequences(data, picture)])
 
 
 if __name__ == "__main__":

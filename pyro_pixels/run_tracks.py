@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.run_figures import RunView
-from pyro_pixels.video.prepare import Source, load_source
+from pyro_pixels.video.source import Source, load_source
 from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
 
 

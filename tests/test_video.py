@@ -2,10 +2,17 @@
 
 import csv
 import re
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import tyro
+from PIL import Image
 
+import prepare
+import simulate
 from pyro_pixels import load_sequences
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.plots.film import plot_contact_sheet
@@ -15,6 +22,7 @@ from pyro_pixels.video import (
     load_source,
     load_video,
     prepare_video,
+    read_films,
     save_prepared,
     track_rows,
     write_csv,
@@ -43,6 +51,12 @@ def film(n=1, *, dark=False, noise=0.02, seed=0):
             frames[t] = np.maximum(frames[t], np.clip(5.5 - np.hypot(X - column, Y - row), 0, 1))
     frames = 0.15 + 0.7 * frames + rng.normal(0, noise, frames.shape)
     return (1 - frames if dark else frames).clip(0, 1)
+
+
+def centroids(v):
+    """(T, 2), (column, row), of grey values (T, H, W)."""
+    mass, (y, x) = v.sum((1, 2)), np.mgrid[: v.shape[1], : v.shape[2]]
+    return np.stack([(v * g).sum((1, 2)) / mass for g in (x, y)], -1)
 
 
 BYTES = (255 * film()).astype(np.uint8)
@@ -102,6 +116,40 @@ def test_dark_objects_are_found_and_said(tmp_path):
     assert wrong.images[inside].float().mean() < 0.1  # asked for the ground, it gives no object
 
 
+LAMP = np.exp(-(((Y - 24) / 22) ** 2) - ((X - 32) / 28) ** 2)
+WALL = np.where((X < 4) | (Y > 43), 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "frames, dark",
+    [
+        (0.1 + 0.8 * LAMP * (1.1 - 0.8 * film()), True),
+        (0.1 + 0.5 * LAMP + 0.4 * film(), False),
+        (np.maximum(0.6 - 0.4 * film(), WALL), True),
+        (np.where(WALL > 0, 0, 0.3 + 0.5 * film()), False),
+    ],
+    ids=["dark before a lamp", "bright before a lamp", "dark beside a white wall", "bright beside a black wall"],
+)
+def test_a_still_background_does_not_decide_which_side_is_bright(tmp_path, frames, dark):
+    np.save(tmp_path / "a.npy", frames.clip(0, 1))
+    prepared = prepare_video(tmp_path / "a.npy")
+    assert prepared.data.n_objects.tolist() == [1]
+    assert any(f"objects are {'darker' if dark else 'brighter'}" in note for note in prepared.notes)
+    found = prepared.source.to_source(centroids(prepared.data.images[0].numpy().astype(float)))
+    assert np.median(np.abs(found - [centre(t) for t in range(T)])) < 1
+
+
+@pytest.mark.parametrize("options, wanted", [([], None), (["--invert"], True), (["--no-invert"], False)])
+def test_the_script_takes_either_side_or_guesses(options, wanted):
+    assert tyro.cli(prepare.Arguments, args=["film.gif", *options, "--grey"]).invert is wanted
+
+
+def test_a_background_taken_for_objects_is_warned_of(tmp_path):
+    np.save(tmp_path / "a.npy", 0.1 + 0.8 * LAMP * (1.1 - 0.8 * film()))
+    warnings = check_film(load_video(tmp_path / "a.npy", n_objects=1, invert=False, background="keep"))
+    assert any("white pixels hardly change over time" in line for line in warnings)
+
+
 def test_a_still_background_is_subtracted(tmp_path):
     background = 0.5 * np.exp(-((X - 40) ** 2 + (Y - 10) ** 2) / 60)
     np.save(tmp_path / "a.npy", np.maximum(film(), background))
@@ -144,6 +192,9 @@ def test_objects_are_counted_film_by_film_and_long_films_cut(tmp_path):
     assert prepared.data.n_objects.tolist() == [1, 1, 1, 2, 2, 2]
     assert prepared.source.first_frames == ((0, 0), (0, 3), (0, 6), (1, 0), (1, 3), (1, 6))
     assert any("n_objects was counted: 100%" in note for note in prepared.notes)
+    assert not any("in no sequence" in note for note in prepared.notes)
+    notes = prepare_video(tmp_path / "1.npy", frames=5, stride=4).notes  # 0 to 8 of 12
+    assert any("3 frames at the ends of films are in no sequence" in note for note in notes)
     given = load_video([tmp_path / "1.npy", tmp_path / "2.npy"], frames=6, stride=3, n_objects=[1, 3])
     assert given.n_objects.tolist() == [1, 1, 1, 3, 3, 3]
 
@@ -181,6 +232,18 @@ def test_grey_values_are_kept_where_they_are_asked_for(tmp_path):
         (film(), {"crop": (0, 50, 0, 64)}, "wanted .top, bottom, left, right."),
         (film(), {"n_objects": [1, 2]}, "n_objects has length 2 for 1 sequences of 1 films"),
         (film(), {"n_objects": 0}, "every sequence needs at least 1 object"),
+        (film(), {"n_objects": 1.5}, "n_objects is 1.5; wanted a whole number, or a list of them"),
+        (film(), {"n_objects": [1.7]}, r"n_objects is \[1.7\]; wanted a whole number"),
+        (film(), {"n_objects": [[1], [2, 3]]}, "n_objects is .*; wanted a whole number"),
+        (film(), {"n_objects": "2"}, "n_objects is '2'; wanted a whole number"),
+        (film(), {"n_objects": np.nan}, "n_objects is nan; wanted a whole number"),
+        (film(), {"crop": (0, 40.5, 0, 60)}, "crop is .*; wanted a whole number, or a list of them"),
+        (film(), {"crop": (0, 40, 0)}, "crop is .0, 40, 0.; wanted .top, bottom, left, right."),
+        (film(), {"crop": 3}, "crop is 3; wanted .top, bottom, left, right."),
+        (film(), {"threshold": -1}, "threshold is -1; wanted a finite number of at least 0, at most 1"),
+        (film(), {"size": 30.5}, "size is 30.5; wanted a whole number of at least 8"),
+        (film(), {"frames": "6"}, "frames is '6'; wanted a whole number of at least 2"),
+        (film(), {"frames": 6, "stride": 0}, "stride is 0; wanted a whole number of at least 1"),
         (film(), {"frames": 40}, "wanted from 2 to the length of the longest film, 12"),
         (np.zeros((5, 9, 9)), {}, "nothing moves or stands out"),
     ],
@@ -192,6 +255,27 @@ def test_what_cannot_be_prepared_is_said_in_one_line(tmp_path, content, options,
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("paths", [film(), 3, [film()], b"a.npy", None])
+def test_what_is_no_path_is_said(paths):
+    with pytest.raises(ValueError, match=r"paths has a .*; wanted names of files, folders or globs"):
+        load_video(paths)
+
+
+@pytest.mark.parametrize("n", [np.int64(2), torch.tensor(2), 2.0, np.array([2]), torch.tensor([2]), [2.0], (2,)])
+def test_whole_numbers_of_any_type_are_taken(tmp_path, n):
+    np.save(tmp_path / "a.npy", film())
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=n, crop=np.array([0.0, 48, 0, 64]))
+    assert prepared.data.n_objects.tolist() == [2]
+    save_prepared(tmp_path / "mine.npz", prepared)
+    assert load_source(tmp_path / "mine.npz") == prepared.source
+
+
+def test_a_threshold_of_grey_films_is_said_to_serve_the_count(tmp_path):
+    np.save(tmp_path / "a.npy", film())
+    notes = prepare_video(tmp_path / "a.npy", grey=True, threshold=0.3).notes
+    assert any("grey values are kept" in note and "threshold 0.30 only serves to count" in note for note in notes)
+
+
 def test_wrong_paths_and_broken_files(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"no film")
     (tmp_path / "notes.txt").write_text("no film")
@@ -201,6 +285,140 @@ def test_wrong_paths_and_broken_files(tmp_path):
             load_video(str(tmp_path / path))
 
 
+def write_pictures(path, frames, name="f{}.png"):
+    path.mkdir()
+    for t, frame in enumerate(frames):
+        (frame if isinstance(frame, Image.Image) else Image.fromarray(frame)).save(path / name.format(t))
+    return path
+
+
+def write_pages(path, pages):
+    with tifffile.TiffWriter(path) as file:
+        for page in pages:
+            file.write(page, photometric="minisblack", contiguous=False)
+    return path
+
+
+UNUSUAL = {
+    "grey with alpha": lambda d: write_pictures(d / "f", [Image.fromarray(x).convert("LA") for x in BYTES]),
+    "superscripts in names": lambda d: write_pictures(d / "f", BYTES, "f{}\u00b2.png"),
+    "pages written one by one": lambda d: write_pages(d / "a.tif", BYTES),
+    "chunks of pages": lambda d: write_pages(d / "a.tif", np.split(BYTES, [5])),
+    "a TIFF with a thumbnail": lambda d: with_thumbnail(d / "a.tif"),
+    "colours in planes": lambda d: (
+        tifffile.imwrite(d / "a.tif", np.moveaxis(COLOUR, -1, 1), photometric="rgb", planarconfig="separate")
+        or d / "a.tif"
+    ),
+    "hidden files of macOS": lambda d: [
+        write_pictures(d / "f", BYTES), (d / "f/._f0.png").write_bytes(b"junk")
+    ] and d / "f",
+}  # fmt: skip
+
+
+def with_thumbnail(path):
+    with tifffile.TiffWriter(path) as file:
+        file.write(BYTES, photometric="minisblack")
+        file.write(BYTES[0, ::8, ::8], subfiletype=1, photometric="minisblack")
+    return path
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_files_are_read_whole(tmp_path, kind):
+    (found,) = read_films(UNUSUAL[kind](tmp_path))
+    assert np.array_equal(found, BYTES / np.float32(255))
+
+
+def test_a_folder_of_animations_is_several_films(tmp_path):
+    for name in "ab":
+        iio.imwrite(tmp_path / f"{name}.png", BYTES, plugin="pillow")
+    assert [len(f) for f in read_films(tmp_path)] == [T, T]
+
+
+def test_bits_among_bytes_are_white(tmp_path):
+    bits = BYTES > 100
+    (found,) = read_films(write_pictures(tmp_path / "f", [*bits[:6], *(bits[6:] * np.uint8(255))]))
+    assert np.array_equal(found, bits)
+
+
+def test_positions_of_the_stage_are_several_films(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
+        for frames in (BYTES, BYTES[:5]):
+            file.write(frames, photometric="minisblack", metadata={"axes": "TYX"})
+    assert [len(f) for f in read_films(tmp_path / "a.ome.tif")] == [T, 5]
+
+
+def test_four_axes_are_films_or_colours_first(tmp_path):
+    films = np.stack([BYTES[:3]] * 5)
+    np.save(tmp_path / "a.npy", films)
+    assert [f.shape for f in read_films(tmp_path / "a.npy")] == [(5, H, W)]
+    assert [f.shape for f in read_films(tmp_path / "a.npy", axes="NTHW")] == [(3, H, W)] * 5
+    np.savez(tmp_path / "a.npz", images=films, n_objects=np.ones(5, int))  # a file for --data is certain
+    assert [f.shape for f in read_films(tmp_path / "a.npz")] == [(3, H, W)] * 5
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda d: write_pictures(d / "f", [*BYTES[:6], *BYTES[6:].astype(np.uint16)]), "differ in type, .*uint16"),
+        (lambda d: write_pictures(d / "f", [*BYTES[:6], *BYTES[6:, 1:]]), "f: frames differ in size"),
+        (lambda d: write_pages(d / "a.tif", [*BYTES[:6], *BYTES[6:, 1:]]), r"a.tif: frames differ in size"),
+        (lambda d: gif_of_two_sizes(d / "a.gif"), r"a.gif: frames differ in size"),
+        (lambda d: damaged(write_pictures(d / "f", BYTES, "f{}.tif") / "f5.tif"), r"f5.tif cannot be read"),
+        (lambda d: np.save(d / "a.npy", BYTES.astype(complex)) or d / "a.npy", "type complex128; wanted numbers"),
+    ],
+    ids=["bits", "pictures", "pages", "gif", "damaged", "complex"],
+)  # fmt: skip
+def test_films_that_would_be_read_wrong_are_refused(tmp_path, write, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read_films(write(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def gif_of_two_sizes(path):
+    first, *rest = [Image.fromarray(x) for x in (*BYTES[:6, 4:, 4:], *BYTES[6:])]
+    first.save(path, save_all=True, append_images=rest)
+    return path
+
+
+def damaged(path):
+    path.write_bytes(b"junk")
+    return path.parent
+
+
+def test_films_are_turned_as_a_phone_was_held(tmp_path):
+    """The tag of a JPEG and the matrix of an MP4 that say: turn it clockwise by a quarter."""
+    upright = np.rot90(BYTES, -1, (1, 2)) / np.float32(255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for t, frame in enumerate(BYTES):
+        Image.fromarray(frame).save(tmp_path / f"{t}.jpg", exif=exif, quality=95)
+    (found,) = read_films(tmp_path)
+    assert found.shape == upright.shape
+    assert np.abs(found - upright).max() < 0.1
+
+    iio.imwrite(tmp_path / "a.mp4", COLOUR, plugin="pyav", codec="libx264", fps=25)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    matrix = content.find(b"tkhd") + 4 + 40  # of version 0, behind 40 bytes
+    assert struct.unpack_from(">9i", content, matrix) == (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", content, matrix, 0, 1 << 16, 0, -1 << 16, 0, 0, H << 16, 0, 1 << 30)
+    (tmp_path / "turned.mp4").write_bytes(content)
+    (found,), (lying,) = read_films(tmp_path / "turned.mp4"), read_films(tmp_path / "a.mp4")
+    assert np.array_equal(found, np.rot90(lying, -1, (1, 2)))
+    assert np.abs(found - upright).mean() < 0.05
+
+
+def test_films_of_wide_integers_have_one_scale_and_no_hot_pixels(tmp_path):
+    counts = (4000 * film(noise=0)).astype(np.uint16)
+    hot = counts // 2
+    hot[3, 5, 5] = 60_000
+    for name, x in {"a": counts, "b": hot, "c": counts // 4}.items():
+        np.save(tmp_path / f"{name}.npy", x)
+    films = read_films(tmp_path)
+    for x, y in zip(films, (counts, hot, counts // 4)):
+        assert np.array_equal(x, (y / np.float32(counts.max())).clip(0, 1))
+    assert np.array_equal(read_films(tmp_path / "c.npy")[0], (counts // 4) / np.float32((counts // 4).max()))
+
+
 def test_axes_say_what_an_array_is(tmp_path):
     np.save(tmp_path / "a.npy", film().transpose(1, 2, 0))
     data = load_video(tmp_path / "a.npy", axes="HWT", n_objects=1)
@@ -208,10 +426,10 @@ def test_axes_say_what_an_array_is(tmp_path):
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    from pyro_pixels.video import read
+    from pyro_pixels.video import formats
 
     path = KINDS["tiff"](tmp_path)
-    monkeypatch.setattr(read.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    monkeypatch.setattr(formats.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(ValueError, match=r'needs tifffile; pip install "pyro_pixels\[video\]"'):
         load_video(path)
 
@@ -235,7 +453,8 @@ def test_tracks_in_the_films_own_pixels(tmp_path):
         assert abs(float(r["x"]) - 0.01 * centre(t)[0]) < 0.012
         assert abs(float(r["y"]) - 0.01 * centre(t)[1]) < 0.012
         assert float(r["time"]) == pytest.approx(t / 25)
-        assert float(r["var_x"]) == pytest.approx((0.01 / source.scale) ** 2, rel=1e-4)
+        for axis, scale in zip("xy", source.scale):
+            assert float(r[f"var_{axis}"]) == pytest.approx((0.01 / scale) ** 2, rel=1e-4)
     draw_tracks_gif(tmp_path / "a.gif", prepared.films[0][:6], source.to_source(a[0]))
     assert iio.imread(tmp_path / "a.gif", index=None).shape[0] == 6
     assert np.array_equal(source.frames(1, 6), prepared.films[0][6:12])  # the film itself, read again
@@ -244,6 +463,29 @@ def test_tracks_in_the_films_own_pixels(tmp_path):
     assert source.frames(0, 6) is None
     figure = plot_contact_sheet(prepared.films[0], v, prepared.counts, [1, 1], threshold=0.4, notes=prepared.notes)
     assert len(figure.axes) == 14
+
+
+def test_tracks_are_exact_along_both_sides_whatever_their_ratio(tmp_path):
+    np.save(tmp_path / "a.npy", film(noise=0))
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=1, crop=(0, 42, 0, 64), size=16, grey=True)
+    scale = prepared.source.scale
+    assert scale == (16 / 64, 10 / 42)  # 10.5 rows were rounded
+    found = prepared.source.to_source(centroids(prepared.data.images[0].numpy().astype(float)))
+    assert np.abs(found - [centre(t) for t in range(T)]).max() < 0.3
+    row = next(track_rows(found[None, None], np.ones((1, 1, T, 2, 2)), [[0]], [1], source=prepared.source)[1])
+    wanted = [1 / scale[0] ** 2, 1 / scale[0] / scale[1], 1 / scale[1] ** 2]
+    assert [float(x) for x in row[5:8]] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_files_with_one_scale_for_both_axes_give_the_same_tracks_as_ever(tmp_path):
+    np.save(tmp_path / "a.npy", film())
+    prepared = prepare_video(tmp_path / "a.npy", n_objects=1)
+    save_prepared(tmp_path / "mine.npz", prepared._replace(source=prepared.source._replace(scale=0.5)))
+    source = load_source(tmp_path / "mine.npz")
+    assert source == prepared.source
+    a = np.random.default_rng(0).random((3, 2)) * 32
+    assert np.array_equal(source.to_source(a), (a + 0.5 - np.array(source.offset)) / 0.5 - 0.5)
+    assert np.array_equal(source.to_source_covariances(np.eye(2)), np.eye(2) / 0.5**2)
 
 
 def test_good_films_are_not_warned_of(tmp_path):
@@ -272,6 +514,36 @@ def test_what_may_go_wrong_is_said_before_the_first_step(tmp_path, change, messa
     v = load_video(tmp_path / "a.npy", n_objects=1).images.numpy()
     found = check_film(ImageSequences(np.ascontiguousarray(change(v)).astype(np.uint8), 1))
     assert any(re.search(message, line) for line in found), found
+
+
+def test_nothing_that_was_there_is_lost_to_a_contact_sheet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    iio.imwrite("film.png", BYTES, plugin="pillow")  # an animation
+    write_folder(tmp_path / "frames", ".png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+
+    def run(*films, out):
+        prepare.main(prepare.Arguments(films=films, out=Path(out), n_objects=(1,)))
+
+    run("film.png", out="mine.npz")
+    run("film.png", out="mine.npz")  # the same again replaces its own results
+    assert Path("mine.png").exists()
+    for films, out in (
+        ("film.png", "film.npz"),
+        ("frames", "frames/mine.npz"),
+        ("frames/frame*.png", "frames/frame_all.npz"),
+        ("*.png", "new.npz"),
+    ):
+        with pytest.raises(ValueError, match=r"would overwrite, or be added to, the film .*; choose another --out"):
+            run(films, out=out)
+    np.save("a.npy", BYTES)
+    with pytest.raises(ValueError, match=r"film.png was not drawn by this program and would be overwritten"):
+        run("a.npy", out="film.npz")
+    with pytest.raises(ValueError, match=r"film.png was not drawn by this program and would be overwritten"):
+        simulate.main(simulate.Arguments(out=Path("film.npz"), n_sequences=2))
+    run("frames/frame*.png", out="frames/mine.npz")  # the glob does not include mine.png
+    assert not Path("film.npz").exists()
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_without_a_single_object_it_is_said(tmp_path):

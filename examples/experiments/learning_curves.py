@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from pyro_pixels._options import result_file
-from pyro_pixels.plots.paper import save_figure
+from pyro_pixels.plots.paper import figure_beside, save_figure
 from pyro_pixels.plots.style import OBJECTS
 
 BARS = {"error_px": (0.4, 0.8, 1.2), "switch_rate": (0.10, 0.25)}
@@ -41,7 +41,7 @@ def curves_of(summary: Any, path: Path) -> list[list[dict[str, Any]]]:
 
 
 def main(args: Arguments) -> None:
-    out = result_file(args.out or args.summary.with_suffix(".png"), ".png")
+    out = result_file(args.out or figure_beside(args.summary), ".png")
     curves = curves_of(read_json(args.summary), args.summary)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, (key, title) in zip(axes, TITLES.items()):

@@ -22,7 +22,7 @@ from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.guides.refining import refine
 from pyro_pixels.guides.untangling import can_be_untangled, untangle
-from pyro_pixels.plots.paper import save_figure
+from pyro_pixels.plots.paper import figure_beside, save_figure
 from pyro_pixels.plots.style import START, TEXT, TRUTH, add_legend, colour_of, draw_tracks, grid, plane
 from pyro_pixels.queries.predict import infer
 from pyro_pixels.result_tables import markdown
@@ -122,6 +122,7 @@ def draw(tracks: dict[str, Tensor], data: ImageSequences) -> Figure:
 
 def main(args: Arguments) -> None:
     out = result_file(args.json or args.home / "switches.json", ".json")
+    picture = figure_beside(out)
     run, data, device = open_run(args, as_trained=True)
     if data.positions is None or not bool((data.n_objects > 1).any()):
         raise ValueError(
@@ -136,8 +137,8 @@ def main(args: Arguments) -> None:
             rows.append([n, name, str(group["n"]), *("-" if rate is None else f"{100 * rate:.1f}" for rate in rates)])
     print(markdown(["N", "sequences where", "how many", *(f"{which}: switched, %" for which in found)], rows))
     write_json(out, {"seed": args.seed, "n_sequences": len(data), **found})
-    save_figure(draw(tracks, data), out.with_suffix(".png"))
-    say_where([out, out.with_suffix(".png")])
+    save_figure(draw(tracks, data), picture)
+    say_where([out, picture])
 
 
 if __name__ == "__main__":

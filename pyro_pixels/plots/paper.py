@@ -45,6 +45,7 @@ from pyro_pixels.plots.style import (
     style_axes,
 )
 
+SOFTWARE = "pyro_pixels"  # in PNG files, to tell figures that may be replaced from pictures of others
 DARKEST = 0.28  # the shade of the first frame of an overlay; the last has 1
 
 
@@ -315,8 +316,30 @@ def save_figure(figure: Figure, path: str | Path, title: str = "") -> None:
         layout.execute(figure)
         figure.set_layout_engine("none")
         box = None
+    kind = Path(path).suffix[1:] or "png"
     with atomic_write(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=130, bbox_inches=box)
+        metadata = {"Software": SOFTWARE} if kind == "png" else None
+        figure.savefig(file, format=kind, dpi=130, bbox_inches=box, metadata=metadata)
+
+
+def figure_beside(path: Path) -> Path:
+    """Returns the path of the figure beside a result: the same name, with .png.
+
+    Raises:
+        ValueError: if a file of that name is there that `save_figure` did not write.
+    """
+    figure = path.with_suffix(".png")
+    if figure.exists() and not _is_ours(figure):
+        raise ValueError(f"{figure} was not drawn by this program and would be overwritten; choose another name")
+    return figure
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Software") == SOFTWARE
+    except (OSError, SyntaxError, ValueError):
+        return False
 
 
 def _show(ax: Axes, sequences: Sequence[Floats], labels: Sequence[str] = ()) -> None:

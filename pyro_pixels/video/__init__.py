@@ -4,13 +4,12 @@ from pyro_pixels.video.check import check_film, count_components
 from pyro_pixels.video.prepare import (
     Background,
     Prepared,
-    Source,
-    load_source,
     load_video,
     prepare_video,
     save_prepared,
 )
 from pyro_pixels.video.read import read_films
+from pyro_pixels.video.source import Source, load_source
 from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
 
 __all__ = [

@@ -11,6 +11,7 @@ from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.pixel_evidence import PixelEvidence, components
 
 FRAMES = 1_500  # frames that are checked
+STILL = 0.6  # share of white pixels that is more than that of objects at rest
 SMALLEST = 2  # size of the smallest objects, in pixels
 
 
@@ -19,6 +20,14 @@ def count_components(white: NDArray[np.bool_], least: int = SMALLEST) -> tuple[N
     frame, sizes = components(white)
     large = sizes >= least
     return np.bincount(frame[large], minlength=len(white)), sizes[large]
+
+
+def still_share(white: NDArray[np.bool_], seen: NDArray[np.bool_]) -> float:
+    """Returns the share of the white pixels (n, T, H, W) that are white in four of five frames of their sequence."""
+    long = seen.sum(1) >= 6
+    white = white[long] & seen[long, :, None, None]
+    always = white.sum(1) > 0.8 * seen[long].sum(1)[:, None, None]
+    return float((white & always[:, None]).sum() / max(1, white.sum()))
 
 
 def check_film(data: ImageSequences) -> list[str]:
@@ -35,12 +44,18 @@ def check_film(data: ImageSequences) -> list[str]:
     if brightness > 0.5:
         warnings.append(
             f"images are mostly white (mean {brightness:.2f}): objects are taken to be bright; "
-            "invert the film (prepare.py --invert)"
+            "invert the film (prepare.py --invert, or --no-invert if it was inverted)"
         )
     if not bool((data.n_objects == 1).any()):
         warnings.append(
             "no sequence has N = 1: nothing shows one object alone, so learning begins with several, which is harder; "
             "add films of a single object if you can"
+        )
+    still = still_share(white, seen)
+    if still > STILL:
+        warnings.append(
+            f"{still:.0%} of the white pixels hardly change over time: they are a still background, or nothing moves; "
+            "subtract it (prepare.py --background median), and check which side is bright (--invert or --no-invert)"
         )
     frames, counts = white[seen], np.repeat(part.n_objects.numpy(), seen.sum(1))
     found, sizes = count_components(frames)

@@ -10,53 +10,20 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import scipy
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pyro_pixels._arrays import read_arrays
+from pyro_pixels._checks import Bounds, check_number, check_value
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.video.check import count_components
-from pyro_pixels.video.read import Film, Origin, optional, read_films, read_with_origins
+from pyro_pixels.video.check import STILL, count_components, still_share
+from pyro_pixels.video.formats import optional
+from pyro_pixels.video.read import Film, Origin, read_with_origins
+from pyro_pixels.video.source import Source
 
 Background = Literal["keep", "median", "local"]
 COARSE = 1 / 8  # fraction of the film's resolution below which a note warns
 LONG, CUT = 60, 30  # films of more than LONG frames are cut into sequences of CUT, half overlapping
-
-
-class Source(NamedTuple):
-    """The origin of the sequences: source pixels = (pixels + 0.5 - offset) / scale - 0.5 + corner."""
-
-    scale: float
-    """Pixels of the sequences per pixel of the film."""
-    offset: tuple[float, float]
-    """(column, row) of the film's corner in the sequences, whose margins are black."""
-    corner: tuple[int, int]
-    """(column, row) of the crop's corner in the film."""
-    size: tuple[int, int]
-    """(H, W) of the film."""
-    first_frames: tuple[tuple[int, int], ...] = ()
-    """(film, frame) at which each sequence begins."""
-    films: tuple[Origin, ...] = ()
-    """The origin of each film."""
-    axes: str | None = None
-    """The ``axes`` with which films that are arrays were read."""
-
-    def frames(self, row: int, n_frames: int) -> Film | None:
-        """Reads the film's own frames (T, H, W) of a sequence again; returns None if they are no longer available."""
-        if row >= len(self.first_frames) or not self.films:
-            return None
-        film, first = self.first_frames[row]
-        try:
-            found = read_films(self.films[film].path, axes=self.axes)[self.films[film].index]
-        except (ValueError, IndexError):
-            return None
-        frames = found[first : first + n_frames]
-        return frames if len(frames) and frames.shape[1:] == self.size else None
-
-    def to_source(self, positions: Any) -> NDArray[np.float64]:
-        """Maps positions (..., 2), (column, row), to the film's own pixels."""
-        inside = np.asarray(positions, np.float64) + 0.5 - np.asarray(self.offset)
-        return inside / self.scale - 0.5 + np.asarray(self.corner)
 
 
 class Prepared(NamedTuple):
@@ -81,7 +48,7 @@ def load_video(paths: str | Path | Sequence[str | Path], **options: Any) -> Imag
 def prepare_video(
     paths: str | Path | Sequence[str | Path],
     *,
-    n_objects: int | Sequence[int] | None = None,
+    n_objects: ArrayLike | None = None,
     size: int = 32,
     frames: int | None = None,
     stride: int | None = None,
@@ -114,11 +81,18 @@ def prepare_video(
     Raises:
         ValueError: if a film cannot be read, an option is out of range, or no sequence shows an object.
     """
+    given = None if n_objects is None else _whole("n_objects", n_objects)
+    size = check_number("size", size, 8)
+    frames = None if frames is None else check_number("frames", frames, 2)
+    stride = None if stride is None else check_number("stride", stride, 1)
+    threshold = check_value("threshold", threshold, float | None, Bounds(0, 1))
+    if background not in (None, *get_args(Background)):
+        raise ValueError(f"background is {background!r}; wanted one of {', '.join(get_args(Background))}, or None")
     read, notes = read_with_origins(paths, axes=axes), []
     films = [film for film, _ in read]
-    if n_objects is None:
-        n_objects = _numbers_beside([origin for _, origin in read])
-        notes += [] if n_objects is None else ["n_objects is read from the file; override it with --n-objects"]
+    if given is None:
+        given = _numbers_beside([origin for _, origin in read])
+        notes += [] if given is None else ["n_objects is read from the file; override it with --n-objects"]
     shape = films[0].shape[1:]
     if any(f.shape[1:] != shape for f in films):
         raise ValueError(
@@ -127,32 +101,28 @@ def prepare_video(
     short = [len(f) for f in films if len(f) < 2]
     if short:
         raise ValueError("a film has 1 frame, which shows no motion; give frames in one file, a folder or a glob")
-    top, bottom, left, right = crop or (0, shape[0], 0, shape[1])
+    box = (0, shape[0], 0, shape[1]) if crop is None else _whole("crop", crop)
+    if not isinstance(box, Sequence) or len(box) != 4:
+        raise ValueError(f"crop is {crop}; wanted (top, bottom, left, right)")
+    top, bottom, left, right = box
     if not (0 <= top < bottom <= shape[0] and 0 <= left < right <= shape[1]):
         raise ValueError(f"crop is {crop} for films of {shape[0]} x {shape[1]}; wanted (top, bottom, left, right)")
-    if background not in (None, *get_args(Background)):
-        raise ValueError(f"background is {background!r}; wanted one of {', '.join(get_args(Background))}, or None")
-    if size < 8:
-        raise ValueError(f"size is {size}; wanted at least 8 pixels")
     cropped = [f[:, top:bottom, left:right] for f in films]
     shrunk, scale = _shrink(cropped, size)
     notes.append(f"{len(films)} film(s) of {[len(f) for f in films][:6]} frames, {shape[0]} x {shape[1]} pixels, "
                  f"shrunk to {shrunk[0].shape[1]} x {shrunk[0].shape[2]}")  # fmt: skip
-    if scale < COARSE:
+    if min(scale) < COARSE:
         notes.append(
-            f"a pixel stands for {1 / scale:.0f} x {1 / scale:.0f} of the film's, so smaller objects are lost: "
+            f"a pixel stands for {1 / scale[1]:.0f} x {1 / scale[0]:.0f} of the film's, so smaller objects are lost: "
             "crop to where objects are (--crop), or keep more pixels (--size)"
         )
     excess = [f - np.median(f) for f in shrunk]
-    everything = np.concatenate([x.ravel() for x in excess])
-    low, high = np.quantile(everything, (0.002, 0.998))
-    found = bool(-low > 1.2 * high)
-    invert = found if invert is None else invert
+    invert = _are_darker(shrunk, excess) if invert is None else invert
     notes.append(
         f"objects are {'darker' if invert else 'brighter'} than the background{', inverted' if invert else ''}"
     )
     excess = [-x if invert else x for x in excess]
-    excess, said = _without_background(excess, background, n_objects)
+    excess, said = _without_background(excess, background, given)
     notes.append(said)
     top_value = float(np.quantile(np.concatenate([x.ravel() for x in excess]), 0.998))
     if top_value <= 0:
@@ -165,7 +135,10 @@ def prepare_video(
             f"threshold {chosen:.2f} of an object's brightness; {np.mean([w.mean() for w in white]):.1%} white"
         )
     else:
-        notes.append("grey values are kept; train with --likelihood gaussian")
+        notes.append(
+            "grey values are kept; train with --likelihood gaussian"
+            + ("" if threshold is None else f"; the threshold {threshold:.2f} only serves to count objects")
+        )
     square = max(values[0].shape[1:])
     offset = ((square - values[0].shape[2]) // 2, (square - values[0].shape[1]) // 2)
     kept = [_letterbox(v if grey else w.astype(np.uint8), square, offset) for v, w in zip(values, white)]
@@ -173,7 +146,7 @@ def prepare_video(
     images = [kept[film][t : t + T] for film, t in starts]
     of_film = [count_components(w)[0] for w in white]
     counts = [of_film[film][t : t + T] for film, t in starts]
-    n, keep = _numbers(n_objects, counts, [film for film, _ in starts], len(films), notes)
+    n, keep = _numbers(given, counts, [film for film, _ in starts], len(films), notes)
     if not any(keep):
         raise ValueError("no sequence shows an object; lower the threshold, or look at the contact sheet")
     chosen_images = [x for x, k in zip(images, keep) if k]
@@ -198,33 +171,25 @@ def save_prepared(path: str | Path, prepared: Prepared) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def load_source(path: str | Path) -> Source | None:
-    """Returns the map back to the film's pixels from a file written by `save_prepared`, None from other files.
-
-    Raises:
-        ValueError: if the file cannot be read, or the map is damaged.
-    """
-    found = read_arrays(path, names=("source",))
-    if "source" not in found:
-        return None
-    try:
-        values = json.loads(str(found["source"]))
-        first = tuple((int(a), int(b)) for a, b in values["first_frames"])
-        offset, corner, size = (tuple(values[name]) for name in ("offset", "corner", "size"))
-        films = tuple(Origin(str(path), int(i)) for path, i in values.get("films", ()))
-        return Source(values["scale"], offset, corner, size, first, films, values.get("axes"))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: its map to the film is damaged ({error}); create it again with prepare.py") from None
-
-
-def _shrink(films: list[Film], size: int) -> tuple[list[Film], float]:
+def _shrink(films: list[Film], size: int) -> tuple[list[Film], tuple[float, float]]:
+    """Returns the films, at most ``size`` pixels long and wide, and the scale of their (horizontal, vertical) axes."""
     height, width = films[0].shape[1:]
     scale = size / max(height, width)
     if scale >= 1:
-        return films, 1.0
-    shape = (max(1, round(height * scale)), max(1, round(width * scale)))
+        return films, (1.0, 1.0)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
     resize = optional("skimage.transform").resize_local_mean
-    return [np.moveaxis(resize(np.moveaxis(f, 0, -1), shape), -1, 0).astype(np.float32) for f in films], scale
+    shrunk = [np.moveaxis(resize(np.moveaxis(f, 0, -1), (h, w)), -1, 0).astype(np.float32) for f in films]
+    return shrunk, (w / width, h / height)
+
+
+def _are_darker(films: list[Film], excess: list[Film]) -> bool:
+    """Tells whether objects are darker than the background: by what changes over time if that is clear, else by all."""
+    low, high = np.quantile(np.concatenate([(f - np.median(f, 0)).ravel() for f in films]), (0.002, 0.998))
+    if max(-low, high) > 1.5 * min(-low, high):
+        return bool(-low > high)
+    low, high = np.quantile(np.concatenate([x.ravel() for x in excess]), (0.002, 0.998))
+    return bool(-low > 1.2 * high)
 
 
 def _without_background(
@@ -243,6 +208,9 @@ def _without_background(
             off = np.concatenate([np.abs(c - n) for c, n in zip(counts, wanted)])
             empty = np.concatenate([c == 0 for c in counts])
             scores.append(float(off.mean() + 3 * empty.mean()))
+            if n_objects is None:  # a still background agrees with its own number of components
+                shares = [still_share(x[None] > 0.5 * top, np.ones((1, len(x)), bool)) for x in films]
+                scores[-1] += float(np.mean(shares) > STILL)
         structure = max(float(np.ptp(np.median(x, 0))) for x in excess) > 0.02
         background = "median" if structure and scores[1] <= scores[0] + 0.02 else "keep"
     if background == "median":
@@ -280,13 +248,26 @@ def _cuts(
             raise ValueError(f"stride is {stride} without frames; give the length of sequences (--frames)")
         return [(i, 0) for i in range(len(lengths))], max(lengths)
     T = frames or CUT
-    if T < 2 or max(lengths) < T:
+    if max(lengths) < T:
         raise ValueError(f"frames is {T}; wanted from 2 to the length of the longest film, {max(lengths)}")
     stride = max(1, T // 2) if stride is None else stride
-    if stride < 1:
-        raise ValueError(f"stride is {stride}; wanted at least 1")
     notes.append(f"cut into sequences of {T} frames, one every {stride}")
+    left = sum(max(L - T, 0) % stride for L in lengths)
+    if left:
+        notes.append(f"{left} frames at the ends of films are in no sequence; to keep them, choose another --stride")
     return [(i, t) for i, L in enumerate(lengths) for t in range(0, max(L - T, 0) + 1, stride)], T
+
+
+def _whole(name: str, values: ArrayLike) -> int | list[int]:
+    """Returns a whole number, or a list of them, from numbers, sequences, arrays or tensors of any type."""
+    try:
+        found = np.asarray(values)
+    except (ValueError, TypeError):  # rows of unequal length; a tensor on a GPU
+        found = np.array("")
+    whole = found.ndim < 2 and found.dtype.kind in "iuf" and bool((found == np.round(found)).all())
+    if not whole or not np.isfinite(found).all():
+        raise ValueError(f"{name} is {' '.join(repr(values).split())[:60]}; wanted a whole number, or a list of them")
+    return found.astype(np.int64).tolist()
 
 
 def _per_film(n_objects: int | Sequence[int] | None, n_films: int) -> list[float] | None:

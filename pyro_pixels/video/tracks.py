@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
 from pyro_pixels._files import atomic_write
-from pyro_pixels.video.prepare import Source
+from pyro_pixels.video.source import Source
 
 Floats = NDArray[np.float64]
 COLUMNS = ("sequence", "frame", "particle", "x", "y", "var_x", "cov_xy", "var_y", "component")
@@ -43,7 +43,7 @@ def track_rows(
             raise ValueError(f"{name} is {value}; wanted a number above 0")
     a, C = np.asarray(positions, np.float64), np.asarray(covariances, np.float64)
     if source is not None:
-        a, C = source.to_source(a), C / source.scale**2
+        a, C = source.to_source(a), source.to_source_covariances(C)
     unit = scale or 1.0
     a, C = a * unit, C * unit**2
     k, n = np.asarray(components), np.asarray(n_objects)
