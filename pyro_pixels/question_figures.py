@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyro_pixels._batch import unseen_frames
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.calibration import (
@@ -22,6 +23,7 @@ from pyro_pixels.plots import answers as plots
 from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.queries.latent_states import filter_states, positions, retrodict, states
+from pyro_pixels.queries.masks import seen_or_none
 from pyro_pixels.queries.predict import States, infer, interpolate, smooth
 from pyro_pixels.queries.streaming import forecast, start, start_images, step, step_image
 from pyro_pixels.result_tables import markdown
@@ -103,8 +105,9 @@ class Scene(RunView):
 
 def draw_filter(scene: Scene) -> Answer:
     """Draws vertical velocities of the first object, given the frames so far and given all frames."""
-    a = scene.drawn[2]
-    found = {"so far": filter_states(scene.dynamics, a), "in hindsight": smooth(scene.dynamics, a)}
+    images, _, a = scene.drawn
+    given = (scene.dynamics, a, seen_or_none(images))
+    found = {"so far": filter_states(*given), "in hindsight": smooth(*given)}
     moves = {name: scene.moves(h, scene.rows) for name, h in found.items()}
     means = {name: x.mean[:, 0, :, 1] for name, x in moves.items()}
     stds = {name: x.cov[:, 0, :, 1, 1].sqrt() for name, x in moves.items()}
@@ -124,7 +127,7 @@ def draw_hidden(scene: Scene) -> Answer:
     observed = torch.ones(B, N, T, dtype=torch.bool, device=scene.device)
     observed[:, 0, T // 3 : 2 * T // 3] = False
     found = interpolate(scene.model, scene.guide, images, n_objects, observed)
-    figure = scene.picture(Gaussians(found.mean, found.cov), observed)
+    figure = scene.picture(Gaussians(found.mean, found.cov), found.observed)
     hidden = f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}"
     return Answer(figure, f"Positions where {hidden}", hidden)
 
@@ -150,7 +153,7 @@ def draw_what_if(scene: Scene) -> Answer:
     """Draws one sequence after changes in some frame: half the gravity, none, a push upwards, or one object fewer."""
     row = scene.rows[:1]
     images, n_objects, _ = (x[:1] for x in scene.drawn)
-    inferred = infer(scene.guide, images, n_objects, n_samples=scene.n_samples)
+    inferred = infer(scene.guide, images, n_objects, n_samples=scene.n_samples, model=scene.model)
     push = torch.tensor([0.0, 0.0, 0.0, -0.1])  # upwards
     changes = {
         "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),
@@ -217,9 +220,10 @@ def draw_stream(scene: Scene) -> Answer:
     except ValueError as error:
         text = f"positions, not images, are streamed: {error}\n"
         tracks = start(scene.dynamics, means.shape[:2])
-        for a_t in means.unbind(2):
+        seen = (~unseen_frames(images)).unsqueeze(1).expand(means.shape[:3])
+        for a_t, seen_t in zip(means.unbind(2), seen.unbind(2)):
             ahead.append(forecast(lgssm, tracks))
-            tracks = step(lgssm, tracks, a_t)
+            tracks = step(lgssm, tracks, a_t, seen_t)
     else:
         for image in scene.progress(images.unbind(1), "frames"):
             ahead.append(forecast(lgssm, stream.tracks))
