@@ -188,15 +188,22 @@ def draw_futures(inference: Any, to_pixels: ToPixels, truth: ImageSequences | No
 
 
 def draw_white_pixels(inference: Any) -> Figure:
-    """Draws the distribution of the number of white pixels per frame: in the data, and in images from the model."""
-    white = az.InferenceData(
-        posterior_predictive=inference.posterior_predictive.sum(("row", "column")).astype(int),
-        observed_data=inference.observed_data.sum(("row", "column")).astype(int),
-    )
+    """Draws the distribution of the number of white pixels per frame: in the data, and in images from the model.
+
+    If there are grey pixels, their values are added up. Unobserved frames are left out.
+    """
+    groups = {name: inference[name].v for name in ("posterior_predictive", "observed_data")}
+    seen = groups["observed_data"].notnull().all(("row", "column")).stack(frame=("sequence", "time")).values
+    grey = any(bool((v % 1 > 0).any()) for v in groups.values())
+    white: Any = az.InferenceData(**{
+        name: v.sum(("row", "column")).astype(float if grey else int).stack(frame=("sequence", "time"))
+        .isel(frame=seen).reset_index("frame", drop=True).to_dataset()
+        for name, v in groups.items()
+    })  # fmt: skip
     figure, panel = plt.subplots(figsize=(4.5, 3), layout="constrained")
-    n_draws = min(50, white.posterior_predictive.sizes["draw"])  # type: ignore[attr-defined]
+    n_draws = min(50, white.posterior_predictive.sizes["draw"])
     az.plot_ppc(white, kind="cumulative", num_pp_samples=n_draws, ax=panel, textsize=8, random_seed=0)
-    panel.set_xlabel("white pixels in a frame", fontsize=8)
+    panel.set_xlabel("sum of the pixels of a frame" if grey else "white pixels in a frame", fontsize=8)
     panel.set_ylabel("share of the frames", fontsize=8)
     return figure
 

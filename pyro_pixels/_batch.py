@@ -25,20 +25,23 @@ def counts(
 ) -> Tensor:
     """Returns ``n_objects`` as a tensor (B,); a single number applies to every sequence, and lists are converted.
 
+    Integers of any type become int64, because others cannot index tensors, or do so as a mask.
+
     Args:
-        n_objects: a tensor, a number or a list.
+        n_objects: a tensor, a number, a list or an array.
         n_sequences: B, if it is known.
         like: a tensor on the target device.
     """
-    if isinstance(n_objects, Tensor) and n_objects.dim() > 0:
-        return n_objects
-    device = None if like is None else like.device
     try:
-        found = torch.as_tensor(n_objects, device=device)
+        found = n_objects
+        if not isinstance(found, Tensor) or found.dim() == 0:
+            found = torch.as_tensor(n_objects, device=None if like is None else like.device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
             f"n_objects is {n_objects!r}; wanted whole numbers, one per sequence, or one for all"
         ) from None
+    if not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool):
+        found = found.to(torch.int64)
     return found.expand(n_sequences or 1) if found.dim() == 0 else found
 
 
@@ -54,15 +57,14 @@ def check_values(images: Tensor, observed: Tensor | None = None, what: str = "im
 
     Args:
         images: (B, T, H, W).
-        observed: broadcastable to (B, T), the frames to check; by default all.
+        observed: broadcastable to (B, T), the frames to check; by default all. Others may hold anything.
     """
     if images.dtype == torch.bool or images.dim() != 4 or _KNOWN.get() is not None:
         return
-    looked_at = ~unseen_frames(images)
-    if observed is not None:
-        looked_at = looked_at & observed
-    pixels = images[looked_at.expand(images.shape[:2])]
-    if images.is_floating_point() and not bool(images[unseen_frames(images)].isnan().all()):
+    unseen = unseen_frames(images)
+    looked_at = torch.ones_like(unseen) if observed is None else observed.expand(unseen.shape)
+    pixels = images[looked_at & ~unseen]
+    if images.is_floating_point() and not bool(images[looked_at & unseen].isnan().all()):
         raise ValueError(f"{what} have NaN in part of a frame; only whole frames may be NaN (unobserved)")
     if pixels.numel() and not bool((pixels.min() >= 0) & (pixels.max() <= 1)):  # false for NaN too
         low, high = float(pixels.min()), float(pixels.max())
@@ -122,6 +124,16 @@ def most_white(v: Tensor) -> int:
     """Returns the largest number of non-black pixels in a frame, at least 1, from frames (..., P)."""
     known = _KNOWN.get()
     return max(1, int(v.sign().sum(-1).max()) if known is None else known.most_white)
+
+
+def require_images(images: object) -> None:
+    """Raises ValueError if a guide is given no images."""
+    if not isinstance(images, Tensor):
+        what = "None" if images is None else f"of type {type(images).__name__}"
+        raise ValueError(
+            f"images are {what}; a guide infers positions from images, so pass a tensor (B, T, H, W), or sample from "
+            "the model's prior without a guide"
+        )
 
 
 def check_batch(images: Tensor, n_objects: Tensor, size: tuple[int, int] | None = None) -> None:

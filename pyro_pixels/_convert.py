@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_pixels._batch import check_values, unseen_frames
+from pyro_pixels._batch import check_batch, check_values, counts, unseen_frames
 
 PREPARE = "examples/prepare.py, or pyro_pixels.load_video, reads such films"
 
@@ -162,4 +162,21 @@ def as_batch(images: Any, n_objects: Any) -> tuple[Tensor, Any]:
         raise ValueError(f"images are of type {kind}; wanted a tensor or an array of real numbers (B, T, H, W)")
     if isinstance(n_objects, np.ndarray):
         n_objects = as_counts(n_objects, len(images)).to(images.device)
+    return images, n_objects
+
+
+def checked_batch(
+    images: Any, n_objects: Any, size: tuple[int, int] | None = None, *, values: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Returns images (B, T, H, W) and n_objects (B,) int64 of a query, from tensors, arrays, lists or one number.
+
+    Raises:
+        ValueError: if they do not fit each other or ``size`` (H, W), or, with ``values``, pixels are outside [0, 1].
+            Entire frames may be NaN, which means unobserved.
+    """
+    images, n_objects = as_batch(images, n_objects)
+    n_objects = counts(n_objects, len(images) if images.dim() else None, images)
+    check_batch(images, n_objects, size)
+    if values:
+        check_values(images)
     return images, n_objects

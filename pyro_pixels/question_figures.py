@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from pyro_pixels._batch import unseen_frames
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.calibration import (
@@ -22,6 +23,7 @@ from pyro_pixels.plots import answers as plots
 from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.queries.latent_states import filter_states, positions, retrodict, states
+from pyro_pixels.queries.masks import seen_or_none
 from pyro_pixels.queries.predict import States, infer, interpolate, smooth
 from pyro_pixels.queries.streaming import forecast, start, start_images, step, step_image
 from pyro_pixels.result_tables import markdown
@@ -105,8 +107,9 @@ class Scene(RunView):
 
 def draw_filter(scene: Scene) -> Answer:
     """Draws vertical velocities of the first object, given the frames so far and given all frames."""
-    a = scene.drawn[2]
-    found = {"so far": filter_states(scene.dynamics, a), "in hindsight": smooth(scene.dynamics, a)}
+    images, _, a = scene.drawn
+    given = (scene.dynamics, a, seen_or_none(images))
+    found = {"so far": filter_states(*given), "in hindsight": smooth(*given)}
     moves = {name: scene.moves(h, scene.rows) for name, h in found.items()}
     padding = scene.padding(a.shape[2])[scene.rows, 0, :, 0]
     means = {name: x.mean[:, 0, :, 1].masked_fill(padding, torch.nan) for name, x in moves.items()}
@@ -155,7 +158,7 @@ def draw_what_if(scene: Scene) -> Answer:
     row = scene.rows[:1]
     T = int(scene.lengths[row])
     images, n_objects = scene.drawn[0][:1, :T], scene.drawn[1][:1]
-    inferred = infer(scene.guide, images, n_objects, n_samples=scene.n_samples)
+    inferred = infer(scene.guide, images, n_objects, n_samples=scene.n_samples, model=scene.model)
     push = torch.tensor([0.0, 0.0, 0.0, -0.1])  # upwards
     changes = {
         "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),
@@ -221,9 +224,10 @@ def draw_stream(scene: Scene) -> Answer:
     except ValueError as error:
         text = f"positions, not images, are streamed: {error}\n"
         tracks = start(scene.dynamics, means.shape[:2])
-        for a_t in means.unbind(2):
+        seen = (~unseen_frames(images)).unsqueeze(1).expand(means.shape[:3])
+        for a_t, seen_t in zip(means.unbind(2), seen.unbind(2)):
             ahead.append(forecast(lgssm, tracks))
-            tracks = step(lgssm, tracks, a_t)
+            tracks = step(lgssm, tracks, a_t, seen_t)
     else:
         for image in scene.progress(images.unbind(1), "frames"):
             ahead.append(forecast(lgssm, stream.tracks))

@@ -18,6 +18,7 @@ from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.answers import Predictions, seen_by_default
 from pyro_pixels.evaluation.pixel_map import map_to_pixels
 from pyro_pixels.plots import paper as plots
+from pyro_pixels.queries.masks import seen_or_none
 from pyro_pixels.queries.predict import Prediction, States, generate, infer, interpolate, render, smooth
 from pyro_pixels.runs import Run
 from pyro_pixels.training.checkpoints import read_lines
@@ -50,7 +51,7 @@ class RunView:
         self.n_seen = seen_by_default(T) if n_seen is None else n_seen
         self.run, self.data, self.device, self.first = run, data, device, first
         self.images, self.n_objects = data.images.to(device), data.n_objects.to(device)
-        self.inference = infer(run.guide, self.images, self.n_objects, n_samples=n_samples)
+        self.inference = infer(run.guide, self.images, self.n_objects, n_samples=n_samples, model=run.model)
         self.to_pixels: Callable[[Tensor], Tensor] = lambda a: a
         self.size: tuple[int, int] | None = None
         self.order: Tensor | None = None
@@ -124,7 +125,7 @@ class RunView:
     @cached_property
     def states(self) -> States:
         """The states, positions and velocities, given the inferred positions."""
-        return smooth(self.run.model.dynamics, self.inference.mean)
+        return smooth(self.run.model.dynamics, self.inference.mean, seen_or_none(self.images))
 
     def pick(self, per_n: int) -> Tensor:
         """Returns indices of the first ``per_n`` sequences of each N, largest N first."""

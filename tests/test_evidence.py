@@ -110,6 +110,8 @@ BAD = {
     "no objects": lambda m, g, d: count_objects(m, g, d.images, 0),
     "prior without 0": lambda m, g, d: count_objects(m, g, d.images, 3, log_prior=torch.zeros(3)),
     "other size": lambda m, g, d: log_evidence(m, g, d.images[..., 1:], d.n_objects),
+    "0 and 255": lambda m, g, d: log_evidence(m, g, 255 * d.images, d.n_objects),
+    "0 and 255 to count": lambda m, g, d: count_objects(m, g, 255 * d.images, 2),
 }
 
 

@@ -9,11 +9,15 @@ import pytest
 import torch
 import xarray as xr
 from conftest import make_guide, make_model
+from matplotlib import pyplot as plt
 from pyro import poutine
 
+import to_arviz
 from pyro_pixels._batch import object_mask
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.structured import StructuredGuide
+from pyro_pixels.model.likelihoods import GaussianPixels
+from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries import inference_data
 from pyro_pixels.queries.inference_data import DIMENSIONS, to_inference_data
 from pyro_pixels.queries.predict import infer, render
@@ -244,6 +248,36 @@ def test_arviz_compares_models(everything, world):
     assert table.elpd_loo["dark"] == pytest.approx(wanted, rel=1e-5)
 
 
+def test_grey_images_stay_grey(small_data):
+    """Observed values are stored unchanged, and all draws are those of the model's likelihood."""
+    plain, guide = make_model(), make_guide()
+    model = PixelModel(plain.dynamics, plain.renderer, GaussianPixels(0.05))
+    images = 0.1 + 0.6 * small_data.images[:2].float()
+    grey = to_inference_data(model, guide, images, small_data.n_objects[:2], n_samples=30, n_frames_ahead=2)
+    assert torch.equal(torch.from_numpy(grey.observed_data.v.values), images)
+    for group, latents in (("posterior_predictive", "posterior"), ("predictions",) * 2, ("prior_predictive", "prior")):
+        drawn = values(grey[group], "v")
+        assert drawn.dtype == torch.float32
+        expected = render(model, values(grey[latents], "a").nan_to_num(), small_data.n_objects[:2])
+        assert (drawn - expected).std() == pytest.approx(0.05, rel=0.02)
+
+
+def test_the_picture_of_white_pixels_leaves_missing_frames_out_and_adds_grey_values(small_data):
+    plain, guide, data = make_model(), make_guide(), small_data[:2]
+    images = data.images.float()
+    images[0, 3:] = torch.nan
+    white = images.sum((-2, -1))
+    grey = PixelModel(plain.dynamics, plain.renderer, GaussianPixels(0.05))
+    cases = ((plain, images, white, "white pixels"), (grey, 0.5 * images, 0.5 * white, "sum of the pixels"))
+    for model, v, wanted, label in cases:
+        figure = to_arviz.draw_white_pixels(to_inference_data(model, guide, v, data.n_objects, n_samples=3))
+        panel = figure.axes[0]
+        x = next(line.get_xdata() for line in panel.get_lines() if line.get_label() == "Observed")
+        assert min(x) == pytest.approx(float(wanted.nan_to_num(torch.inf).min()))  # not 0, of a frame without pixels
+        assert panel.get_xlabel().startswith(label)
+        plt.close(figure)
+
+
 def test_arviz_is_imported_when_it_is_needed():
     code = "import sys, pyro_pixels.queries.inference_data; sys.exit('arviz' in sys.modules or 'xarray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
@@ -254,6 +288,7 @@ BAD = {
     "into the past": ({"n_frames_ahead": -1}, "n_frames_ahead is -1"),
     "positions of others": ({"positions": torch.zeros(2, 3, 11, 2)}, r"wanted \(B, N, T, 2\) = \(2, 2, 11, 2\)"),
     "another size": ({"images": torch.zeros(2, 11, 9, 9)}, "images are 9 x 9"),
+    "0 and 255": ({"images": torch.full((2, 11, 12, 12), 255)}, "images have values from 255 to 255"),
 }
 
 

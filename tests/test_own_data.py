@@ -5,16 +5,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import make_guide, make_model
+from pyro.infer import Predictive, Trace_ELBO
 from torch.utils.data import DataLoader
 
 from pyro_pixels import fit, generate, infer, interpolate, load_pretrained, load_sequences, save_sequences, simulate
+from pyro_pixels._batch import unseen_frames
 from pyro_pixels.data import ImageSequences, join_sequences
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.metrics import errors, floor_predictions
 from pyro_pixels.evaluation.table import evaluate
-from pyro_pixels.queries.evidence import count_objects
-from pyro_pixels.queries.latent_states import filter_states, posterior_states
+from pyro_pixels.guides.joint import JointGuide
+from pyro_pixels.guides.refining import refine
+from pyro_pixels.guides.untangling import resample_labels, untangle
+from pyro_pixels.queries.counterfactual import Change, what_if
+from pyro_pixels.queries.evidence import count_objects, log_evidence
+from pyro_pixels.queries.inference_data import to_inference_data
+from pyro_pixels.queries.latent_states import filter_states, posterior_states, states
 from pyro_pixels.queries.predict import smooth
+from pyro_pixels.queries.streaming import start_images, step_image
 from pyro_pixels.training.elbo import bound
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 
@@ -187,7 +196,12 @@ def test_nan_frames_count_as_unseen_for_every_guide_and_query(guide):
     run, data = build(config), simulate(config.data, 4, seed=0)
     images = data.images.float()
     images[1, 3:6], images[2, 8:] = torch.nan, torch.nan
-    assert infer(run.guide, images, data.n_objects, n_samples=2).samples.isfinite().all()
+    assert infer(run.guide, images, data.n_objects, n_samples=2, model=run.model).samples.isfinite().all()
+    alone = infer(run.guide, images, data.n_objects, n_samples=2)
+    known = torch.ones_like(alone.mean, dtype=torch.bool) & (
+        guide == "structured" or ~unseen_frames(images)[:, None, :, None]
+    )
+    assert all(torch.equal(x.isfinite(), known.expand(x.shape)) for x in alone)
     told = generate(run.model, run.guide, images[:, :8], data.n_objects, n_frames=12, n_samples=2)
     assert told.mean.isfinite().all()
     assert told.observed[:, 0].sum(1).tolist() == [8, 5, 8, 8]
@@ -219,3 +233,46 @@ def test_one_number_of_objects_and_lists_stand_for_tensors(run, data):
         assert run.guide(images, n).shape == wanted.shape
     with pytest.raises(ValueError, match="n_objects"):
         infer(run.guide, images, 0)
+
+
+@pytest.mark.parametrize("n", [2, [2, 2], np.array([2, 2]), torch.tensor(2), torch.tensor([2, 2], dtype=torch.uint8),
+                               torch.tensor([2, 2], dtype=torch.int16)])  # fmt: skip
+def test_every_query_takes_any_kind_of_counts_and_arrays_of_images(n, small_data):
+    model, guide = make_model(), make_guide()
+    images = small_data.images[small_data.n_objects == 2][:2]
+    two = torch.tensor([2, 2])
+    a = infer(guide, images, two).mean
+
+    def queries(v, n):
+        joint = JointGuide(guide, model.dynamics)
+        yield infer(guide, v, n).mean
+        yield states(model, guide, v, n, n_samples=2).mean
+        yield generate(model, guide, v, n, n_frames=13).mean
+        yield interpolate(model, guide, v, n, torch.arange(11) < 8).mean
+        yield what_if(model, guide, v, n, Change(), frame=3, n_frames=13, n_samples=2).mean
+        yield log_evidence(model, guide, v, n, n_samples=2).log_evidence
+        yield count_objects(model, guide, v, 2, n_samples=1).log_evidence
+        yield torch.from_numpy(to_inference_data(model, guide, v, n, n_samples=2).posterior.h.values)
+        yield refine(model, a, n, v, n_steps=2).a
+        yield untangle(model.dynamics, a, n).a
+        yield resample_labels(model, a, n, v).a
+        yield start_images(model, guide, n).s[0]
+        yield step_image(model, guide, start_images(model, guide, two), v[:, 0]).mean
+        yield joint(images, n)[2]
+        yield guide(images, n)
+        yield model(images, n)
+        yield torch.tensor(Trace_ELBO().loss(model, guide, images, n))
+
+    def answers(v, n):
+        torch.manual_seed(0)
+        return list(queries(v, n))
+
+    for found, wanted in zip(answers(images.numpy(), n), answers(images, two), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_guide_without_images_says_what_it_needs(small_data):
+    model, guide = make_model(), make_guide()
+    for program in (guide, JointGuide(guide, model.dynamics)):
+        with pytest.raises(ValueError, match=r"images are None; a guide infers positions from images"):
+            Predictive(model, guide=program, num_samples=2)(None, small_data.n_objects, 6)

@@ -85,6 +85,20 @@ def test_what_unobserved_frames_hold_is_ignored(small_data):
     torch.testing.assert_close(one.images, two.images, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 255.0, -7.0])
+@pytest.mark.parametrize("pixel", [(0, 0), (5, 5)])
+def test_unobserved_frames_may_hold_anything(small_data, value, pixel):
+    model, guide, ends = make_model(), make_guide(), torch.tensor([1, 1, 1, 0, 0, 1, 0, 0, 1, 1, 0]).bool()
+    other = small_data.images.float()
+    other[:, 3, *pixel] = value
+    wanted = interpolate(model, guide, small_data.images, small_data.n_objects, ends)
+    for mask in (ends, ends.repeat(12, 1)):
+        found = interpolate(model, guide, other, small_data.n_objects, mask)
+        torch.testing.assert_close(found.mean, wanted.mean)
+    with pytest.raises(ValueError, match=r"only whole frames may be NaN|wanted 0 for black to 1 for white"):
+        interpolate(model, guide, other, small_data.n_objects, torch.arange(11) < 5)
+
+
 def test_interpolation_is_the_papers_procedure(small_data):
     """Sec 3.5 step by step: infer the start, generate the middle, run on from the warmed-in state, smooth."""
     model, guide = make_model(), make_guide()

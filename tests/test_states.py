@@ -218,7 +218,23 @@ def test_positions_of_states():
     torch.testing.assert_close(without.cov, found.cov[:, :2, :2])
 
 
+@pytest.mark.parametrize("N", [2, 3])
+def test_a_mask_of_sequences_holds_for_all_their_objects(N):
+    """Also where there are as many sequences as objects, and it could be taken for a mask of objects."""
+    dynamics, observed = make_dynamics(), torch.rand(3, 7) < 0.6
+    a = torch.randn(4, 3, N, 7, 2)  # samples of three sequences
+    for query, x in ((smooth, a), (smooth, a[0]), (filter_states, a), (filter_states, a[0])):
+        found, wanted = query(dynamics, x, observed), query(dynamics, x, observed[:, None].expand(3, N, 7))
+        torch.testing.assert_close(found.mean, wanted.mean)
+        torch.testing.assert_close(found.cov.expand_as(wanted.cov), wanted.cov)
+    found = posterior_states(dynamics, a, observed)
+    torch.testing.assert_close(found.mean, posterior_states(dynamics, a, observed[:, None]).mean)
+    alone = posterior_states(dynamics, a[:, 0], observed[:N])  # samples (S, N, T, 2) of one sequence, a mask (N, T)
+    torch.testing.assert_close(alone.mean, posterior_states(dynamics, a[:, :1], observed[None, :N]).mean[0])
+
+
 BAD = {
+    "a mask of other sequences": lambda: smooth(make_dynamics(), torch.zeros(3, 2, 5, 2), torch.ones(2, 5).bool()),
     "no samples": lambda: posterior_states(make_dynamics(), None),
     "none asked for": lambda: states(make_model(), make_guide(), torch.zeros(1, 4, 12, 12), torch.ones(1).long(),
                                      n_samples=0),

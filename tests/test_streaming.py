@@ -124,3 +124,18 @@ def test_images_of_another_size_are_refused():
     model, guide = make_model(), make_guide()
     with pytest.raises(ValueError, match="pixels"):
         step_image(model, guide, start_images(model, guide, torch.tensor([1])), torch.zeros(1, 9, 9))
+
+
+@pytest.mark.parametrize("brightest", [2.0, 255.0])
+def test_images_out_of_range_are_refused(brightest):
+    model, guide = make_model(), make_guide()
+    with pytest.raises(ValueError, match=f"from 0 to {brightest:g}"):
+        step_image(model, guide, start_images(model, guide, [1]), brightest * torch.eye(12)[None])
+
+
+def test_a_mask_of_sequences_holds_for_all_their_objects(dynamics):
+    """Also where there are as many sequences as objects, and it could be taken for a mask of objects."""
+    a, observed = torch.randn(3, 3, 2), torch.tensor([True, False, True])
+    found = step(dynamics.lgssm(), start(dynamics, (3, 3)), a, observed)
+    wanted = step(dynamics.lgssm(), start(dynamics, (3, 3)), a, observed[:, None].expand(3, 3))
+    torch.testing.assert_close(found.mean, wanted.mean)

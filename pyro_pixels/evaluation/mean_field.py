@@ -39,7 +39,7 @@ class MeanFieldGuide(Guide):
 
     def __init__(self, model: PixelModel, images: Tensor, n_objects: Tensor, start: Guide) -> None:
         super().__init__()
-        found = infer(start, images, n_objects)
+        found = infer(start, images, n_objects, model=model)
         present = object_mask(n_objects, found.std.shape[1])
         mean, sigma = found.mean.to(start.dtype), float(found.std[present].median())
         with pyro.settings.context(module_local_params=True), torch.random.fork_rng(devices=[]):

@@ -99,7 +99,8 @@ def _positions_alone(model: PixelModel, guide: Guide, data: ImageSequences, batc
     for start in range(0, len(data), batch_size):
         part = data[start : start + batch_size]
         n_objects = part.n_objects.to(device)
-        a = untangle(model.dynamics, infer(guide, part.images.to(device), n_objects).mean, n_objects).a
+        a = infer(guide, part.images.to(device), n_objects, model=model).mean
+        a = untangle(model.dynamics, a, n_objects).a
         found.append(torch.nn.functional.pad(a, (0, 0, 0, 0, 0, N - a.shape[1])).cpu())
     a = torch.cat(found)
     in_pixels = metrics.fit_affine(a, data.positions, data.n_objects)(a)

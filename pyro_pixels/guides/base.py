@@ -17,7 +17,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_pixels._batch import check_batch, counts, most_objects, object_mask
+from pyro_pixels._batch import check_batch, counts, most_objects, object_mask, require_images
 from pyro_pixels._pyro import ExactDensity, announce_parameters, check_precision
 from pyro_pixels.guides.pixel_evidence import FilmStatistics, PixelEvidence
 
@@ -72,6 +72,7 @@ class Guide(nn.Module, ABC):
         Raises:
             ValueError: if the arguments do not fit together, or `encode` returns a distribution of another shape.
         """
+        require_images(images)
         n_objects = counts(n_objects, len(images), images)
         check_batch(images, n_objects)
         q_a = self.encode(self.see(images), n_objects)
@@ -117,8 +118,8 @@ class Guide(nn.Module, ABC):
     def forward(self, images: Tensor, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None) -> Tensor:
         """Runs the Pyro guide, which samples the site ``a`` (B, N, T, 2); the arguments are those of the model."""
         announce_parameters("guide", self)
-        n_objects = counts(n_objects, len(images), images)
-        return sample_positions(self.q(images, n_objects), n_objects)
+        q_a = self.q(images, n_objects)
+        return sample_positions(q_a, counts(n_objects, len(images), images))
 
 
 def sample_positions(q_a: dist.TorchDistribution, n_objects: Tensor) -> Tensor:

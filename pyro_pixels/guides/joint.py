@@ -11,6 +11,7 @@ The ELBO is the same, because log p(z, h, a) - log q(z, h | a) = log p(a) for ev
 Departures from the paper: none.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -21,9 +22,10 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_pixels._batch import object_mask
+from pyro_pixels._batch import counts, object_mask
 from pyro_pixels._pyro import ExactDensity, announce_parameters
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.missing import q_given_seen
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import StatePath
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
@@ -66,7 +68,8 @@ class StatePosterior(TorchDistribution):
 class JointGuide(nn.Module):
     """The Pyro guide of `PixelModel.joint`: sites ``a`` (B, N, T, 2), ``z`` (B, N) and ``h`` (B, N, T, 4).
 
-    Absent objects are masked, as in the model; the values in their slots have no meaning.
+    Absent objects are masked, as in the model; the values in their slots have no meaning. In frames of NaN, positions
+    are drawn from the dynamics given those in the other frames.
 
     Args:
         guide: any q(a | v).
@@ -77,15 +80,17 @@ class JointGuide(nn.Module):
         super().__init__()
         self.guide, self.dynamics = guide, dynamics
 
-    def forward(self, images: Tensor, n_objects: Tensor, n_frames: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the Pyro guide and returns a, z and h; the arguments are those of the model.
 
         Raises:
             ValueError: if the images do not fit the guide.
         """
         announce_parameters("guide", self.guide)
-        q_a = self.guide.q(images, n_objects)
-        present = object_mask(n_objects, q_a.batch_shape[1])
+        q_a = q_given_seen(self.guide, self.dynamics, images, n_objects)
+        present = object_mask(counts(n_objects, len(images), images), q_a.batch_shape[1])
         with pyro.plate("sequences", len(images), dim=-1):
             a = pyro.sample("a", ExactDensity(q_a.mask(present).to_event(1)))
             q_z = self.dynamics.component_posterior(a)

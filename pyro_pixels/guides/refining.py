@@ -22,6 +22,7 @@ Iterative amortized inference, 2018). It supports all queries and the bound.
 Departures from the paper: refinement is not in the paper; its positions are those of the network (Sec 3.3).
 """
 
+from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
@@ -32,11 +33,12 @@ from torch.nn.functional import one_hot
 
 from pyro_pixels._batch import object_mask
 from pyro_pixels._checks import check_number
+from pyro_pixels._convert import as_batch
 from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.untangling import (
     ImageModel,
-    check_tracks,
+    checked_tracks,
     exchanged,
     means_and_scales,
     own_names,
@@ -131,7 +133,14 @@ class _Moving:
 
 @torch.inference_mode(False)  # gradients are needed
 @torch.no_grad()
-def refine(model: ImageModel, a: Tensor, n_objects: Tensor, images: Tensor, *, n_steps: int = N_STEPS) -> Refined:
+def refine(
+    model: ImageModel,
+    a: Tensor,
+    n_objects: Tensor | int | Sequence[int],
+    images: Tensor,
+    *,
+    n_steps: int = N_STEPS,
+) -> Refined:
     """Returns tracks with a higher log p(v, a) than those given, found by gradient ascent and exchanges of objects.
 
     After 100 steps the result is close to a local maximum. No sequence ends with a lower value than at the start. The
@@ -140,14 +149,15 @@ def refine(model: ImageModel, a: Tensor, n_objects: Tensor, images: Tensor, *, n
     Args:
         model: a trained `PixelModel`.
         a: (B, N, T, 2), in latent units, such as `infer(...).mean`; absent objects are last.
-        n_objects: (B,).
+        n_objects: (B,), a list, or one number for all sequences.
         images: (B, T, H, W) in [0, 1] or uint8; in frames of NaN, which are unobserved, tracks follow the dynamics.
         n_steps: steps of the ascent; 60 % as many follow after the exchange. Time is proportional to it.
 
     Raises:
         ValueError: if the shapes do not fit each other, or ``n_steps`` is not a whole number above 0.
     """
-    B, _, T = check_tracks(a, n_objects)
+    n_objects, B, _, T = checked_tracks(a, n_objects)
+    images, _ = as_batch(images, n_objects)
     if images.dim() != 4 or images.shape[:2] != (B, T):
         raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, H, W) with B, T = {B}, {T}")
     n_steps = check_number("n_steps", n_steps, 1)

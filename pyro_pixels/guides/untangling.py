@@ -26,7 +26,7 @@ Departures from the paper: these moves are not in the paper. They do not change 
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -35,7 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_pixels._batch import most_objects, object_mask
+from pyro_pixels._batch import counts, most_objects, object_mask
+from pyro_pixels._convert import as_batch
 from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
@@ -171,7 +172,7 @@ def pairs_of(N: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def untangle(
     dynamics: Dynamics,
     a: Tensor,
-    n_objects: Tensor,
+    n_objects: Tensor | int | Sequence[int],
     *,
     windows: bool = True,
     slack: float = 0.0,
@@ -184,7 +185,7 @@ def untangle(
     Args:
         dynamics: the dynamics of the model.
         a: (B, N, T, 2), in latent units, such as `infer(...).mean`; absent objects are last.
-        n_objects: (B,).
+        n_objects: (B,), a list, or one number for all sequences.
         windows: False exchanges only tails.
         slack: added to the diagonal of Sigma_A when moves are scored, for tracks that are noisier than the model's.
         most: the largest number of exchanges per sequence.
@@ -192,7 +193,7 @@ def untangle(
     Raises:
         ValueError: if the shapes do not fit each other.
     """
-    B, N, T = check_tracks(a, n_objects)
+    n_objects, B, N, T = checked_tracks(a, n_objects)
     given, labels = a.nan_to_num(), own_names(a)
     gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     if N > 1 and T > 1:
@@ -216,7 +217,7 @@ def untangle(
 def resample_labels(
     model: ImageModel,
     a: Tensor,
-    n_objects: Tensor,
+    n_objects: Tensor | int | Sequence[int],
     images: Tensor | None = None,
     *,
     n_moves: int = 20,
@@ -232,7 +233,7 @@ def resample_labels(
     Args:
         model: gives the dynamics and, if there are images, the renderer and the likelihood.
         a: (B, N, T, 2), such as one draw of q(a | v) for each sequence; absent objects are last.
-        n_objects: (B,).
+        n_objects: (B,), a list, or one number for all sequences.
         images: (B, T, H, W), NaN in unobserved frames; with None the target is p(a).
         n_moves: proposals per sequence.
         windows: False exchanges only tails.
@@ -244,7 +245,9 @@ def resample_labels(
     Raises:
         ValueError: if the shapes do not fit each other.
     """
-    B, N, T = check_tracks(a, n_objects)
+    n_objects, B, N, T = checked_tracks(a, n_objects)
+    if images is not None:
+        images, _ = as_batch(images, n_objects)
     labels = own_names(a)
     gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     several = n_objects > 1
@@ -321,12 +324,13 @@ def means_and_scales(q_a: dist.TorchDistribution, guide: Guide, instead: str) ->
     return q_a.base_dist.loc, q_a.base_dist.scale  # type: ignore[attr-defined]
 
 
-def check_tracks(a: Tensor, n_objects: Tensor) -> tuple[int, int, int]:
-    """Returns B, N, T of tracks, or raises a ValueError if their shape does not fit ``n_objects``."""
+def checked_tracks(a: Tensor, n_objects: Tensor | int | Sequence[int]) -> tuple[Tensor, int, int, int]:
+    """Returns n_objects (B,), B, N, T of tracks, or raises a ValueError if their shape does not fit ``n_objects``."""
+    n_objects = counts(n_objects, len(a) if a.dim() else None, a)
     if a.dim() != 4 or a.shape[-1] != 2 or n_objects.shape != a.shape[:1]:
         raise ValueError(
             f"tracks have shape {tuple(a.shape)} and n_objects {tuple(n_objects.shape)}; wanted (B, N, T, 2) and (B,)"
         )
     if len(n_objects) and most_objects(n_objects) > a.shape[1]:
         raise ValueError(f"n_objects contains {most_objects(n_objects)}, but the tracks have only {a.shape[1]} objects")
-    return a.shape[0], a.shape[1], a.shape[2]
+    return n_objects, a.shape[0], a.shape[1], a.shape[2]

@@ -9,18 +9,20 @@ which can be composed::
 Shapes are those of `pyro_pixels.queries.predict`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pyro_pixels._batch import object_mask
+from pyro_pixels._convert import checked_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM, Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.latent_states import posterior_states
+from pyro_pixels.queries.masks import seen_or_none
 from pyro_pixels.queries.parts import in_parts
 from pyro_pixels.queries.predict import Inference, Prediction, infer, render
 
@@ -107,7 +109,7 @@ def what_if(
     model: PixelModel,
     guide: Guide,
     images: Tensor,
-    n_objects: Tensor,
+    n_objects: Tensor | int | Sequence[int],
     change: Change,
     *,
     frame: int,
@@ -124,12 +126,13 @@ def what_if(
         model: the trained model.
         guide: the trained guide.
         images: (B, T, H, W).
-        n_objects: (B,).
+        n_objects: (B,), a list, or one number for all sequences.
         change: what changes after frame ``frame``.
         frame: the frame after which the world changes, from 1 to T.
         n_frames: the total number of frames, more than ``frame``.
         n_samples: S, at least 1, the number of samples of q(a | v) to average over.
-        inferred: the result of `infer` for these images, with samples to average over, if it is already available.
+        inferred: the result of `infer` for these images, with samples to average over, if it is already available;
+            pass ``model`` to `infer` if there are frames of NaN.
 
     Returns:
         A `Prediction` of ``n_frames`` frames. ``observed`` marks those before the change; removed objects are NaN in
@@ -139,7 +142,8 @@ def what_if(
         ValueError: if ``frame``, ``n_frames`` or ``n_samples`` are out of range, ``inferred`` is of other images or has
             no samples, or as in `infer`.
     """
-    T = images.shape[1] if images.dim() == 4 else 0
+    images, n_objects = checked_batch(images, n_objects)
+    T = images.shape[1]
     if not 1 <= frame <= T or n_frames <= frame:
         raise ValueError(
             f"frame is {frame}, n_frames {n_frames}, and there are {T} images; "
@@ -147,13 +151,13 @@ def what_if(
         )
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
-    found = infer(guide, images, n_objects, n_samples=n_samples) if inferred is None else inferred
+    found = infer(guide, images, n_objects, n_samples=n_samples, model=model) if inferred is None else inferred
     if len(found.mean) != len(images) or found.mean.shape[2] != T:
         raise ValueError(
             f"inferred has means {tuple(found.mean.shape)} for images {tuple(images.shape)}; "
             "give the result of infer for these images"
         )
-    h = posterior_states(model.dynamics, found.samples)
+    h = posterior_states(model.dynamics, found.samples, seen_or_none(images))
     assert found.samples is not None
     assert h.samples is not None
     shift = 0.0 if change.shift is None else change.shift.to(h.mean)

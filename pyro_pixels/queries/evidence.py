@@ -25,8 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_pixels._batch import check_any, check_batch, object_mask
+from pyro_pixels._batch import check_any, object_mask
+from pyro_pixels._convert import checked_batch
+from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.missing import q_given_seen
 from pyro_pixels.model.pixel_model import PixelModel
 
 
@@ -48,7 +51,13 @@ class Count(NamedTuple):
 
 @torch.no_grad()
 def log_evidence(
-    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 50, chunk_size: int = 100
+    model: PixelModel,
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor | int | Sequence[int],
+    *,
+    n_samples: int = 50,
+    chunk_size: int = 100,
 ) -> Evidence:
     """Returns the importance-weighted bound on log p(v | N) of each sequence.
 
@@ -56,17 +65,17 @@ def log_evidence(
         model: the trained model.
         guide: the trained guide.
         images: (B, T, H, W) in {0, 1}.
-        n_objects: (B,).
+        n_objects: (B,), a list, or one number for all sequences.
         n_samples: S, at least 1.
         chunk_size: the number of sequences processed at once.
 
     Raises:
         ValueError: if ``n_samples`` or ``chunk_size`` is below 1, or the input does not fit together.
     """
-    check_batch(images, n_objects, (model.renderer.height, model.renderer.width))
+    images, n_objects = checked_batch(images, n_objects, (model.renderer.height, model.renderer.width))
     log_w = []
     for chunk in _chunks(len(images), chunk_size, n_samples):
-        q_a = guide.q(images[chunk], n_objects[chunk])
+        q_a = q_given_seen(guide, model.dynamics, images[chunk], n_objects[chunk])
         present = object_mask(n_objects[chunk], q_a.batch_shape[1])
         log_w.append(_log_weights(model, q_a, images[chunk], [present], n_samples)[0])
     return _summary(torch.cat(log_w, 1))
@@ -108,6 +117,7 @@ def count_objects(
     if log_prior is not None and log_prior.shape != (max_objects + 1,):
         raise ValueError(f"log_prior has shape {tuple(log_prior.shape)}; wanted ({max_objects + 1},), N = 0 included")
     check_any(len(images), "to count objects in")
+    images, _ = checked_batch(images, 1, (model.renderer.height, model.renderer.width))
     chunks = _chunks(len(images), chunk_size, n_samples)
     steps = len(chunks) * (max_objects + 1) * n_samples
     with tqdm(total=steps, desc="samples", disable=None if progress else True, leave=False) as bar:
@@ -133,7 +143,8 @@ def _evidence_by_count(
         everyone = torch.ones(n, dtype=torch.bool, device=images.device)
         all_but_one = ~torch.eye(n, dtype=torch.bool, device=images.device)
         kept = [everyone, *(all_but_one if n > 1 else [])]
-        weights = _log_weights(model, guide.q(images, n * one), images, kept, n_samples, on_sample)
+        q_a = q_given_seen(guide, model.dynamics, images, n * one)
+        weights = _log_weights(model, q_a, images, kept, n_samples, on_sample)
         log_w[n].append(weights[0])
         log_w[n - 1] += weights[1:]
     each = [_summary(torch.cat(samples)) for samples in log_w[:-1]]
@@ -173,9 +184,10 @@ def _log_weights(
 
 
 def _log_pixels(model: PixelModel, a: Tensor, present: Tensor, images: Tensor) -> Tensor:
-    """Returns log p(v | a) (B,), float64."""
+    """Returns log p(v | a) (B,), float64, of the observed frames."""
     logits = model.renderer(a, present).double()
-    return model.likelihood(logits).log_prob(images.to(logits.dtype))
+    p_v, v = without_unseen(model.likelihood(logits), images)
+    return p_v.log_prob(v.to(logits.dtype))  # type: ignore[no-any-return]
 
 
 def _log_empty(model: PixelModel, images: Tensor) -> Tensor:

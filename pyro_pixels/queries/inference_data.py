@@ -30,13 +30,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_pixels._arrays import MAX_BYTES
-from pyro_pixels._batch import check_batch, object_mask
+from pyro_pixels._batch import object_mask
+from pyro_pixels._convert import checked_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.joint import JointGuide
 from pyro_pixels.lgssm import kalman
+from pyro_pixels.model.likelihoods import BernoulliPixels
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.parts import PIXELS_AT_ONCE, rows_of_parts
-from pyro_pixels.queries.predict import render
 
 OBJECT = ("sequence", "object")
 PIXELS = ("sequence", "time", "row", "column")
@@ -73,7 +74,7 @@ def to_inference_data(
     model: PixelModel,
     guide: Guide,
     images: Tensor,
-    n_objects: Tensor,
+    n_objects: Tensor | int | Sequence[int],
     *,
     n_samples: int = 200,
     n_frames_ahead: int = 0,
@@ -102,10 +103,11 @@ def to_inference_data(
     Args:
         model: the trained model.
         guide: the trained guide.
-        images: (B, T, H, W) binary.
-        n_objects: (B,).
-        n_samples: S, the number of samples from posterior and prior. Images are stored as uint8, S B T H W bytes per
-            group.
+        images: (B, T, H, W) in [0, 1] or uint8. Frames of NaN are unobserved: they are NaN in ``observed_data``, 0 in
+            ``log_likelihood``, and drawn in ``posterior_predictive``.
+        n_objects: (B,), a list, or one number for all sequences.
+        n_samples: S, the number of samples from posterior and prior. Drawn images take S B T H W bytes per group as
+            uint8, with `BernoulliPixels`, and four times as much as float32, with other likelihoods.
         n_frames_ahead: the number of frames to predict.
         positions: (B, N, T, 2), true positions in pixels in the order of the model's objects, stored unchanged.
         seed: seeds all samples; the caller's random state is not changed.
@@ -116,10 +118,11 @@ def to_inference_data(
         ``xarray.DataTree``, which ``xarray.open_datatree`` reads back. Both have ``to_netcdf``.
 
     Raises:
-        ValueError: if the images do not fit the model or the guide, or a number is out of range.
+        ValueError: if the images do not fit the model or the guide, pixels are outside [0, 1], or a number is out of
+            range.
     """
-    check_batch(images, n_objects, (model.renderer.height, model.renderer.width))
-    _check_options(images, n_objects, n_samples, n_frames_ahead, positions)
+    images, n_objects = checked_batch(images, n_objects, (model.renderer.height, model.renderer.width))
+    _check_options(model, images, n_objects, n_samples, n_frames_ahead, positions)
     T, device = images.shape[1], images.device
 
     rows = rows_of_parts(len(images), (T + n_frames_ahead) * images[0, 0].numel())
@@ -137,7 +140,8 @@ def to_inference_data(
         torch.manual_seed(seed)
         groups = _in_parts(draw, n_samples, PIXELS_AT_ONCE // images[rows[0]].numel(), progress)
     groups = {group: {name: x.unsqueeze(0) for name, x in drawn.items()} for group, drawn in groups.items()}
-    groups["observed_data"] = {"v": images.to(torch.uint8)}
+    binary = bool(((images == 0) | (images == 1)).all())  # False if frames are NaN
+    groups["observed_data"] = {"v": images.to(torch.uint8 if binary else torch.float32)}
     groups["constant_data"] = _constants(model, n_objects, positions)
     return _labelled(groups, _coordinates(groups))
 
@@ -158,7 +162,7 @@ def _posterior(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tenso
         "posterior": _without_absent({name: q_nodes[name]["value"] for name in LATENTS}, n_objects),
         "sample_stats": {"log_weight": log_weight},
         "log_likelihood": {"v": p_v.base_dist.log_prob(p_nodes["v"]["value"]).sum((-2, -1))},
-        "posterior_predictive": {"v": p_v.sample().to(torch.uint8)},
+        "posterior_predictive": {"v": p_v.sample().to(_pixel_type(model))},
     }
 
 
@@ -167,18 +171,23 @@ def _future(model: PixelModel, h: Tensor, n_objects: Tensor, n_frames: int) -> d
     lgssm = model.dynamics.lgssm()
     h = kalman.sample_rollout(lgssm, h[..., -1, :], n_frames)
     a = kalman.sample_observations(lgssm, h)
-    v = torch.bernoulli(render(model, a.nan_to_num(), n_objects)).to(torch.uint8)
+    logits = model.renderer(a.nan_to_num(), object_mask(n_objects, a.shape[-3]))
+    v = model.likelihood(logits).sample().to(_pixel_type(model))
     return {"a": a, "h": h, "v": v}  # absent objects stay NaN
 
 
 def _prior(model: PixelModel, n_objects: Tensor, n_frames: int, n: int) -> Groups:
     """Draws n samples from the prior."""
     drawn = Predictive(model.joint, num_samples=n, parallel=True)(None, n_objects, n_frames)
-    v = drawn["v"].to(torch.uint8)
     return {
         "prior": _without_absent({name: drawn[name] for name in LATENTS}, n_objects),
-        "prior_predictive": {"v": v},
+        "prior_predictive": {"v": drawn["v"].to(_pixel_type(model))},
     }
+
+
+def _pixel_type(model: PixelModel) -> torch.dtype:
+    """Returns the type in which drawn images are stored."""
+    return torch.uint8 if isinstance(model.likelihood, BernoulliPixels) else torch.float32
 
 
 def _without_absent(draws: dict[str, Tensor], n_objects: Tensor) -> dict[str, Tensor]:
@@ -267,14 +276,19 @@ def _labelled(groups: Groups, coordinates: Mapping[str, Sequence[Any]]) -> Any:
 
 
 def _check_options(
-    images: Tensor, n_objects: Tensor, n_samples: int, n_frames_ahead: int, positions: Tensor | None
+    model: PixelModel,
+    images: Tensor,
+    n_objects: Tensor,
+    n_samples: int,
+    n_frames_ahead: int,
+    positions: Tensor | None,
 ) -> None:
     """Checks the options of `to_inference_data`."""
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
     if n_frames_ahead < 0:
         raise ValueError(f"n_frames_ahead is {n_frames_ahead}; wanted 0, for no predictions, or more")
-    n_bytes = n_samples * images[:, :1].numel() * (2 * images.shape[1] + n_frames_ahead)
+    n_bytes = n_samples * images[:, :1].numel() * (2 * images.shape[1] + n_frames_ahead) * _pixel_type(model).itemsize
     if n_bytes > MAX_BYTES:
         raise ValueError(
             f"{n_samples:,} samples of the images of {len(images):,} sequences take {n_bytes:,} bytes, more than "

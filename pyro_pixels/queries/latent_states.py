@@ -11,14 +11,18 @@ and covariance of such a prediction by those of the whole mixture.
 Shapes are those of `pyro_pixels.queries.predict`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from pyro_pixels._convert import checked_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.masks import seen_or_none, sequence_mask
 from pyro_pixels.queries.parts import in_parts
 from pyro_pixels.queries.predict import Prediction, States, infer, render, smooth
 from pyro_pixels.queries.streaming import filtered, start, step
@@ -34,13 +38,13 @@ def filter_states(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None)
     Args:
         dynamics: the model's dynamics.
         a: (..., T, 2).
-        observed: (..., T) bool, False where a frame is missing; by default all are observed.
+        observed: as in `smooth`; by default all frames are observed.
 
     Raises:
         ValueError: if ``a`` or ``observed`` has the wrong shape.
     """
     lgssm = dynamics.lgssm()
-    a, observed = kalman.check_observations(lgssm, a, observed)
+    a, observed = kalman.check_observations(lgssm, a, sequence_mask(observed, a))
     state, steps = start(dynamics, a.shape[:-2]), []
     for t in range(a.shape[-2]):
         state = step(lgssm, state, a[..., t, :], observed[..., t])
@@ -51,14 +55,16 @@ def filter_states(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None)
 
 @in_parts()
 @torch.no_grad()
-def states(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *, n_samples: int = 100) -> States:
+def states(
+    model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int], *, n_samples: int = 100
+) -> States:
     """Returns positions and velocities given images: p(h, z | a) averaged over q(a | v).
 
     Args:
         model: the trained model.
         guide: the trained guide.
         images: (B, T, H, W).
-        n_objects: (B,).
+        n_objects: (B,), a list, or one number for all sequences.
         n_samples: S, at least 1.
 
     Returns:
@@ -69,7 +75,9 @@ def states(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, *
     """
     if n_samples < 1:
         raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
-    return posterior_states(model.dynamics, infer(guide, images, n_objects, n_samples=n_samples).samples)
+    images, n_objects = checked_batch(images, n_objects)
+    found = infer(guide, images, n_objects, n_samples=n_samples, model=model)
+    return posterior_states(model.dynamics, found.samples, seen_or_none(images))
 
 
 @torch.no_grad()
@@ -81,14 +89,16 @@ def posterior_states(dynamics: Dynamics, samples: Tensor | None, observed: Tenso
     Args:
         dynamics: the model's dynamics.
         samples: (S, ..., T, 2).
-        observed: bool, broadcastable to (..., T), such as the mask of a `Prediction`; other positions are integrated
-            out.
+        observed: as in `smooth`, such as the mask of a `Prediction`; other positions are integrated out.
 
     Raises:
-        ValueError: if there are no samples.
+        ValueError: if there are no samples, or ``observed`` has the wrong shape.
     """
     if samples is None:
         raise ValueError("there are no samples to average over; request them with n_samples=100")
+    observed = sequence_mask(observed, samples[0])
+    if observed is not None and 1 < observed.dim() < samples.dim() - 1:
+        observed = observed.unsqueeze(0)
     each = smooth(dynamics, samples, observed)
     z = torch.distributions.Categorical(probs=each.p_z, validate_args=False).sample()
     h = kalman.sample_posterior(select_component(dynamics.lgssm(), z), samples, observed)
@@ -96,7 +106,7 @@ def posterior_states(dynamics: Dynamics, samples: Tensor | None, observed: Tenso
 
 
 @torch.no_grad()
-def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Prediction:
+def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor | int | Sequence[int]) -> Prediction:
     """Returns the prediction with mean and covariance averaged over q(a | v) and z instead of plug-in estimates.
 
     In unobserved frames these are the moments of a_t, Sigma_A included; in observed frames the moments of q, unchanged.
@@ -106,7 +116,7 @@ def averaged(model: PixelModel, prediction: Prediction, n_objects: Tensor) -> Pr
     Args:
         model: the trained model.
         prediction: the result of `generate` or `interpolate`, with samples.
-        n_objects: (B,).
+        n_objects: (B,), a list, or one number for all sequences.
 
     Raises:
         ValueError: if the prediction has no samples.

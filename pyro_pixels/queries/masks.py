@@ -5,11 +5,11 @@ import itertools
 import torch
 from torch import Tensor
 
-from pyro_pixels._batch import object_mask, unseen_frames
+from pyro_pixels._batch import check_values, object_mask, unseen_frames
 
 
 def checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
-    """Checks ``observed`` and returns it as (T,) or (B, N or 1, T)."""
+    """Checks ``observed``, and the images in these frames, and returns it as (T,) or (B, N or 1, T)."""
     if not isinstance(observed, Tensor):
         raise ValueError(f"observed is a {type(observed).__name__}; wanted a tensor of bool, (T,), (B, T) or (B, N, T)")
     (B, T), N = images.shape[:2], int(n_objects.max())
@@ -19,6 +19,7 @@ def checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
             f"wanted bool, (T,) = ({T},), (B, T) = {(B, T)} or (B, N, T) = {(B, N, T)}"
         )
     observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
+    check_values(images, frames_seen_in(observed))
     unknown = unseen_frames(images)  # NaN frames are unobserved, whatever the mask
     if bool((unknown & frames_seen_in(observed)).any()):
         observed = observed & ~unknown.unsqueeze(1)
@@ -27,8 +28,30 @@ def checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
     unseen = ~frames_seen_in(observed).any(-1)
     if unseen.any():
         where = "" if observed.dim() == 1 else f" of sequence {int(unseen.nonzero()[0])}"
-        raise ValueError(f"no frame{where} is observed; wanted at least one True in every sequence")
+        raise ValueError(f"no frame{where} is observed; wanted at least one, True and not NaN, in every sequence")
     return observed
+
+
+def seen_or_none(images: Tensor) -> Tensor | None:
+    """Returns the mask (B, 1, T) of frames that are not NaN, or None if none is, which saves time where it is used."""
+    seen = ~unseen_frames(images).unsqueeze(1)
+    return None if bool(seen.all()) else seen
+
+
+def sequence_mask(observed: Tensor | None, a: Tensor) -> Tensor | None:
+    """Returns ``observed`` so that a mask (B, T) of sequences broadcasts to positions (..., B, N, T, 2).
+
+    Raises:
+        ValueError: if it has the shape of such a mask, but another number of sequences.
+    """
+    if observed is None or observed.dim() != 2 or a.dim() < 4:
+        return observed
+    if observed.shape[0] not in (1, a.shape[-4]):
+        raise ValueError(
+            f"observed has shape {tuple(observed.shape)} for positions {tuple(a.shape)}; wanted (T,), (B, T) = "
+            f"{(a.shape[-4], a.shape[-2])}, or (B, N, T)"
+        )
+    return observed.unsqueeze(1)
 
 
 def frames_seen_in(observed: Tensor) -> Tensor:

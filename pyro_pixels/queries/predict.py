@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_pixels._batch import check_batch, check_values, counts, object_mask, unseen_frames
+from pyro_pixels._batch import counts, object_mask
 from pyro_pixels._checks import check_number
-from pyro_pixels._convert import as_batch
+from pyro_pixels._convert import as_batch, checked_batch
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.missing import q_where_known
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
-from pyro_pixels.queries.masks import checked_mask, frames_seen_in, gaps_of
+from pyro_pixels.queries.masks import checked_mask, frames_seen_in, gaps_of, seen_or_none, sequence_mask
 from pyro_pixels.queries.moments import moments_of
 from pyro_pixels.queries.parts import in_parts, join, rows_of_parts
 
@@ -65,7 +66,14 @@ class Prediction(NamedTuple):
 
 @in_parts()
 @torch.no_grad()
-def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int], *, n_samples: int = 0) -> Inference:
+def infer(
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor | int | Sequence[int],
+    *,
+    n_samples: int = 0,
+    model: PixelModel | None = None,
+) -> Inference:
     """Infers positions from images (Sec 3.3).
 
     Args:
@@ -73,23 +81,28 @@ def infer(guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int],
         images: (B, T, H, W) in [0, 1] or uint8; in all queries, frames of NaN count as unobserved.
         n_objects: (B,), a list, or one number for all sequences.
         n_samples: S, 0 for no samples.
+        model: the trained model; with it, positions in frames of NaN are those of `interpolate`. Without it they are
+            NaN, unless the guide contains the dynamics.
 
     Raises:
         ValueError: if the images do not fit the guide, or have values outside [0, 1].
     """
-    images, n_objects = as_batch(images, n_objects)
+    images, n_objects = checked_batch(images, n_objects)
     n_samples = check_number("n_samples", n_samples, 0)
-    check_values(images)
-    q_a = guide.q(images, n_objects)
-    mean, variance = moments_of(q_a)
-    return Inference(mean, variance.sqrt(), q_a.sample(torch.Size((n_samples,))).to(mean.dtype) if n_samples else None)
+    if model is not None and (seen := seen_or_none(images)) is not None:
+        found = interpolate(model, guide, images, n_objects, seen.squeeze(1), n_samples=n_samples)
+        return Inference(found.mean, found.cov.diagonal(dim1=-2, dim2=-1).sqrt(), found.samples)
+    q_a, known = q_where_known(guide, images, n_objects)
+    mean, variance = (torch.where(known, x, torch.nan) for x in moments_of(q_a))
+    samples = q_a.sample(torch.Size((n_samples,))).to(mean.dtype) if n_samples else None
+    return Inference(mean, variance.sqrt(), None if samples is None else torch.where(known, samples, torch.nan))
 
 
 @torch.no_grad()
 def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
     """Renders the inferred means as pixel probabilities (B, T, H, W); arguments and errors are those of `infer`."""
     images, n_objects = as_batch(images, n_objects)
-    return render(model, infer(guide, images, n_objects).mean, n_objects)
+    return render(model, infer(guide, images, n_objects, model=model).mean, n_objects)
 
 
 @torch.no_grad()
@@ -109,9 +122,10 @@ def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> Sta
     Args:
         dynamics: the model's dynamics.
         a: (..., T, 2).
-        observed: (..., T) bool, False where a frame is missing; by default all are observed.
+        observed: bool, False where a frame is missing; by default all are observed. It broadcasts to (..., T); for
+            positions (..., B, N, T, 2), a mask (B, T) is one of sequences.
     """
-    lgssm = dynamics.lgssm()
+    lgssm, observed = dynamics.lgssm(), sequence_mask(observed, a)
     p_z = dynamics.component_posterior(a, observed).probs
     each = kalman.rts_smoother(lgssm, a.unsqueeze(-3), None if observed is None else observed.unsqueeze(-2))
     over_time = kalman.Gaussians(each.mean.movedim(-3, -2), each.cov.movedim(-4, -3))  # (..., T, K, ...)
@@ -140,8 +154,8 @@ def generate(
     Args:
         model: the trained model.
         guide: the trained guide.
-        images: (B, tau, H, W), the observed frames.
-        n_objects: (B,).
+        images: (B, tau, H, W), the given frames; those of NaN are filled in as by `interpolate`.
+        n_objects: (B,), a list, or one number for all sequences.
         n_frames: T, the total number of frames, more than tau.
         n_samples: S, 0 for no samples.
         covariances: False leaves ``cov`` NaN, which takes less time.
@@ -149,22 +163,14 @@ def generate(
     Raises:
         ValueError: if tau >= T, or as in `infer`.
     """
-    images, n_objects = as_batch(images, n_objects)
     n_frames, n_samples = check_number("n_frames", n_frames), check_number("n_samples", n_samples, 0)
-    n_objects = counts(n_objects, len(images), images)
-    check_batch(images, n_objects)
-    check_values(images)
+    images, n_objects = checked_batch(images, n_objects)
     tau = images.shape[1]
     if n_frames <= tau:
         raise ValueError(f"n_frames is {n_frames} and includes the {tau} observed frames; give more than {tau}")
-    unseen = images.new_zeros(len(images), n_frames - tau, *images.shape[2:])
+    images = torch.cat([images, images.new_zeros(len(images), n_frames - tau, *images.shape[2:])], 1)
     observed = torch.arange(n_frames, device=images.device) < tau
-    unknown = unseen_frames(images)
-    if bool(unknown.any()):  # each sequence has its own observed frames
-        observed = (observed & ~F.pad(unknown, (0, n_frames - tau))).unsqueeze(1)
-        if not bool(observed.any(-1).all()):
-            raise ValueError("a sequence has no observed frame (all are NaN); leave it out")
-    return _predict(model, guide, torch.cat([images, unseen], 1), n_objects, observed, n_samples, covariances)
+    return interpolate(model, guide, images, n_objects, observed, n_samples=n_samples, covariances=covariances)
 
 
 @in_parts(with_images=True)
@@ -192,8 +198,8 @@ def interpolate(
     Args:
         model: the trained model.
         guide: the trained guide.
-        images: (B, T, H, W); frames in which no object is observed are ignored.
-        n_objects: (B,).
+        images: (B, T, H, W); frames in which no object is observed are ignored, whatever they hold.
+        n_objects: (B,), a list, or one number for all sequences.
         observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object in the guide's order, with
             at least one true frame in every sequence.
         n_samples: S, 0 for no samples.
@@ -202,13 +208,10 @@ def interpolate(
     Raises:
         ValueError: if ``observed`` is not such a mask, or as in `infer`.
     """
-    images, n_objects = as_batch(images, n_objects)
     n_samples = check_number("n_samples", n_samples, 0)
-    n_objects = counts(n_objects, len(images), images)
-    check_batch(images, n_objects)
+    images, n_objects = checked_batch(images, n_objects, values=False)
     observed = checked_mask(observed, images, n_objects)
     patterns = frames_seen_in(observed)  # (T,) or (B, T)
-    check_values(images, patterns)
     images = images.to(guide.dtype)
     if patterns.dim() == 1:
         return _interpolate(model, guide, images, n_objects, observed, patterns, n_samples, covariances)

@@ -7,12 +7,14 @@ Both are pure functions of immutable states, which can be kept, compared and sav
 As in Sec 3.4, the guide's means are taken as the observed positions.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyro_pixels._batch import check_batch, check_objects
+from pyro_pixels._batch import check_objects, counts, unseen_frames
+from pyro_pixels._convert import checked_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide
@@ -54,8 +56,10 @@ def step(lgssm: LGSSM, state: FilterState, a_t: Tensor, observed_t: Tensor | Non
         lgssm: ``dynamics.lgssm()``.
         state: the state before the frame.
         a_t: (..., 2), the positions; unobserved ones may have any value, NaN included.
-        observed_t: (...) bool, False where an object is not observed; by default all are.
+        observed_t: (...) bool, False where an object is not observed, or (B,) for objects (B, N); by default all are.
     """
+    if observed_t is not None and observed_t.dim() == 1 and a_t.dim() > 2:  # one value per sequence
+        observed_t = observed_t.unsqueeze(-1)
     a_t = a_t.to(state.mean.dtype).unsqueeze(-2)
     if observed_t is not None:
         observed_t = observed_t.unsqueeze(-1)
@@ -95,18 +99,19 @@ class ImageStream(NamedTuple):
 
 
 @torch.no_grad()
-def start_images(model: PixelModel, guide: Guide, n_objects: Tensor) -> ImageStream:
+def start_images(model: PixelModel, guide: Guide, n_objects: Tensor | int | Sequence[int]) -> ImageStream:
     """Returns the state before the first image.
 
     Args:
         model: the trained model.
         guide: a `RecurrentGuide` with an `InferenceRNN` and a head that works frame by frame.
-        n_objects: (B,).
+        n_objects: (B,), a list, or one number for a single sequence.
 
     Raises:
         ValueError: if the guide cannot stream. A `StructuredGuide` and a `TrackingHead` cannot, because their posterior
             of a frame depends on later frames, and neither can guides without an `InferenceRNN`.
     """
+    n_objects = counts(n_objects, like=next(model.parameters()))
     check_objects(n_objects)
     s = _network(guide)[0].start(n_objects)
     unknown = s.new_full((*s.shape[:2], 2), torch.nan)
@@ -117,30 +122,34 @@ def start_images(model: PixelModel, guide: Guide, n_objects: Tensor) -> ImageStr
 def step_image(model: PixelModel, guide: Guide, stream: ImageStream, image: Tensor | None) -> ImageStream:
     """Updates the state with one more image.
 
-    If the image is missing, positions are forecast, and the network receives the rendered forecast (Sec 3.5).
+    Where the image is missing, positions are forecast, and the network receives the rendered forecast (Sec 3.5).
 
     Args:
         model: the trained model.
         guide: as in `start_images`.
         stream: the state before the image.
-        image: (B, H, W), in [0, 1] or uint8, or None for a missing image.
+        image: (B, H, W), in [0, 1] or uint8, NaN for the sequences in which it is missing, or None for all.
 
     Raises:
-        ValueError: if the image does not fit the guide, or the guide cannot stream.
+        ValueError: if the image does not fit the guide, has values outside [0, 1], or the guide cannot stream.
     """
-    (rnn, head), lgssm = _network(guide), model.dynamics.lgssm()
-    n_objects, seen = stream.n_objects, image is not None
+    (rnn, head), lgssm, n_objects = _network(guide), model.dynamics.lgssm(), stream.n_objects
+    if image is None:
+        image = torch.full((len(n_objects), rnn.height, rnn.width), torch.nan, device=stream.s.device)
+    frame, _ = checked_batch(image[:, None], n_objects, (rnn.height, rnn.width))  # (B, 1, H, W)
+    seen = ~unseen_frames(frame)  # (B, 1)
     ahead = forecast(lgssm, stream.tracks)
-    frame = render(model, ahead.mean.unsqueeze(2), n_objects) if image is None else image.unsqueeze(1)
-    check_batch(frame, n_objects, (rnn.height, rnn.width))
-    frame = guide.see(frame)  # (B, 1, H, W)
+    if not bool(seen.all()):
+        drawn = render(model, ahead.mean.unsqueeze(2), n_objects)
+        frame = torch.where(seen[..., None, None], frame, drawn.to(frame.dtype))
+    frame = guide.see(frame)
     s = rnn.advance(stream.s, frame)
-    if seen:
-        mean, std = (x.squeeze(2) for x in head(s, frame, n_objects))
-    else:
-        mean, std = ahead.mean, ahead.cov.diagonal(dim1=-2, dim2=-1).sqrt()
-    observed = torch.full(mean.shape[:2], seen, device=mean.device)
-    return ImageStream(s.squeeze(2), mean, std, step(lgssm, stream.tracks, mean, observed), n_objects)
+    mean, std = (x.squeeze(2) for x in head(s, frame, n_objects))
+    if not bool(seen.all()):
+        mean = torch.where(seen.unsqueeze(-1), mean, ahead.mean)
+        std = torch.where(seen.unsqueeze(-1), std, ahead.cov.diagonal(dim1=-2, dim2=-1).sqrt())
+    tracks = step(lgssm, stream.tracks, mean, seen.expand(mean.shape[:2]))
+    return ImageStream(s.squeeze(2), mean, std, tracks, n_objects)
 
 
 def _network(guide: Guide) -> tuple[InferenceRNN, nn.Module]:
