@@ -118,8 +118,7 @@ class Guide(nn.Module, ABC):
     def forward(self, images: Tensor, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None) -> Tensor:
         """Runs the Pyro guide, which samples the site ``a`` (B, N, T, 2); the arguments are those of the model."""
         announce_parameters("guide", self)
-        q_a = self.q(images, n_objects)
-        return sample_positions(q_a, counts(n_objects, len(images), images))
+        return sample_positions(self.q(images, n_objects), counts(n_objects, len(images), images))
 
 
 def sample_positions(q_a: dist.TorchDistribution, n_objects: Tensor) -> Tensor:

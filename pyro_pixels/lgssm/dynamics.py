@@ -206,8 +206,7 @@ class Dynamics(nn.Module):
 
     def start_roots(self) -> Tensor:
         """Returns U_k (K, 4, 4) with U_k U_k' = Sigma_k, lower triangular."""
-        own = type(self)
-        if own.lgssm is not Dynamics.lgssm or own._lgssm is not Dynamics._lgssm:  # a subclass may have another Sigma_k
+        if (type(self).lgssm, type(self)._lgssm) != (Dynamics.lgssm, Dynamics._lgssm):  # perhaps another Sigma_k
             return kalman.semidefinite_cholesky(self.lgssm().Sigma)
         return once("roots", self._roots, self)[2:]
 
