@@ -413,7 +413,7 @@ def test_the_papers_network_is_swept_on_its_own(tmp_path):
     run = json.loads((tmp_path / "r/seeds.json").read_text())["variants"]["recurrent"][0]
     assert run["by_n_objects"]["2"]["untangled_switch_rate"] is not None
     assert run["by_n_objects"]["1"]["untangled_position_error_px"] == run["by_n_objects"]["1"]["position_error_px"]
-    assert [point["step"] for point in run["curve"]] == [2]
+    assert [point["step"] for point in run["curve"]] == [1, 2]  # the chosen start, and the end
     ceiling = json.loads((tmp_path / "r/ceiling.json").read_text())["variants"]["ceiling"][0]
     assert len(ceiling["test"]["error_px"]) == 3
     done = script("sweep_recurrent", "--suite", "ablation", "--only", "no such row", *options, cwd=tmp_path)
