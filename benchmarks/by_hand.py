@@ -14,6 +14,7 @@ import torch
 from benchmarks.densities import METHODS, TRACKS, value_and_gradients
 from benchmarks.steps import OurStep, make_step, with_objects
 from benchmarks.timing import Stopwatch
+from pyro_pixels.config import RunConfig
 from pyro_pixels.guides import fused as kernels
 from pyro_pixels.guides import recurrence, structured
 from pyro_pixels.lgssm.dynamics import Dynamics
@@ -26,6 +27,8 @@ PIECES: dict[str, tuple[Any, str, Any]] = {
 }
 """By name: module and attribute of a hand-written function, and its plain reference."""
 HMM = "Pyro's GaussianHMM"
+Variants = dict[str, Callable[[], AbstractContextManager[None]]]
+"""By name: the context in which a variant of a step is taken."""
 
 
 class _Plain:
@@ -70,14 +73,11 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
         ("structured, quick", quick, ["recur", "solve_sum"]),
         ("recurrent, paper", paper, ["recur"]),
     ):
-        variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"as it is": nullcontext}
+        variants: Variants = {"as it is": nullcontext}
         variants |= {f"without {piece}": partial(plain, piece) for piece in pieces}
         if watch.device.type == "cuda":
             variants["with fused kernels"] = fused
-        calls = {key: within(variant, make_step(OurStep, config, watch.device)) for key, variant in variants.items()}
-        for call in (call for call in calls.values() for _ in range(WARM_UP + 1) if watch.device.type == "cuda"):
-            call()  # recorded before it is timed
-        found[name] = watch.compare(calls)
+        found[name] = watch.compare(steps_within(variants, config, watch.device))
     dynamics = Dynamics(PRESETS["quick"].dynamics).to(watch.device)
     a = torch.randn(*TRACKS, 30, 2, device=watch.device)
     dense, hmm = (partial(value_and_gradients, METHODS[name], dynamics, a) for name in ("dense Gaussian", HMM))
@@ -85,9 +85,15 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
     return {"seconds": found}
 
 
-def within(variant: Callable[[], AbstractContextManager[None]], step: Callable[[], object]) -> Callable[[], None]:
-    """Returns a call that takes a step within a context."""
+def steps_within(variants: Variants, config: RunConfig, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Returns by name a call that takes a step of its own within the variant's context; recorded already on CUDA."""
+    calls = {name: _within(variant, make_step(OurStep, config, device)) for name, variant in variants.items()}
+    for call in (call for call in calls.values() for _ in range(WARM_UP + 1) if device.type == "cuda"):
+        call()
+    return calls
 
+
+def _within(variant: Callable[[], AbstractContextManager[None]], step: Callable[[], object]) -> Callable[[], None]:
     def call() -> None:
         with variant():
             step()

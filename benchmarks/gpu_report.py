@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.timing import mean_over
 from pyro_pixels._files import atomic_write
 from pyro_pixels.result_tables import insert, markdown
 
@@ -63,7 +64,10 @@ def speed(results: dict[str, Found]) -> str:
             for variant, each in times.items()
         ]
     tf32 = (results.get("tf32", {}).get("found") or {}).get("tf32", {}).get("seconds", {})
-    for N, times in {**tf32, "mean over N": _mean_over(tf32)}.items() if tf32 else ():
+    if tf32:
+        each = next(iter(tf32.values()))
+        tf32 = {**tf32, "mean over N": {variant: mean_over(of[variant] for of in tf32.values()) for variant in each}}
+    for N, times in tf32.items():
         ms = {variant: f"{1e3 * statistics.median(each):.2f} ms" for variant, each in times.items()}
         beside = {variant: "-" if variant == "as it is" else f"as it is {ms['as it is']}" for variant in ms}
         rows += [[f"paper step, TF32, {N}, {variant}", ms[variant], beside[variant]] for variant in ms]
@@ -75,12 +79,6 @@ def speed(results: dict[str, Found]) -> str:
     if rate:
         rows.append([f"{len(rate)} seeds at once", f"{statistics.median(rate):.0f} rounds a second", "-"])
     return f"{markdown(['what', 'measured', 'beside'], rows)}\n\n{where(results)}" if rows else ""
-
-
-def _mean_over(by_n: dict[str, dict[str, list[float]]]) -> dict[str, list[float]]:
-    """Returns by variant the mean over N of the times in each round."""
-    variants = next(iter(by_n.values()), {})
-    return {variant: [statistics.fmean(x) for x in zip(*(of[variant] for of in by_n.values()))] for variant in variants}
 
 
 def learning(results: dict[str, Found]) -> str:

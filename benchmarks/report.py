@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.steps import LITERAL, OURS, PRODUCT, STRUCTURED
-from benchmarks.timing import Times, exponent, quartiles, ratio
+from benchmarks.timing import Times, exponent, mean_over, quartiles, ratio
 from pyro_pixels.plots.style import FONT, OBJECTS
 from pyro_pixels.result_tables import markdown
 
@@ -29,7 +29,7 @@ def step(r: Results) -> str:
         alone = [key for key in seconds if key.startswith(f"{name}, N = ")]
         if alone:
             mean = f"{name}, one N a batch, mean"
-            seconds[mean] = [statistics.fmean(times) for times in zip(*(seconds[key] for key in alone))]
+            seconds[mean] = mean_over(seconds[key] for key in alone)
             flops[mean] = statistics.fmean(flops[key] for key in alone)
             shown += [mean, *alone]
     machine = flops[PRODUCT] / statistics.median(seconds[PRODUCT])
@@ -127,8 +127,7 @@ def tf32(r: Results) -> str:
     rows = []
     for variant in variants:
         each = [of[variant] for of in by_n.values()]
-        mean = [statistics.fmean(times) for times in zip(*each)]
-        rows.append([variant, *map(milliseconds, (mean, *each))])
+        rows.append([variant, *map(milliseconds, (mean_over(each), *each))])
     return markdown(["paper's step in TF32, ms", "mean over N", *by_n], rows)
 
 

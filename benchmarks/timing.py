@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +76,11 @@ def quartiles(times: Sequence[float]) -> tuple[float, float]:
     """Returns the lower and the upper quartile."""
     low, high = np.percentile(times, (25, 75))
     return float(low), float(high)
+
+
+def mean_over(each: Iterable[Times]) -> Times:
+    """Returns the mean of several calls in each round."""
+    return [statistics.fmean(times) for times in zip(*each)]
 
 
 def ratio(times: Times, reference: Times) -> float:

@@ -58,9 +58,10 @@ def _in_file(
     view: RunView, source: Source | None, header: list[str], rows: Iterator[list[Any]]
 ) -> tuple[list[str], Iterator[list[Any]]]:
     """Returns the table without padded frames, with the sequences' indices in their file and, if known, their films."""
-    starts = [(0, 0)] * len(view.data) if source is None or not source.first_frames else source.first_frames
+    starts, films = [(0, 0)] * len(view.data), []
+    if source is not None and source.first_frames:
+        starts, films = list(source.first_frames), film_names(source)
     ends = [first + length for (_, first), length in zip(starts, view.lengths.tolist())]
-    films = [] if source is None or not source.first_frames else film_names(source)
     return [*header, *(["film"] if films else [])], (
         [view.first + b, frame, *rest, *([films[starts[b][0]]] if films else [])]
         for b, frame, *rest in rows
@@ -75,7 +76,7 @@ def film_names(source: Source) -> list[str]:
     paths = [film.path for film in source.films]
     folder, n_films = os.path.commonpath([Path(path).parent for path in paths]), Counter(paths)
     names = [Path(os.path.relpath(path, folder)).as_posix() for path in paths]
-    return [f"{name}[{film.index}]" * (n_films[film.path] > 1) or name for name, film in zip(names, source.films)]
+    return [f"{name}[{film.index}]" if n_films[film.path] > 1 else name for name, film in zip(names, source.films)]
 
 
 def _draw(view: RunView, mean: Tensor, source: Source | None, path: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def checked(
     """Returns the fused function if it agrees with the plain one, else the latter with a warning and the reason."""
     try:
         function = fused()
-        with torch.inference_mode(False), full_precision():
+        with torch.inference_mode(False), matmul_precision("highest"):
             off = difference(function, device)
     except Exception as error:  # a compiler may raise anything
         why = f"{type(error).__name__}: {error}"
@@ -72,19 +72,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Within this context, products of float32 matrices are not rounded to TF32."""
+def matmul_precision(precision: Literal["highest", "high"]) -> Iterator[None]:
+    """Within this context, products of float32 matrices on CUDA are in float32 ("highest") or TF32 ("high")."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # torch refuses if its newer setting is in use
         matmul: Any = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
+        before, matmul.fp32_precision = matmul.fp32_precision, "ieee" if precision == "highest" else "tf32"
         try:
             yield
         finally:
             matmul.fp32_precision = before
         return
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
-from pyro_pixels._batch import counts, unseen_frames
+from pyro_pixels._batch import check_batch, counts, require_images, unseen_frames
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.untangling import can_be_untangled
 from pyro_pixels.lgssm import kalman
@@ -88,10 +88,12 @@ def q_where_known(
 
     Guides that contain the dynamics know of all frames. The arguments are those of `Guide.q`.
     """
-    q_a, seen = guide.q(images, n_objects), ~unseen_frames(images).unsqueeze(1)
+    require_images(images)
+    n_objects = counts(n_objects, len(images), images)
+    check_batch(images, n_objects)
+    seen = ~unseen_frames(images).unsqueeze(1)
     if bool(seen.any()) and not bool(seen.all()):
-        n_objects = counts(n_objects, len(images), images)
         knows_dynamics = guide.encode_observed(guide.see(images), n_objects, seen)
         if knows_dynamics is not None:
             return knows_dynamics[0], torch.ones_like(seen).unsqueeze(-1)
-    return q_a, seen.unsqueeze(-1)
+    return guide.q(images, n_objects), seen.unsqueeze(-1)

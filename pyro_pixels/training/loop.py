@@ -40,8 +40,8 @@ class FitResult(NamedTuple):
     metrics: dict[str, float]
     """The last line of metrics.jsonl."""
     interrupted: bool
-    """Whether Ctrl-C or SIGTERM stopped the training; a checkpoint was then saved, unless `fit` was
-    still comparing candidates."""
+    """Whether Ctrl-C or SIGTERM stopped the training; a checkpoint was then saved, unless `fit` still compared
+    candidates."""
 
 
 class Loop(ABC):
