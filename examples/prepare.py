@@ -61,16 +61,20 @@ def main(args: Arguments) -> None:
         args.films, n_objects=n, size=args.size, frames=args.frames, stride=args.stride, crop=args.crop,
         invert=args.invert, background=args.background, threshold=args.threshold, grey=args.grey, axes=args.axes,
     )  # fmt: skip
-    data, (film, first) = prepared.data, prepared.source.first_frames[0]
+    data, source = prepared.data, prepared.source
     for note in prepared.notes:
         print(f"  {note}")
     for warning in check_film(data):
         print(f"  ! {warning}")
     save_prepared(out, prepared)
+    film = source.frames(0, data.images.shape[1])
+    if film is None:
+        raise ValueError(
+            f"{out} is written, but {args.films[0]} changed meanwhile, so there is no contact sheet; repeat"
+        )
     figure = plot_contact_sheet(
-        prepared.films[film][first:], data.images, prepared.counts, data.n_objects, threshold=prepared.threshold,
-        notes=prepared.notes,
-    )  # fmt: skip
+        film, data.images, prepared.counts, data.n_objects, threshold=prepared.threshold, notes=prepared.notes
+    )
     save_figure(figure, sheet)
     say_where([out, sheet])
 

@@ -3,6 +3,7 @@
 import csv
 import re
 import struct
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pyro_pixels.plots.film import plot_contact_sheet
 from pyro_pixels.video import (
     check_film,
     draw_tracks_gif,
+    formats,
     load_source,
     load_video,
     prepare_video,
@@ -27,6 +29,7 @@ from pyro_pixels.video import (
     track_rows,
     write_csv,
 )
+from pyro_pixels.video.formats import collect
 
 iio = pytest.importorskip("imageio.v3")
 pytest.importorskip("skimage")
@@ -419,6 +422,40 @@ def test_films_of_wide_integers_have_one_scale_and_no_hot_pixels(tmp_path):
     assert np.array_equal(read_films(tmp_path / "c.npy")[0], (counts // 4) / np.float32((counts // 4).max()))
 
 
+def test_a_film_of_bytes_need_not_fit_into_memory():
+    alive = []
+
+    def frames():
+        for frame in map(np.copy, BYTES):
+            alive.append(weakref.ref(frame))
+            assert sum(x() is not None for x in alive) <= 2  # the last and the next
+            yield frame
+
+    found = collect(frames(), "a film", lambda frame: frame[::2, ::2].astype(np.float32))
+    assert np.array_equal(found.frames, BYTES[:, ::2, ::2])
+    assert (found.size, found.top) == ((H, W), BYTES.max())
+
+
+def test_a_movie_is_read_again_only_up_to_the_frames_that_are_wanted(tmp_path, monkeypatch):
+    iio.imwrite(tmp_path / "a.mp4", COLOUR, plugin="pyav", codec="libx264", fps=25)
+    (whole,) = read_films(tmp_path / "a.mp4")
+    prepared = prepare_video(tmp_path / "a.mp4", n_objects=1, frames=4, stride=4)
+    read, to_grey = [], formats.to_grey
+    monkeypatch.setattr(formats, "to_grey", lambda frame, colour: read.append(0) or to_grey(frame, colour))
+    assert np.array_equal(prepared.source.frames(1, 4), whole[4:8])
+    assert len(read) == 8
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "folder of png", "tiff of 16 bits"])
+def test_frames_shrunk_one_by_one_are_those_of_the_whole_film(kind, tmp_path):
+    path = KINDS[kind](tmp_path)
+    np.save(tmp_path / "whole.npy", np.stack(read_films(path)))
+    options = {"n_objects": 1, "crop": (0, 46, 2, 62), "size": 20, "grey": True}
+    found, wanted = prepare_video(path, **options), prepare_video(tmp_path / "whole.npy", **options)
+    assert (found.data.images - wanted.data.images).abs().max() < 1e-5
+    assert found.source[:5] == wanted.source[:5]
+
+
 def test_axes_say_what_an_array_is(tmp_path):
     np.save(tmp_path / "a.npy", film().transpose(1, 2, 0))
     data = load_video(tmp_path / "a.npy", axes="HWT", n_objects=1)
@@ -426,8 +463,6 @@ def test_axes_say_what_an_array_is(tmp_path):
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    from pyro_pixels.video import formats
-
     path = KINDS["tiff"](tmp_path)
     monkeypatch.setattr(formats.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
     with pytest.raises(ValueError, match=r'needs tifffile; pip install "pyro_pixels\[video\]"'):
@@ -455,14 +490,26 @@ def test_tracks_in_the_films_own_pixels(tmp_path):
         assert float(r["time"]) == pytest.approx(t / 25)
         for axis, scale in zip("xy", source.scale):
             assert float(r[f"var_{axis}"]) == pytest.approx((0.01 / scale) ** 2, rel=1e-4)
-    draw_tracks_gif(tmp_path / "a.gif", prepared.films[0][:6], source.to_source(a[0]))
+    (whole,) = read_films(tmp_path / "a.npy")
+    draw_tracks_gif(tmp_path / "a.gif", whole[:6], source.to_source(a[0]))
     assert iio.imread(tmp_path / "a.gif", index=None).shape[0] == 6
-    assert np.array_equal(source.frames(1, 6), prepared.films[0][6:12])  # the film itself, read again
+    assert np.array_equal(source.frames(1, 6), whole[6:12])  # the film itself, read again
     assert source.frames(2, 6) is None
     (tmp_path / "a.npy").unlink()
     assert source.frames(0, 6) is None
-    figure = plot_contact_sheet(prepared.films[0], v, prepared.counts, [1, 1], threshold=0.4, notes=prepared.notes)
+    figure = plot_contact_sheet(whole, v, prepared.counts, [1, 1], threshold=0.4, notes=prepared.notes)
     assert len(figure.axes) == 14
+
+
+def test_the_gif_of_a_large_film_is_small(tmp_path):
+    frames = np.zeros((2, 1080, 1920), np.float32)
+    frames[:, 540:, 960:] = 1
+    draw_tracks_gif(tmp_path / "a.gif", frames, np.array([[[np.nan] * 2, [480.0, 270.0]]]))
+    picture = iio.imread(tmp_path / "a.gif", index=1)
+    assert picture.shape[:2] == (640, 1138)
+    assert picture[480, 853].min() > 250
+    coloured = np.argwhere(np.ptp(picture.astype(int), -1) > 50)  # the ring around the object
+    assert np.abs(coloured.mean(0) - [160, 284.5]).max() < 1
 
 
 def test_tracks_are_exact_along_both_sides_whatever_their_ratio(tmp_path):
@@ -556,5 +603,5 @@ def test_of_several_films_each_is_read_again_by_itself(tmp_path):
     np.save(tmp_path / "many.npy", np.stack([film(seed=s) for s in (1, 2)]))
     prepared = prepare_video([tmp_path / "pictures", tmp_path / "many.npy"], n_objects=1)
     assert [origin.index for origin in prepared.source.films] == [0, 0, 1]
-    for i in range(3):
-        assert np.array_equal(prepared.source.frames(i, T), prepared.films[i])
+    for i, whole in enumerate(read_films([tmp_path / "pictures", tmp_path / "many.npy"])):
+        assert np.array_equal(prepared.source.frames(i, T), whole)

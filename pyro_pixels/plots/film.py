@@ -18,14 +18,14 @@ def plot_contact_sheet(
     """Draws frames of the source above those that the model will see, the histogram of pixels, and component counts.
 
     Args:
-        source: (T, H, W), the film of the first sequence, starting at that sequence's first frame.
+        source: (T, H, W), the film's own frames of the first sequence.
         images: (n, T, H, W), the sequences, NaN in unobserved frames.
         counts: (n, T), the number of connected components in each frame; negative where there is no frame.
         n_objects: (n,).
         threshold: the threshold of the pixels, if one was used.
         notes: lines of text below the figure.
     """
-    film, v = np.asarray(source, float), np.asarray(images, float)
+    film, v = np.asarray(source), np.asarray(images, float)
     c, n = np.asarray(counts), np.asarray(n_objects)
     seen = np.flatnonzero(np.isfinite(v[0]).all((1, 2)))
     frames = seen[np.linspace(0, len(seen) - 1, min(SHOWN, len(seen))).round().astype(int)]

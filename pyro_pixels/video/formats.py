@@ -1,14 +1,18 @@
 """Grey frames from single files: GIF, APNG, MP4 and similar, TIFF, pictures, and NumPy arrays.
 
+A film need not fit into memory: of frames of bytes, as those of movies, only what a view makes of each is kept. Other
+types are kept as they are, since their scale depends on the largest value.
+
 The formats are read by imageio with its pyav plugin, tifffile and scikit-image, which
 ``pip install "pyro_pixels[video]"`` installs; they are imported only when needed.
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +26,23 @@ ARRAYS = {".npy", ".npz"}
 FORMATS = sorted(PICTURES | MOVIES | ANIMATIONS | ARRAYS)
 LUMA = np.array([0.2125, 0.7154, 0.0721], np.float32)  # as in scikit-image's rgb2gray
 
-Frames = NDArray[Any]
-"""(T, H, W), grey, of the file's own type and scale."""
+ALL = range(sys.maxsize)
+
+View = Callable[[NDArray[Any]], NDArray[Any]]
+"""What is kept of a frame (H, W), linear in its values, such as a part of it at a lower resolution."""
+
+
+class RawFilm(NamedTuple):
+    """A film, grey, on the scale of its file."""
+
+    frames: NDArray[Any]
+    """(T, H, W), of the file's own type; of bytes, what the view made of them."""
+    size: tuple[int, int]
+    """(H, W) of the file's frames."""
+    top: int | None
+    """The largest byte; None for other types."""
+    first: int = 0
+    """The index in the file of the first frame of ``frames``."""
 
 
 def optional(name: str) -> Any:
@@ -36,31 +55,57 @@ def optional(name: str) -> Any:
         ) from None
 
 
-def read_file(path: Path, axes: str | None = None) -> list[Frames]:
-    """Reads the films of a file; a picture is a film of one frame. Errors as in `read_films`."""
+def read_file(path: Path, axes: str | None = None, view: View = np.asarray, part: range = ALL) -> list[RawFilm]:
+    """Reads the films of a file; a picture is a film of one frame. Errors as in `read_films`.
+
+    Args:
+        path: the file.
+        axes: as in `read_films`.
+        view: applied to each frame of bytes.
+        part: the frames that are wanted; others may be read as well.
+    """
     suffix = path.suffix.lower()
     if suffix in ARRAYS:
         x, known = _load_array(path)
-        return _from_array(x, axes or known, str(path))
+        return [collect(film, str(path), view) for film in _from_array(x, axes or known, str(path))]
     if suffix in {".tif", ".tiff"}:
-        return _from_tiff(path)
+        return [collect(film, str(path), view) for film in _from_tiff(path)]
     if suffix in MOVIES:
-        return [_from_movie(path)]
+        return [collect(_movie(path), str(path), view, part)]
     if suffix not in ANIMATIONS | PICTURES:
         raise ValueError(f"{path.name} has an unknown format; wanted {FORMATS}")
-    imageio = optional("imageio.v3")
-    options: dict[str, Any] = {"mode": "RGB"} if suffix in ANIMATIONS else {"rotate": True}  # as the camera was held
-    with _reading(path):
-        frames = [to_grey(f, f.ndim == 3) for f in imageio.imiter(path, plugin="pillow", **options)]
-    return [stack(frames, str(path))]
+    return [collect(_pictures(path), str(path), view, part)]
 
 
-def stack(frames: Sequence[NDArray[Any]], where: str) -> Frames:
-    """Stacks frames (H, W), or raises a ValueError if there are none or they differ in size or type."""
-    if not frames:
-        raise ValueError(f"{where} has no frames")
-    _check_alike(frames, where)
-    return np.stack(frames)
+def collect(frames: Iterable[NDArray[Any]], where: str, view: View = np.asarray, part: range = ALL) -> RawFilm:
+    """Makes a film of frames (H, W), whose memory is needed only while the next is read, if they are bytes.
+
+    Raises:
+        ValueError: if there are no frames in ``part`` or frames differ in size or type.
+    """
+    kept, sizes, types, top, n = [], set(), set(), 0, 0
+    for frame in frames:
+        sizes.add(frame.shape)
+        types.add(str(frame.dtype))
+        top = max(top, int(frame.max())) if frame.dtype == np.uint8 else top
+        if n in part:
+            kept.append(view(frame) if frame.dtype == np.uint8 else frame)
+        n += 1
+        if n >= part.stop and top > 1:  # the scale is known
+            break
+    if not kept:
+        raise ValueError(f"{where} has no frames" + (f" from {part.start} on" if n else ""))
+    _check_alike(sizes, types, where)
+    if types == {"uint8"}:
+        return RawFilm(np.stack(kept), sizes.pop(), top, part.start)
+    return RawFilm(frames if isinstance(frames, np.ndarray) else np.stack(kept), sizes.pop(), None, part.start)
+
+
+def join(films: Sequence[RawFilm], where: str) -> RawFilm:
+    """Makes one film of several. Errors as in `collect`."""
+    _check_alike({f.size for f in films}, {str(f.frames.dtype) if f.top is None else "uint8" for f in films}, where)
+    tops = [film.top for film in films if film.top is not None]
+    return RawFilm(np.concatenate([film.frames for film in films]), films[0].size, max(tops, default=None))
 
 
 @contextmanager
@@ -74,26 +119,35 @@ def _reading(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read ({_first_line(error)}); is it complete?") from None
 
 
-def _check_alike(frames: Sequence[NDArray[Any]], where: str) -> None:
-    sizes = sorted({f.shape[-2:] for f in frames})
+def _check_alike(sizes: set[Any], types: set[str], where: str) -> None:
     if len(sizes) > 1:
-        raise ValueError(f"{where}: frames differ in size, {sizes[:3]}; wanted frames of one size")
-    types = sorted({str(f.dtype) for f in frames})
+        raise ValueError(f"{where}: frames differ in size, {sorted(sizes)[:3]}; wanted frames of one size")
     if len(types) > 1:
-        raise ValueError(f"{where}: frames differ in type, {types}; wanted one number of bits, so convert some of them")
+        raise ValueError(
+            f"{where}: frames differ in type, {sorted(types)}; wanted one number of bits, so convert some of them"
+        )
 
 
-def _from_movie(path: Path) -> Frames:
+def _movie(path: Path) -> Iterator[NDArray[Any]]:
     imageio, av = optional("imageio.v3"), optional("av")
     with _reading(path):
         with av.open(str(path)) as container:
             first = next(container.decode(video=0), None)
         turns = round(getattr(first, "rotation", 0) / 90)  # by which players turn it, counter-clockwise
-        frames = [np.rot90(to_grey(f, True), turns) for f in imageio.imiter(path, plugin="pyav")]
-    return stack(frames, str(path))
+        for frame in imageio.imiter(path, plugin="pyav"):
+            yield np.rot90(to_grey(frame, True), turns)
 
 
-def _from_tiff(path: Path) -> list[Frames]:
+def _pictures(path: Path) -> Iterator[NDArray[Any]]:
+    """Yields the frames of an animation, or a picture, turned as the camera was held."""
+    imageio = optional("imageio.v3")
+    options: dict[str, Any] = {"mode": "RGB"} if path.suffix.lower() in ANIMATIONS else {"rotate": True}
+    with _reading(path):
+        for frame in imageio.imiter(path, plugin="pillow", **options):
+            yield to_grey(frame, frame.ndim == 3)
+
+
+def _from_tiff(path: Path) -> list[NDArray[Any]]:
     """Reads all pages as one film, or one film per series, such as a position of the stage, of an OME-TIFF."""
     tifffile = optional("tifffile")
     with _reading(path), tifffile.TiffFile(path) as file:
@@ -111,7 +165,7 @@ def _from_tiff(path: Path) -> list[Frames]:
         raise ValueError(f"{path} has no frames")
     if separate:
         return films
-    _check_alike(films, str(path))
+    _check_alike({x.shape[1:] for x in films}, {str(x.dtype) for x in films}, str(path))
     return [np.concatenate(films)]
 
 
@@ -131,7 +185,7 @@ def _load_array(path: Path) -> tuple[NDArray[Any], str | None]:
     return x, "NTHW" if ours else None
 
 
-def _from_array(x: NDArray[Any], axes: str | None, where: str) -> list[Frames]:
+def _from_array(x: NDArray[Any], axes: str | None, where: str) -> list[NDArray[Any]]:
     if x.dtype.kind not in "buif":
         raise ValueError(f"{where} has the type {x.dtype}; wanted numbers")
     if axes is not None:

@@ -33,8 +33,6 @@ class Prepared(NamedTuple):
     notes: list[str]
     """What was done, and what may be wrong, one line each."""
     source: Source
-    films: list[Film]
-    """The films as they were read, each (T, H, W)."""
     threshold: float | None
     counts: NDArray[np.int64]
     """(n, T), the number of connected components in each frame, -1 beyond a film's end."""
@@ -88,36 +86,30 @@ def prepare_video(
     threshold = check_value("threshold", threshold, float | None, Bounds(0, 1))
     if background not in (None, *get_args(Background)):
         raise ValueError(f"background is {background!r}; wanted one of {', '.join(get_args(Background))}, or None")
-    read, notes = read_with_origins(paths, axes=axes), []
-    films = [film for film, _ in read]
+    view = _View(size, None if crop is None else _box(crop))
+    read, notes = read_with_origins(paths, axes=axes, view=view), []
+    films = [film.frames for film in read]
     if given is None:
-        given = _numbers_beside([origin for _, origin in read])
+        given = _numbers_beside([film.origin for film in read])
         notes += [] if given is None else ["n_objects is read from the file; override it with --n-objects"]
-    shape = films[0].shape[1:]
-    if any(f.shape[1:] != shape for f in films):
+    shape = read[0].size
+    if any(film.size != shape for film in read):
         raise ValueError(
-            f"films differ in size, {sorted({f.shape[1:] for f in films})}; prepare films of one size at a time"
+            f"films differ in size, {sorted({film.size for film in read})}; prepare films of one size at a time"
         )
-    short = [len(f) for f in films if len(f) < 2]
-    if short:
+    if any(len(f) < 2 for f in films):
         raise ValueError("a film has 1 frame, which shows no motion; give frames in one file, a folder or a glob")
-    box = (0, shape[0], 0, shape[1]) if crop is None else _whole("crop", crop)
-    if not isinstance(box, Sequence) or len(box) != 4:
-        raise ValueError(f"crop is {crop}; wanted (top, bottom, left, right)")
-    top, bottom, left, right = box
-    if not (0 <= top < bottom <= shape[0] and 0 <= left < right <= shape[1]):
-        raise ValueError(f"crop is {crop} for films of {shape[0]} x {shape[1]}; wanted (top, bottom, left, right)")
-    cropped = [f[:, top:bottom, left:right] for f in films]
-    shrunk, scale = _shrink(cropped, size)
+    top, bottom, left, right = view.box(shape)
+    scale = (films[0].shape[2] / (right - left), films[0].shape[1] / (bottom - top))
     notes.append(f"{len(films)} film(s) of {[len(f) for f in films][:6]} frames, {shape[0]} x {shape[1]} pixels, "
-                 f"shrunk to {shrunk[0].shape[1]} x {shrunk[0].shape[2]}")  # fmt: skip
+                 f"shrunk to {films[0].shape[1]} x {films[0].shape[2]}")  # fmt: skip
     if min(scale) < COARSE:
         notes.append(
             f"a pixel stands for {1 / scale[1]:.0f} x {1 / scale[0]:.0f} of the film's, so smaller objects are lost: "
             "crop to where objects are (--crop), or keep more pixels (--size)"
         )
-    excess = [f - np.median(f) for f in shrunk]
-    invert = _are_darker(shrunk, excess) if invert is None else invert
+    excess = [f - np.median(f) for f in films]
+    invert = _are_darker(films, excess) if invert is None else invert
     notes.append(
         f"objects are {'darker' if invert else 'brighter'} than the background{', inverted' if invert else ''}"
     )
@@ -152,14 +144,13 @@ def prepare_video(
     chosen_images = [x for x, k in zip(images, keep) if k]
     first = tuple(s for s, k in zip(starts, keep) if k)
     data = ImageSequences(chosen_images, [x for x, k in zip(n, keep) if k])  # type: ignore[arg-type]
-    origins = tuple(origin for _, origin in read)
-    source = Source(scale, offset, (left, top), (shape[0], shape[1]), first, origins, axes)
+    source = Source(scale, offset, (left, top), shape, first, tuple(film.origin for film in read), axes)
     padded = np.full((len(first), data.images.shape[1]), -1)
     for row, c in zip(padded, [c for c, k in zip(counts, keep) if k]):
         row[: len(c)] = c
     notes.append(f"{len(data)} sequences of {data.images.shape[1]} frames; N: "
                  f"{dict(zip(*[v.tolist() for v in data.n_objects.unique(return_counts=True)]))}")  # fmt: skip
-    return Prepared(data, notes, source, films, None if grey else chosen, padded)
+    return Prepared(data, notes, source, None if grey else chosen, padded)
 
 
 def save_prepared(path: str | Path, prepared: Prepared) -> None:
@@ -171,16 +162,36 @@ def save_prepared(path: str | Path, prepared: Prepared) -> None:
         np.savez_compressed(file, **arrays)
 
 
-def _shrink(films: list[Film], size: int) -> tuple[list[Film], tuple[float, float]]:
-    """Returns the films, at most ``size`` pixels long and wide, and the scale of their (horizontal, vertical) axes."""
-    height, width = films[0].shape[1:]
-    scale = size / max(height, width)
-    if scale >= 1:
-        return films, (1.0, 1.0)
-    h, w = max(1, round(height * scale)), max(1, round(width * scale))
-    resize = optional("skimage.transform").resize_local_mean
-    shrunk = [np.moveaxis(resize(np.moveaxis(f, 0, -1), (h, w)), -1, 0).astype(np.float32) for f in films]
-    return shrunk, (w / width, h / height)
+class _View:
+    """A frame's crop, (top, bottom, left, right), at most ``size`` pixels long and wide; a `formats.View`."""
+
+    def __init__(self, size: int, crop: tuple[int, int, int, int] | None) -> None:
+        self.size, self.crop = size, crop
+
+    def box(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        height, width = shape
+        top, bottom, left, right = self.crop or (0, height, 0, width)
+        if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+            raise ValueError(f"crop is {self.crop} for films of {height} x {width}; wanted (top, bottom, left, right)")
+        return top, bottom, left, right
+
+    def __call__(self, frame: NDArray[Any]) -> NDArray[Any]:
+        top, bottom, left, right = self.box(frame.shape)
+        frame = frame[top:bottom, left:right]
+        scale = self.size / max(frame.shape)
+        if scale >= 1:
+            return frame.copy()  # a slice would keep the whole frame
+        height, width = (max(1, round(side * scale)) for side in frame.shape)
+        shrunk = optional("skimage.transform").resize_local_mean(frame, (height, width), preserve_range=True)
+        return np.asarray(shrunk, np.float32)
+
+
+def _box(crop: ArrayLike) -> tuple[int, int, int, int]:
+    box = _whole("crop", crop)
+    if not isinstance(box, Sequence) or len(box) != 4:
+        raise ValueError(f"crop is {crop}; wanted (top, bottom, left, right)")
+    top, bottom, left, right = box
+    return top, bottom, left, right
 
 
 def _are_darker(films: list[Film], excess: list[Film]) -> bool:

@@ -11,7 +11,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyro_pixels.video.formats import ANIMATIONS, ARRAYS, FORMATS, MOVIES, PICTURES, Frames, read_file, stack
+from pyro_pixels.video.formats import (
+    ALL,
+    ANIMATIONS,
+    ARRAYS,
+    FORMATS,
+    MOVIES,
+    PICTURES,
+    RawFilm,
+    View,
+    join,
+    read_file,
+)  # fmt: skip
 
 HOT = 4  # an isolated pixel is clipped if it is this many times as bright as any two neighbours
 
@@ -33,7 +44,7 @@ def read_films(paths: str | Path | Sequence[str | Path], *, axes: str | None = N
         ValueError: if there is no such file, its format or the range of its values is unknown, its frames differ in
             size or type, or a library is missing.
     """
-    return [film for film, _ in read_with_origins(paths, axes=axes)]
+    return [film for film, _, _ in read_with_origins(paths, axes=axes)]
 
 
 class Origin(NamedTuple):
@@ -45,21 +56,30 @@ class Origin(NamedTuple):
     """The film's index among those that `read_films` finds there."""
 
 
+class ReadFilm(NamedTuple):
+    """A film as a view shows it."""
+
+    frames: Film
+    origin: Origin
+    size: tuple[int, int]
+    """(H, W) of the film itself."""
+
+
 def read_with_origins(
-    paths: str | Path | Sequence[str | Path], *, axes: str | None = None
-) -> list[tuple[Film, Origin]]:
-    """Reads films as `read_films` does, and returns each with its `Origin`."""
+    paths: str | Path | Sequence[str | Path], *, axes: str | None = None, view: View = np.asarray
+) -> list[ReadFilm]:
+    """Reads films as `read_films` does, each frame through ``view``, and returns each with its `Origin`."""
     given = [paths] if isinstance(paths, str | Path) else list(paths) if isinstance(paths, Iterable) else [paths]
     for path in given:
         if not isinstance(path, str | Path):
             raise ValueError(
                 f"paths has a {type(path).__name__}; wanted names of files, folders or globs (numpy.save writes arrays)"
             )
-    found: list[tuple[Frames, Origin]] = []
+    found: list[tuple[RawFilm, Origin]] = []
     gc.freeze()  # pyav's plugin collects garbage at every film, which is slow among all objects of torch
     try:
         for path in given:
-            found += _read(str(path), axes)
+            found += _read(str(path), axes, view)
     finally:
         gc.unfreeze()
     if not found:
@@ -67,8 +87,21 @@ def read_with_origins(
     groups = ["" if _is_wide(x) else origin.path for x, origin in found]  # of films with one scale
     top: dict[str, float] = {}
     for (x, _), group in zip(found, groups):
-        top[group] = float(np.maximum(top.get(group, 0.0), _brightest(x) if _is_wide(x) else x.max()))
-    return [(to_unit(x, top[group], origin.path), origin) for (x, origin), group in zip(found, groups)]
+        top[group] = float(np.maximum(top.get(group, 0.0), _brightest(x)))
+    films = []
+    for group in groups:  # the raw films go as the others come
+        x, origin = found.pop(0)
+        films.append(ReadFilm(to_unit(x, top[group], origin.path, view), origin, x.size))
+    return films
+
+
+def read_part(origin: Origin, part: range, *, axes: str | None = None) -> Film:
+    """Reads the frames ``part`` of a film again. Movies are read only up to there; errors as in `read_films`."""
+    found = [film for film, _ in _read(origin.path, axes, part=part)]
+    top = float(np.max([_brightest(film) for film in found]))
+    film = found[origin.index]
+    frames = film.frames[max(0, part.start - film.first) : part.stop - film.first]
+    return to_unit(film._replace(frames=frames), top, origin.path)
 
 
 def reads(source: str | Path, path: Path) -> bool:
@@ -85,16 +118,17 @@ def _is_glob(path: Path) -> bool:
     return any(c in str(path) for c in "*?[")
 
 
-def _read(path: str, axes: str | None) -> list[tuple[Frames, Origin]]:
+def _read(path: str, axes: str | None, view: View = np.asarray, part: range = ALL) -> list[tuple[RawFilm, Origin]]:
+    """Returns raw films; ``part`` concerns single files that are movies or animations."""
     where = Path(path)
 
-    def of_file(file: Path) -> list[tuple[Frames, Origin]]:
-        return [(film, Origin(str(file.absolute()), i)) for i, film in enumerate(read_file(file, axes))]
+    def of_file(file: Path, part: range = ALL) -> list[tuple[RawFilm, Origin]]:
+        return [(film, Origin(str(file.absolute()), i)) for i, film in enumerate(read_file(file, axes, view, part))]
 
     if where.is_dir():
         files = sorted((p for p in where.iterdir() if p.is_file() and not p.name.startswith(".")), key=_natural)
     elif where.is_file():
-        return of_file(where)
+        return of_file(where, part)
     elif _is_glob(where):
         files = sorted((Path(p) for p in glob.glob(path)), key=_natural)
     else:
@@ -110,39 +144,46 @@ def _read(path: str, axes: str | None) -> list[tuple[Frames, Origin]]:
     if not pictures:
         raise ValueError(f"{path} has no pictures or films; wanted {FORMATS}")
     found = [film for p in pictures for film in of_file(p)]
-    if len(found) > 1 and all(len(frames) == 1 for frames, _ in found):
-        return [(stack([frames[0] for frames, _ in found], path), Origin(str(where.absolute()), 0))]
+    if len(found) > 1 and all(len(film.frames) == 1 for film, _ in found):
+        return [(join([film for film, _ in found], path), Origin(str(where.absolute()), 0))]
     return found
 
 
-def _is_wide(x: Frames) -> bool:
-    return x.dtype.kind in "iu" and x.dtype != np.uint8
+def _is_wide(film: RawFilm) -> bool:
+    return film.top is None and film.frames.dtype.kind in "iu"
 
 
-def _brightest(film: Frames) -> int:
+def _brightest(film: RawFilm) -> float:
     """Returns the largest value; a hot pixel, far brighter than any two neighbouring pixels, counts as those."""
-    pairs = [int(np.minimum(a, b).max(initial=0)) for f in film for a, b in ((f[1:], f[:-1]), (f[:, 1:], f[:, :-1]))]
-    top = int(film.max())
+    x = film.frames
+    if film.top is not None:
+        return film.top
+    top = float(x.max())
+    if x.dtype.kind not in "iu":
+        return top
+    pairs = [float(np.minimum(a, b).max(initial=0)) for f in x for a, b in ((f[1:], f[:-1]), (f[:, 1:], f[:, :-1]))]
     return top if top <= HOT * max(pairs) else max(pairs) or top
 
 
-def to_unit(x: Frames, top: float, where: str) -> Film:
-    """Scales values to [0, 1] if ``top``, the largest of all films of one scale, exceeds 1: by 255, or by it if above.
+def to_unit(film: RawFilm, top: float, where: str, view: View = np.asarray) -> Film:
+    """Scales a film to [0, 1] if ``top``, the largest of all films of one scale, exceeds 1: by 255, or by it if above.
+
+    Frames that are not bytes are seen through ``view`` afterwards, where hot pixels are clipped.
 
     Raises:
         ValueError: if values are negative or not finite, or if floats exceed 255.
     """
-    low = float(x.min())
-    if x.dtype == np.uint8:
+    x = film.frames
+    if film.top is not None:
         return (x if top <= 1 else x / np.float32(255)).astype(np.float32, copy=False)
-    if x.dtype.kind in "iu" and low >= 0:
-        unit = (x / np.float32(max(1.0, 255.0 if 1 < top <= 255 else top))).astype(np.float32, copy=False)
-        return np.minimum(unit, 1, out=unit)
-    if low >= 0 and top <= 1:
-        return x.astype(np.float32)
-    if low >= 0 and 1 < top <= 255:
-        return (x / 255).astype(np.float32)
-    raise ValueError(f"{where} has values from {low:g} to {top:g}; wanted bytes, or numbers from 0 to 1; rescale them")
+    low, whole = float(x.min()), x.dtype.kind in "iu"
+    if not (low >= 0 and (whole or top <= 255)):
+        raise ValueError(
+            f"{where} has values from {low:g} to {top:g}; wanted bytes, or numbers from 0 to 1; rescale them"
+        )
+    scale = np.float32(1 if top <= 1 else top if whole and top > 255 else 255)
+    unit = ((f / scale).astype(np.float32, copy=False) for f in x)
+    return np.stack([view(np.minimum(f, 1, out=f)).astype(np.float32, copy=False) for f in unit])
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyro_pixels._arrays import read_arrays
-from pyro_pixels.video.read import Film, Origin, read_films
+from pyro_pixels.video.read import Film, Origin, read_part
 
 
 class Source(NamedTuple):
@@ -35,10 +35,9 @@ class Source(NamedTuple):
             return None
         film, first = self.first_frames[row]
         try:
-            found = read_films(self.films[film].path, axes=self.axes)[self.films[film].index]
+            frames = read_part(self.films[film], range(first, first + n_frames), axes=self.axes)
         except (ValueError, IndexError):
             return None
-        frames = found[first : first + n_frames]
         return frames if len(frames) and frames.shape[1:] == self.size else None
 
     def to_source(self, positions: Any) -> NDArray[np.float64]:

@@ -80,30 +80,29 @@ def draw_tracks_gif(
     """Writes a GIF of frames (T, H, W), in [0, 1], with tracks (N, T, 2), in the frames' pixels, drawn over them.
 
     Args:
-        height: height of the GIF, in pixels; smaller frames are enlarged to it.
+        height: height of the GIF, in pixels: smaller frames are enlarged to it, and larger ones shrunk to twice that.
         tail: the number of past frames over which tracks are drawn.
         duration: milliseconds per frame.
 
     Raises:
         ValueError: if there are not as many positions as frames.
     """
-    v, a = np.asarray(frames, np.float64), np.asarray(positions, np.float64)
+    v, a = np.asarray(frames), np.asarray(positions, np.float64)
     if v.ndim != 3 or a.ndim != 3 or a.shape[1:] != (len(v), 2):
         raise ValueError(f"frames have shape {v.shape}, positions {a.shape}; wanted (T, H, W) and (N, T, 2)")
-    zoom = max(1.0, height / v.shape[1])
+    zoom = height / v.shape[1]
+    zoom = zoom if zoom > 1 else min(1.0, 2 * zoom)
     size = (round(v.shape[2] * zoom), round(v.shape[1] * zoom))
     pictures = [_picture(v[t], a[:, max(0, t - tail) : t + 1], size, zoom) for t in range(len(v))]
     with atomic_write(path) as file:
         pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
-def _picture(
-    frame: NDArray[np.float64], tracks: NDArray[np.float64], size: tuple[int, int], zoom: float
-) -> Image.Image:
+def _picture(frame: NDArray[Any], tracks: NDArray[np.float64], size: tuple[int, int], zoom: float) -> Image.Image:
     from pyro_pixels.plots.style import OBJECTS  # loads matplotlib, which reading films does not need
 
-    picture = Image.fromarray((255 * frame.clip(0, 1)).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    picture = picture.convert("RGB")
+    resampling = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.BOX
+    picture = Image.fromarray((255 * frame.clip(0, 1)).astype(np.uint8)).resize(size, resampling).convert("RGB")
     draw = ImageDraw.Draw(picture)
     for i, track in enumerate((tracks + 0.5) * zoom):
         track, colour = track[np.isfinite(track).all(-1)], OBJECTS[i % len(OBJECTS)]
