@@ -215,7 +215,11 @@ def main(args: Arguments) -> int:
             print(f"stopped and saved at step {results[0].step:,}; repeat the same command with --resume to continue")
             return 130
         for job, result in zip(jobs, results):
-            job.show(result, details=args.details, progress=args.progress)
+            if not result.diverged:
+                job.show(result, details=args.details, progress=args.progress)
+        diverged = [result.diverged for result in results if result.diverged]
+        if diverged:
+            raise FloatingPointError(f"{len(diverged)} of {len(jobs)} seeds diverged: {diverged[0]}")
         return 0
 
 

@@ -1,6 +1,7 @@
 """The bound, the schedule, and a training loop that can be killed."""
 
 import json
+import math
 import os
 import pickle
 import signal
@@ -23,8 +24,9 @@ from pyro_pixels.presets import PRESETS
 from pyro_pixels.training.checkpoints import load_checkpoint, save_checkpoint
 from pyro_pixels.training.distillation import GivenTracks
 from pyro_pixels.training.elbo import AnnealedELBO, bound
-from pyro_pixels.training.fitting import fit
+from pyro_pixels.training.fitting import fit, fit_together
 from pyro_pixels.training.schedule import Schedule
+from pyro_pixels.training.svi import Training
 
 QUICK = Schedule(steps=6, batch_size=4, learn_from={}, anneal_from=2, anneal_steps=2, kl_start=10.0, evaluate_every=2)
 
@@ -441,6 +443,53 @@ def test_the_start_that_goes_on_has_all_its_lines_and_a_checkpoint(small_data, t
     best, wanted = (load_checkpoint(folder / "checkpoint.pt") for folder in (tmp_path / "best", alone))
     assert best["step"] == steps
     assert all(torch.equal(best["guide"][name], x) for name, x in wanted["guide"].items())
+
+
+def diverging(seed=3):
+    """A guide whose means are NaN from the third step on."""
+    guide, calls = make_guide(seed), []
+    encode = guide.encode
+
+    def bad(images, n_objects):
+        calls.append(1)
+        q = encode(images, n_objects)
+        return q if len(calls) < 3 else dist.Normal(q.mean * math.nan, q.stddev, validate_args=False).to_event(2)
+
+    guide.encode = bad
+    return guide
+
+
+def test_a_start_that_diverges_is_left_out(small_data, tmp_path):
+    alone, chosen = (make_model(), make_guide()), (make_model(), make_guide())
+    fit(*alone, small_data, QUICK, run_dir=tmp_path / "alone", progress=False)
+    with pytest.warns(UserWarning, match="start 2 of 2 is left out: .* is not finite at step"):
+        fit(
+            *chosen, small_data, QUICK, candidates=[(make_model(), diverging())], candidate_steps=4,
+            run_dir=tmp_path / "chosen", progress=False,
+        )  # fmt: skip
+    assert lines_of(tmp_path / "chosen") == lines_of(tmp_path / "alone")
+    left_out = pytest.warns(UserWarning, match="start . of 2 is left out")
+    with pytest.raises(FloatingPointError, match="the bound of every start is not finite"), left_out:
+        fit(
+            make_model(), diverging(), small_data, QUICK, candidates=[(make_model(), diverging())], candidate_steps=4,
+            run_dir=tmp_path / "none", progress=False,
+        )  # fmt: skip
+
+
+def test_of_trainings_at_once_one_that_diverges_stops_alone(small_data, tmp_path):
+    def training(name, guide):
+        return Training(make_model(), guide, small_data, QUICK, run_dir=tmp_path / name)
+
+    fit_together([training("alone", make_guide())], progress=False)
+    with pytest.warns(UserWarning, match="one of 2 trainings stops: .* is not finite at step"):
+        bad, good = fit_together([training("bad", diverging()), training("good", make_guide())], progress=False)
+    assert "is not finite" in bad.diverged
+    assert not good.diverged
+    assert bad.step < good.step == QUICK.steps
+    assert lines_of(tmp_path / "good") == lines_of(tmp_path / "alone")
+    stops = pytest.warns(UserWarning, match="one of 2 trainings stops")
+    with pytest.raises(FloatingPointError, match="is not finite"), stops:
+        fit_together([training("c", diverging()), training("d", diverging())], progress=False)
 
 
 @pytest.mark.parametrize("stop_at", [2, 5])

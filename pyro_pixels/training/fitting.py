@@ -1,6 +1,8 @@
 """Training from start to end (Secs 2.2.2, 3.2) of one model, or of several at once."""
 
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Unpack
 
@@ -82,13 +84,28 @@ def fit_together(trainings: Sequence[Training], *, resume: bool = False, progres
 
     On a CUDA device each has its own stream, and small models share the GPU: several seeds take little longer than one.
     Each has its own random numbers; on a CPU the results are bitwise those of separate calls of `fit`. Arguments and
-    errors are as in `fit`; all trainings must have the same number of steps.
+    errors are as in `fit`; all trainings must have the same number of steps. One that diverges stops with a warning,
+    and its `FitResult.diverged` says why; only if all of them diverge, the last error is raised.
     """
     if len({t.n_steps for t in trainings}) != 1:
         raise ValueError("trainings differ in their numbers of steps; wanted at least one, all with the same number")
+    diverged: dict[Training, str] = {}
+
+    def advance(training: Training, stop: threading.Event) -> Iterator[None]:
+        try:
+            yield from training.advance(training.n_steps, stop)
+        except FloatingPointError as error:
+            if len(diverged) == len(trainings) - 1:
+                raise
+            diverged[training] = str(error)
+            warnings.warn(f"one of {len(trainings)} trainings stops: {error}", stacklevel=2)
+
     with prepared(trainings, resume) as stop:
         total, first = trainings[0].n_steps, min(t.step for t in trainings)
         with tqdm(total=total, initial=first, disable=not progress, unit="step", mininterval=0.5) as bar:
-            for _ in zip_longest(*(t.advance(total, stop) for t in trainings)):
+            for _ in zip_longest(*(advance(t, stop) for t in trainings)):
                 bar.update()
-        return [t.result(stop) for t in trainings]
+        return [
+            FitResult(t.step, t.seconds, t.metrics, False, diverged[t]) if t in diverged else t.result(stop)
+            for t in trainings
+        ]

@@ -42,6 +42,8 @@ class FitResult(NamedTuple):
     interrupted: bool
     """Whether Ctrl-C or SIGTERM stopped the training; a checkpoint was then saved, unless `fit` still compared
     candidates."""
+    diverged: str = ""
+    """What was no longer finite, and when, if a training of `fit_together` stopped for that reason; else empty."""
 
 
 class Loop(ABC):

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import math
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -171,8 +172,8 @@ class Training(Loop):
     def start_from_best(self, others: "Sequence[Training]", steps: int, stop: threading.Event, progress: bool) -> bool:
         """Trains this start and ``others`` for ``steps`` steps each, and adopts the state with the highest bound.
 
-        Returns False if training was stopped before all of them had taken their steps. Nothing is then adopted or
-        saved, as the choice would depend on the time of the stop.
+        A start that diverges is left out, with a warning. Returns False if training was stopped before all of them had
+        taken their steps. Nothing is then adopted or saved, as the choice would depend on the time of the stop.
         """
         judges = self.data[:BOUND_SEQUENCES] if self.validation is None else self.validation
         alike = Training(
@@ -184,7 +185,11 @@ class Training(Loop):
             lines: list[dict[str, float]] = []
             start.on_evaluation = lines.append
             start.begin(resume=False)
-            start.train(stop, steps, progress=progress, title=f"start {i + 1} of {len(starts)}")
+            try:
+                start.train(stop, steps, progress=progress, title=f"start {i + 1} of {len(starts)}")
+            except FloatingPointError as error:
+                warnings.warn(f"start {i + 1} of {len(starts)} is left out: {error}", stacklevel=2)
+                continue
             if start.step < steps:
                 return False
             reached = float(bound(start.model, start.guide, judges).bound.mean())
