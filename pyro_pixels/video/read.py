@@ -89,7 +89,7 @@ def read_with_origins(
     for (x, _), group in zip(found, groups):
         top[group] = float(np.maximum(top.get(group, 0.0), _brightest(x)))
     films = []
-    for group in groups:  # the raw films go as the others come
+    for group in groups:  # each raw film is freed once it is scaled
         x, origin = found.pop(0)
         films.append(ReadFilm(to_unit(x, top[group], origin.path, view), origin, x.size))
     return films
