@@ -95,7 +95,7 @@ PRESETS["recurrent_long"] = replace(
         fit_starts_at=(1_000, 5_000, 20_000, 38_000),
     ),
 )
-# The same at the paper's size, for a GPU; not measured.
+# The same at the paper's size, for a GPU; not yet evaluated.
 PRESETS["paper_learned"] = replace(
     PRESETS["recurrent"],
     state_size=1024,

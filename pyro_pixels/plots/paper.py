@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from pyro_pixels._files import atomic_write
@@ -252,8 +252,9 @@ def plot_learning_curves(
     ax.set(xscale="log", yscale="log")
     style_axes(ax, "seconds of training", "mean error (pixels)")
     for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter("{x:g}")
-        axis.set_minor_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
     lines = [Line2D([], [], color=colour_of("", i), label=name) for i, name in enumerate(names)]
     return add_legend(figure, (), [*lines, *crosses])
 
