@@ -11,10 +11,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
+from pyro.ops.provenance import detach_provenance
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
-from pyro_pixels.lgssm.kalman import exact_dtype
+from pyro_pixels.lgssm.kalman import check_precision, exact_dtype
 
 _KNOWN: ContextVar[bool] = ContextVar("parameters_known", default=False)
 
@@ -36,7 +37,8 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
     the store receives only names, which `pyro.optim` needs; parameters shared by model and guide have the model's name.
 
     Raises:
-        ValueError: in half precision, under autocast, or in ``torch.jit`` tracing, none of which are supported.
+        ValueError: in half precision, under autocast, or in ``torch.jit`` tracing, none of which are supported, or if
+            a handler gives a parameter another value.
     """
     _check_precision(prefix, module)
     if am_i_wrapped() and not _KNOWN.get():
@@ -47,9 +49,14 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
                 names[_WeakKey(parameter, names)] = name  # type: ignore[index]
             alias = parameter.detach()
             alias.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # SVI reads it from param sites
-            effectful(lambda *_, value=alias, **__: value, type="param")(
+            answer = effectful(lambda *_, value=alias, **__: value, type="param")(
                 name, alias, constraint=constraints.real, event_dim=alias.dim(), name=name
             )
+            if answer is not alias and not torch.equal(detach_provenance(answer), alias):
+                raise ValueError(
+                    f"a handler such as poutine.lift or poutine.substitute replaces '{name}', which would have no "
+                    f"effect; copy the {prefix} and change the copy"
+                )
 
 
 def _check_precision(prefix: str, module: nn.Module) -> None:
@@ -66,16 +73,6 @@ def _called_from(module: str) -> bool:
     while frame is not None and frame.f_globals.get("__name__") != module:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
-
-
-def check_precision(what: str, x: Tensor) -> None:
-    """Raises ValueError unless x is float32 or float64 and autocast is off."""
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"{what} are {x.dtype}; wanted float32 or float64, as exact inference needs more than half precision"
-        )
-    if torch.is_autocast_enabled(x.device.type):
-        raise ValueError("torch.autocast is on, but exact inference needs more than half precision; turn it off")
 
 
 def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:
@@ -121,6 +118,12 @@ def _of_pixels(p_v: Any) -> Any:
     return None if p_v.event_shape else p_v
 
 
+def of_objects(p: Any, present: Tensor) -> "ExactDensity":
+    """Returns p(a^1, ..., a^N) given p(a^n) with batch shape (B, N): absent objects are masked, and may be NaN."""
+    mask = present.reshape(*present.shape, *(1 for _ in p.event_shape))
+    return ExactDensity(p.mask(present).to_event(1), mask)
+
+
 class _WeakKey:
     """A dict key that stands for a parameter without keeping it alive, and is removed along with it."""
 
@@ -140,21 +143,24 @@ class _WeakKey:
 class ExactDensity(TorchDistribution):
     """A distribution with log-probabilities in `kalman.exact_dtype`, so that those of all sites have the same type.
 
-    Objectives that combine log-probabilities of several sites, such as ``TraceEnum_ELBO``, require this.
+    Objectives that combine log-probabilities of several sites, such as ``TraceEnum_ELBO``, require this. Given values
+    may be NaN where ``mask``, bool and broadcastable to values, is False; the distribution must ignore them there.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
-    def __init__(self, distribution: TorchDistribution) -> None:
-        self._distribution = distribution
+    def __init__(self, distribution: TorchDistribution, mask: Tensor | None = None) -> None:
+        self._distribution, self._mask = distribution, mask
         super().__init__(distribution.batch_shape, distribution.event_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        if self._mask is not None and torch.is_grad_enabled() and not value.requires_grad:  # given, not a draw
+            value = torch.where(self._mask, value, 0)  # a masked NaN would make the gradient NaN
         log_p = self._distribution.log_prob(value)
         return log_p.to(exact_dtype(log_p.device))
 
     def expand(self, batch_shape: Any, _instance: None = None) -> "ExactDensity":
-        return ExactDensity(self._distribution.expand(torch.Size(batch_shape)))
+        return ExactDensity(self._distribution.expand(torch.Size(batch_shape)), self._mask)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         return self._distribution.sample(sample_shape)

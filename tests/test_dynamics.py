@@ -9,6 +9,7 @@ from pyro.infer import Predictive
 
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide
+from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import BlockTracks, DenseTracks, StatePath
 from pyro_pixels.lgssm.dynamics import (
     Dynamics,
@@ -152,6 +153,19 @@ def test_blocks_are_exact_for_deterministic_motion_and_known_starts(deterministi
     a = torch.randn(5, 1, 10, 2, dtype=torch.float64)
     wanted = dense_components(lgssm, 10).log_prob(a)
     torch.testing.assert_close(blocks_of_three(lgssm, 10).log_prob(a), wanted, rtol=1e-9, atol=0)
+
+
+def test_blocks_are_exact_for_states_of_any_size():
+    """Position, velocity and acceleration along each axis."""
+    lgssm, I = make_dynamics().lgssm(), torch.eye(2, dtype=torch.float64)
+    A, B = torch.kron(torch.tensor([[1, 0.2, 0.02], [0, 1, 0.2], [0, 0, 1]], dtype=torch.float64), I), torch.eye(6)[:2]
+    Sigma = torch.diag_embed(torch.tensor([[0.1, 0.1, 0.2, 0.2, 0.3, 0.3]] * 2)).double()
+    states = kalman.LGSSM(
+        A, B.double(), torch.zeros(6).double(), 1e-3 * Sigma[0], lgssm.Sigma_A, torch.randn(2, 6).double(), Sigma
+    )
+    a = torch.randn(5, 1, 10, 2, dtype=torch.float64)
+    wanted = dense_components(states, 10).log_prob(a)
+    torch.testing.assert_close(blocks_of_three(states, 10).log_prob(a), wanted, rtol=1e-9, atol=0)
 
 
 def test_long_sequences_go_by_blocks_and_agree_with_the_dense_gaussian():

@@ -173,6 +173,20 @@ def test_things_that_are_none_of_the_objects_are_allowed_for(tmp_path, noise):
     assert error[True] < 1.0 < 3.0 < error[False]
 
 
+def test_a_state_has_all_estimates_or_none():
+    guide = build(small(guide="recurrent", data=GREY)).guide
+    data = film(noise=0.05, n=30)
+    guide.look_at(data.images, data.n_objects)
+    found, state = guide.pixel_evidence.statistics, guide.state_dict()
+    other = build(small(guide="recurrent", data=GREY)).guide
+    other.load_state_dict(state)
+    assert other.pixel_evidence.statistics == found
+    assert other.pixel_evidence.by_height.data_ptr() != guide.pixel_evidence.by_height.data_ptr()
+    del state["pixel_evidence.by_height"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*pixel_evidence.by_height"):
+        other.load_state_dict(state)
+
+
 def test_runs_of_versions_that_looked_for_no_others_are_read():
     data, evidence = film(noise=0.05, n=30), PixelEvidence()
     evidence.estimate(data.images, data.n_objects)

@@ -5,13 +5,27 @@ import gc
 import warnings
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.inspect import get_model_relations
+from pyro.nn import PyroModule, PyroSample
 
-from pyro_pixels import AnnealedELBO, infer, load_pretrained, simulate
+from pyro_pixels import (
+    AnnealedELBO,
+    Dynamics,
+    PixelModel,
+    Renderer,
+    generate,
+    infer,
+    load_pretrained,
+    simulate,
+    smooth,
+)
+from pyro_pixels.guides import JointGuide
+from pyro_pixels.queries import log_evidence
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +122,74 @@ def test_what_is_not_supported_is_said_in_one_line(run, data):
         infer(copy.deepcopy(run.guide).bfloat16(), data.images, data.n_objects)
     with pytest.raises(ValueError, match=r"model's weights are torch\.float16; wanted float32"):
         copy.deepcopy(run.model).half()(data.images, data.n_objects)
+
+
+@pytest.mark.parametrize("question", ["forecast", "evidence", "states"])
+def test_queries_refuse_half_precision(run, data, question):
+    model, guide = copy.deepcopy((run.model, run.guide))  # with the same dynamics
+    model.bfloat16()
+    ask = {
+        "forecast": lambda: generate(model, guide, data.images[:, :5], data.n_objects, n_frames=9),
+        "evidence": lambda: log_evidence(model, guide, data.images, data.n_objects, n_samples=2),
+        "states": lambda: smooth(model.dynamics, torch.zeros(3, 3, 30, 2)),
+    }
+    with pytest.raises(ValueError, match=r"are torch\.bfloat16; wanted float32 or float64"):
+        ask[question]()
+
+
+@pytest.mark.parametrize("handler", ["substitute", "lift"])
+def test_handlers_that_would_replace_parameters_without_effect_are_refused(run, data, handler):
+    name = "model.dynamics.u"
+    prior = dist.Normal(torch.zeros(4), 1.0).to_event(1)
+    changed = {
+        "substitute": lambda: poutine.substitute(run.model, data={name: torch.ones(4)}),
+        "lift": lambda: poutine.lift(run.model, prior={name: prior}),
+    }[handler]()
+    with pytest.raises(ValueError, match=f"replaces '{name}', which would have no effect; copy the model"):
+        changed(data.images, data.n_objects)
+
+
+def test_positions_of_absent_objects_may_be_nan_where_they_are_given(run, data):
+    """As those of `simulate` are: values and gradients are the same as with any number in their place."""
+    a = (data.positions - 15.5) / 15.5
+    assert a.isnan().any()
+    z, h = torch.zeros(3, 3, dtype=torch.long), torch.randn(3, 3, 30, 4, dtype=torch.float64)
+    absent = torch.arange(3) >= data.n_objects[:, None]
+    gradients = {}
+    for fill in (torch.nan, 0.5):
+        given = {"a": a.nan_to_num(nan=fill), "h": h.masked_fill(absent[..., None, None], fill), "z": z}
+        gradients[fill] = []
+        for program, sites in (
+            (run.model, "a"), (run.model.joint, "a"), (run.model.joint, "ahz"), (run.guide, "a"),
+            (JointGuide(run.guide, run.model.dynamics), "ahz"),
+        ):  # fmt: skip
+            parameters = [*run.model.parameters(), *run.guide.parameters()]
+            trace = poutine.trace(poutine.condition(program, {site: given[site] for site in sites}))
+            torch.manual_seed(0)
+            log_p = trace.get_trace(data.images, data.n_objects).log_prob_sum()
+            gradients[fill].append([log_p, *torch.autograd.grad(log_p, parameters, allow_unused=True)])
+    for with_nan, without in zip(*gradients.values()):
+        for x, y in zip(with_nan, without):
+            assert (x is None) == (y is None)
+            assert x is None or torch.equal(x, y)
+            assert x is None or x.isfinite().all()
+
+
+def test_dynamics_with_priors_are_drawn_once_for_all_sequences(data):
+    dynamics = PyroModule[Dynamics]()
+    dynamics.u = PyroSample(dist.Normal(torch.zeros(4), 0.1).to_event(1))
+    model = PyroModule[PixelModel](dynamics, Renderer(32, 32, state_size=8))
+    trace = poutine.trace(model).get_trace(data.images, data.n_objects)
+    plain = PixelModel(Dynamics(), model.renderer)
+    with torch.no_grad():
+        for name, p in plain.dynamics.named_parameters():
+            p.copy_(trace.nodes["dynamics.u"]["value"] if name == "u" else getattr(dynamics, name))
+    a = trace.nodes["a"]
+    wanted = poutine.trace(poutine.condition(plain, {"a": a["value"]})).get_trace(data.images, data.n_objects)
+    wanted.compute_log_prob()
+    trace.compute_log_prob()
+    pyro.clear_param_store()  # to which a PyroModule adds its parameters
+    torch.testing.assert_close(a["log_prob_sum"], wanted.nodes["a"]["log_prob_sum"])
 
 
 @pytest.mark.parametrize("handler", [poutine.condition, poutine.do])

@@ -94,3 +94,24 @@ def test_the_same_tracks_and_seed_give_the_same_starts():
 def test_too_few_tracks_raise(shape):
     with pytest.raises(ValueError, match=r"wanted \(n >= 20, T >= 2, 2\)"):
         fit_starts(make_dynamics(), torch.zeros(shape))
+
+
+def test_a_subclass_with_other_starts_is_refused_and_unchanged():
+    class Shifted(Dynamics):
+        def lgssm(self):
+            lgssm = super().lgssm()
+            return lgssm._replace(mu=lgssm.mu + 1)
+
+    class Consistent(Shifted):
+        def set_starts(self, log_pi, mu, Sigma):
+            super().set_starts(log_pi, mu - 1, Sigma)
+
+    a, _ = draw(true_dynamics(), 200)
+    shifted, consistent = Shifted(), Consistent()
+    before = {name: x.clone() for name, x in shifted.state_dict().items()}
+    with pytest.raises(ValueError, match=r"Shifted\.lgssm has other starts than those that set_starts sets"):
+        fit_starts(shifted, a)
+    assert all(torch.equal(x, before[name]) for name, x in shifted.state_dict().items())
+    plain = Dynamics()
+    assert fit_starts(consistent, a) == pytest.approx(fit_starts(plain, a))
+    torch.testing.assert_close(consistent.lgssm().mu, plain.lgssm().mu, rtol=0, atol=1e-5)

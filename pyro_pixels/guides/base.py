@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_pixels._batch import check_batch, counts, most_objects, object_mask, require_images
-from pyro_pixels._pyro import ExactDensity, announce_parameters, check_precision
+from pyro_pixels._pyro import announce_parameters, check_precision, of_objects
 from pyro_pixels.guides.pixel_evidence import FilmStatistics, PixelEvidence
 
 
@@ -124,4 +124,4 @@ class Guide(nn.Module, ABC):
 def sample_positions(q_a: dist.TorchDistribution, n_objects: Tensor) -> Tensor:
     """Samples the site ``a`` (B, N, T, 2) in a plate of B sequences; absent objects are masked."""
     with pyro.plate("sequences", len(n_objects), dim=-1):
-        return pyro.sample("a", ExactDensity(q_a.mask(object_mask(n_objects, q_a.batch_shape[1])).to_event(1)))
+        return pyro.sample("a", of_objects(q_a, object_mask(n_objects, q_a.batch_shape[1])))

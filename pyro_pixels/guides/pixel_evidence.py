@@ -172,13 +172,17 @@ class PixelEvidence(nn.Module):
         for name in self.may_have:
             self.register_buffer(name, getattr(self, name), persistent=True)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        mine = {name: state_dict.get(prefix + name) for name in self.may_have}
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        """Takes over the estimates, and, from a state without any, that there are none."""
+        mine = {name: state_dict[prefix + name].clone() for name in self.may_have if prefix + name in state_dict}
         device = self.background.device
         self._reset()
-        if mine["others"] is None:  # saved by a version without this buffer
-            mine["others"] = self.others
-        if all(x is not None for x in mine.values()):
+        if mine:
+            mine.setdefault("others", self.others)  # absent in files of earlier versions
+            missing += [prefix + name for name in self.may_have if name not in mine]
+        if len(mine) == len(self.may_have):
             for name, x in mine.items():
                 setattr(self, name, x)
             self._persist()

@@ -125,12 +125,13 @@ class BlockTracks(TorchDistribution):
         return kalman.observation_moments(self._lgssm, kalman.Gaussians(*states))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        (_, B, _, _, Sigma_A, m, P), b = self._lgssm, self._block
+        (A, B, _, _, Sigma_A, m, P), b = self._lgssm, self._block
+        d = len(A)
         F, drift, V = response(_states_observed(self._lgssm), b + 1)  # states of a block and the next one
-        to_a = on_diagonal(B, b)  # (2b, 4b)
-        F_a, drift_a = to_a @ F[:-4], drift[:-4] @ to_a.mT
-        V_a = to_a @ V[:-4, :-4] @ to_a.mT + on_diagonal(Sigma_A, b)
-        F_h, drift_h, V_h, V_ha = F[-4:], drift[-4:], V[-4:, -4:], V[-4:, :-4] @ to_a.mT
+        to_a = on_diagonal(B, b)  # (2b, db)
+        F_a, drift_a = to_a @ F[:-d], drift[:-d] @ to_a.mT
+        V_a = to_a @ V[:-d, :-d] @ to_a.mT + on_diagonal(Sigma_A, b)
+        F_h, drift_h, V_h, V_ha = F[-d:], drift[-d:], V[-d:, -d:], V[-d:, :-d] @ to_a.mT
         log_prob = value.new_zeros(())
         for a in value.flatten(-2).split(2 * b, -1):
             n = a.shape[-1]  # the last block may be shorter
@@ -139,7 +140,7 @@ class BlockTracks(TorchDistribution):
             e = torch.einsum("...ki,kji->...kj", a - m @ F_a[:n].mT - drift_a[:n], whiten)
             log_det = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
             log_prob = log_prob - 0.5 * e.square().sum(-1) - log_det - 0.5 * n * math.log(2 * math.pi)
-            gain = (F_h @ P @ F_a[:n].mT + V_ha[:, :n]) @ whiten.mT  # (K, 4, 2b)
+            gain = (F_h @ P @ F_a[:n].mT + V_ha[:, :n]) @ whiten.mT  # (K, d, 2b)
             m = m @ F_h.mT + drift_h + torch.einsum("...ki,kji->...kj", e, gain)
             P = F_h @ P @ F_h.mT + V_h - gain @ gain.mT
         return log_prob

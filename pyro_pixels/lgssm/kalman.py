@@ -249,6 +249,22 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def exact_dtype_beside(what: str, x: Tensor) -> torch.dtype:
+    """Returns `exact_dtype` on the device of parameters x, after `check_precision`."""
+    check_precision(what, x)
+    return exact_dtype(x.device)
+
+
+def check_precision(what: str, x: Tensor) -> None:
+    """Raises ValueError unless x is float32 or float64 and autocast is off."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{what} are {x.dtype}; wanted float32 or float64, as exact inference needs more than half precision"
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        raise ValueError("torch.autocast is on, but exact inference needs more than half precision; turn it off")
+
+
 def check_observations(lgssm: LGSSM, a: Tensor, observed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Returns positions in the type of the model, 0 where missing, and a mask.
 

@@ -6,6 +6,7 @@ problem and costs less than one training step, so `fit` can set the mixture this
 paper has no such step.
 """
 
+import copy
 import math
 
 import torch
@@ -38,7 +39,8 @@ def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterati
         The mean over tracks of log p(m), in nats.
 
     Raises:
-        ValueError: if there are too few tracks or frames.
+        ValueError: if there are too few tracks or frames, or ``dynamics`` is of a subclass whose `lgssm` has other
+            starts than those that `set_starts` sets.
     """
     K = dynamics.config.n_components
     if a.dim() != 3 or a.shape[1] < 2 or len(a) < LEAST_TRACKS * K:
@@ -46,17 +48,17 @@ def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterati
             f"tracks have shape {tuple(a.shape)}; wanted (n >= {LEAST_TRACKS * K}, T >= 2, 2) to fit {K} starts"
         )
     m, P = _seen_starts(dynamics, a)
-    floor = VARIANCE_FLOOR * torch.eye(4, dtype=m.dtype, device=m.device)
+    floor = VARIANCE_FLOOR * torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
     generator = torch.Generator().manual_seed(seed)
     first = torch.stack([torch.randperm(len(m), generator=generator)[:K] for _ in range(n_restarts)])
-    mu = m[first]  # (R, K, 4)
-    Sigma = (m.mT.cov() / K + floor).expand(n_restarts, K, 4, 4)
+    mu = m[first]  # (R, K, d)
+    Sigma = (m.mT.cov() / K + floor).expand(n_restarts, K, -1, -1)
     log_pi = torch.full((n_restarts, K), -math.log(K), dtype=m.dtype, device=m.device)
     for _ in range(n_iterations):
         log_joint = log_pi + _log_normal(m[:, None, None] - mu, Sigma + P)  # (n, R, K)
         r = log_joint.softmax(-1)
         G = torch.linalg.solve(Sigma + P, Sigma).mT  # Sigma (Sigma + P)^-1
-        h = mu + ((m[:, None, None] - mu).unsqueeze(-2) @ G.mT).squeeze(-2)  # E[h_1 | m, z = k], (n, R, K, 4)
+        h = mu + ((m[:, None, None] - mu).unsqueeze(-2) @ G.mT).squeeze(-2)  # E[h_1 | m, z = k], (n, R, K, d)
         share = r.sum(0)
         mu = torch.einsum("nrk,nrki->rki", r, h) / share[..., None]
         spread = h - mu
@@ -65,12 +67,31 @@ def fit_starts(dynamics: Dynamics, a: Tensor, *, n_restarts: int = 10, n_iterati
         log_pi = (share / len(m)).log()
     fit = (log_pi + _log_normal(m[:, None, None] - mu, Sigma + P)).logsumexp(-1).mean(0)  # (R,)
     best = fit.nan_to_num(-torch.inf).argmax()
-    dynamics.set_starts(log_pi[best], mu[best], Sigma[best])
+    _set_starts(dynamics, log_pi[best], mu[best], Sigma[best])
     return float(fit[best])
 
 
+def _set_starts(dynamics: Dynamics, log_pi: Tensor, mu: Tensor, Sigma: Tensor) -> None:
+    """Sets the starts and checks that they are then those of `lgssm`; otherwise nothing changes."""
+    before = copy.deepcopy(dynamics.state_dict())
+    try:
+        dynamics.set_starts(log_pi, mu, Sigma)
+        found = dynamics.lgssm()[-2:]
+        done = all(
+            torch.allclose(x, y, rtol=1e-3, atol=1e-5 * float(y.abs().max())) for x, y in zip(found, (mu, Sigma))
+        )
+    except RuntimeError:  # of states with another number of dimensions
+        done = False
+    if not done:
+        dynamics.load_state_dict(before)
+        raise ValueError(
+            f"{type(dynamics).__name__}.lgssm has other starts than those that set_starts sets, so they cannot be "
+            "fitted to tracks; override set_starts as well, or train with Schedule(fit_starts_at=())"
+        )
+
+
 def _seen_starts(dynamics: Dynamics, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns m (n, 4) and P (4, 4) of tracks a (n, T, 2)."""
+    """Returns m (n, d) and P (d, d) of tracks a (n, T, 2)."""
     F, drift, V = response(dynamics.lgssm(), a.shape[1])
     V_inv_F = torch.linalg.solve(V, F)
     P = torch.linalg.inv(F.mT @ V_inv_F)
