@@ -21,7 +21,7 @@ from pyro_pixels.run_figures import draw_error_over_time
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 300
-    """Number of sequences to evaluate on; from a file, the first ones."""
+    """Number of sequences to evaluate on; of a file, the first ones."""
     n_seen: Frames | None = None
     """Number of observed frames before generation, and at either end for interpolation. By default 5, or fewer if
     sequences have fewer than 11 frames."""
