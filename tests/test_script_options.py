@@ -229,6 +229,16 @@ def test_a_run_on_a_file_is_measured_on_what_was_held_out(trained, file, tmp_pat
         evaluate.main(evaluate.Arguments(run=trained, data=file, simulated=True, out=tmp_path / "m.json"))
 
 
+def test_the_quickstart_draws_what_was_held_out_of_a_file(file, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(quickstart, "draw", lambda run, shown, *_: drawn.append(shown) or [])
+    save_sequences(tmp_path / "few.npz", load_sequences(file)[:9])
+    for data in (file, tmp_path / "few.npz"):
+        quickstart.main(quickstart.Arguments(run=tmp_path / data.stem, data=data, steps=2, device="cpu"))
+    assert [(len(shown.data), shown.first) for shown in drawn] == [(3, 27), (9, 0)]  # few have none held out
+    assert np.array_equal(drawn[0].data.images, load_sequences(file).images[27:])
+
+
 def test_pictures_of_the_gallery_do_not_land_on_tracked_files():
     assert gallery.Arguments().home == Path("runs/pretrained")
     with pytest.raises(ValueError, match="--docs and --out"):
