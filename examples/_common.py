@@ -193,8 +193,8 @@ class QueryArguments:
     """Correct identities frame by frame by p(a), which undoes switches of a guide without dynamics, such as the
     recurrent one."""
     refine: bool = False
-    """Improve positions and identities from a guide without dynamics by ascent on log p(v, a); takes about a tenth of
-    a second for a sequence of 30 frames of 32 x 32."""
+    """Improve positions and identities from a guide without dynamics by ascent on log p(v, a); takes about 0.25 s for a
+    sequence of 30 frames of 32 x 32 on one core."""
 
     @property
     def home(self) -> Path:
