@@ -47,7 +47,7 @@ from tqdm import tqdm
 from pyro_pixels._checks import SEED, check_value
 from pyro_pixels._checksums import read_json, write_json
 from pyro_pixels._files import CannotWrite, atomic_write
-from pyro_pixels._options import Seed, Sequences, check_options
+from pyro_pixels._options import Positive, Seed, Sequences, check_options
 from pyro_pixels.config import RunConfig
 from pyro_pixels.custom_guides import load_guides
 from pyro_pixels.data import ImageSequences
@@ -57,8 +57,9 @@ from pyro_pixels.run_sequences import TEST_SEED, AskedSequences, sequences_to_as
 from pyro_pixels.runs import GUIDES, Run, load_config, load_pretrained, load_run
 
 __all__ = [
-    "Opened", "QueryArguments", "device_of", "improved", "new_folder", "one_job", "open_run", "open_sequences",
-    "parse", "progress", "read_json", "read_run", "save_arrays", "say_where", "start", "with_custom", "write_json",
+    "Opened", "QueryArguments", "TableArguments", "device_of", "improved", "new_folder", "one_job", "open_run",
+    "open_sequences", "parse", "progress", "read_json", "read_run", "save_arrays", "say_where", "start", "with_custom",
+    "write_json",
 ]  # fmt: skip
 
 
@@ -182,8 +183,8 @@ class QueryArguments:
     out: Path | None = None
     """Where results go. By default in the run's folder, or in runs/pretrained (runs/pretrained_NAME for other
     weights)."""
-    n_sequences: Sequences = 60
-    """Number of sequences to query; from a file, the first ones."""
+    n_sequences: Sequences | None = None
+    """Number of sequences to query; of a file, the first ones. By default all of --data, else 60."""
     seed: Seed = TEST_SEED
     """Seed of simulated sequences and of samples."""
     device: str = "auto"
@@ -192,8 +193,8 @@ class QueryArguments:
     """Correct identities frame by frame by p(a), which undoes switches of a guide without dynamics, such as the
     recurrent one."""
     refine: bool = False
-    """Improve positions and identities from a guide without dynamics by ascent on log p(v, a); takes about a tenth of
-    a second for a sequence of 30 frames of 32 x 32."""
+    """Improve positions and identities from a guide without dynamics by ascent on log p(v, a); takes about 0.25 s for a
+    sequence of 30 frames of 32 x 32 on one core."""
 
     @property
     def home(self) -> Path:
@@ -201,6 +202,16 @@ class QueryArguments:
         if not self.pretrained:
             return self.run
         return Path("runs/pretrained" if self.weights == QueryArguments.weights else f"runs/pretrained_{self.weights}")
+
+
+@dataclass
+class TableArguments(QueryArguments):
+    """Options of query scripts that write a table of positions."""
+
+    scale: Positive | None = None
+    """Metres per pixel of the film; if given, positions in the table are in metres."""
+    fps: Positive | None = None
+    """Frames per second of the film; if given, the table has a column of seconds."""
 
 
 class Opened(NamedTuple):

@@ -21,7 +21,7 @@ from pyro_pixels.run_figures import draw_error_over_time
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 300
-    """Number of sequences to evaluate on; from a file, the first ones."""
+    """Number of sequences to evaluate on; of a file, the first ones."""
     n_seen: Frames | None = None
     """Number of observed frames before generation, and at either end for interpolation. By default 5, or fewer if
     sequences have fewer than 11 frames."""
@@ -33,7 +33,7 @@ class Arguments(QueryArguments):
     """Also evaluate the run with identities corrected frame by frame by p(a): untangled_... in the JSON."""
     refine: bool = False
     """Also evaluate the run with positions and identities improved by ascent on log p(v, a): refined_... in the JSON.
-    For guides that do not contain the dynamics; takes half a second per sequence or more."""
+    For guides that do not contain the dynamics; takes about 0.6 s per sequence of 30 frames of 32 x 32 on one core."""
 
 
 def main(args: Arguments) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pyro_pixels._options import Draws, Seed
+from pyro_pixels._options import Draws, Seed, Sequences
 from pyro_pixels.evaluation.metrics import Affine, assign, reorder
 from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.plots import answers as plots
@@ -40,6 +40,8 @@ class Arguments(QueryArguments):
     use the run."""
     docs: bool = False
     """Redraw the pictures of the documentation, in docs/figures/gallery."""
+    n_sequences: Sequences = 60
+    """Number of sequences to query; of a file, the first ones."""
     seed: Seed = 26
     """Seed of simulated sequences and of samples."""
     pictures: tuple[Picture, ...] = get_args(Picture)

@@ -1,15 +1,16 @@
-"""Generates the frames that follow a few observed ones (Sec 3.4); draws pictures like Figs 6 and 8, and a GIF."""
+"""Generates the frames that follow a few observed ones (Sec 3.4): pictures like Figs 6 and 8, GIF, .npz and CSV."""
 
-from _common import QueryArguments, new_folder, open_sequences, save_arrays, say_where, start
+from _common import TableArguments, new_folder, open_sequences, save_arrays, say_where, start
 
 from dataclasses import dataclass
 
 from pyro_pixels._options import Frames, Samples
 from pyro_pixels.run_figures import RunView, draw_generation
+from pyro_pixels.run_tracks import write_prediction
 
 
 @dataclass
-class Arguments(QueryArguments):
+class Arguments(TableArguments):
     n_seen: Frames | None = None
     """Number of observed frames. By default 5, or fewer if sequences have fewer than 11 frames."""
     n_frames: Frames | None = None
@@ -31,7 +32,9 @@ def main(args: Arguments) -> None:
     last = prediction.mean.shape[2]
     print(f"generated frames {view.n_seen + 1} to {last} of {len(data)} sequences from the first {view.n_seen}")
     arrays = save_arrays(out / "generation.npz", mean_px=view.in_pixels(prediction.mean), **prediction._asdict())
-    say_where([*draw_generation(view, prediction, out), arrays])
+    table = {"data_file": asked.file, "scale": args.scale, "fps": args.fps}
+    tables = [write_prediction(view, prediction, out / "generation.csv", **table)] if view.size else []
+    say_where([*draw_generation(view, prediction, out), arrays, *tables])
 
 
 if __name__ == "__main__":

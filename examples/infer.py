@@ -1,22 +1,18 @@
 """Infers the positions of objects from image sequences (Sec 3.3): a picture like Fig 3, .npz, CSV and GIF."""
 
-from _common import QueryArguments, new_folder, open_sequences, save_arrays, say_where, start
+from _common import TableArguments, new_folder, open_sequences, save_arrays, say_where, start
 
 from dataclasses import dataclass
 
-from pyro_pixels._options import Positive, Samples
+from pyro_pixels._options import Samples
 from pyro_pixels.run_figures import RunView, draw_inference
 from pyro_pixels.run_tracks import write_tracks
 
 
 @dataclass
-class Arguments(QueryArguments):
+class Arguments(TableArguments):
     n_samples: Samples = 0
     """Number of samples of the positions to save as well."""
-    scale: Positive | None = None
-    """Metres per pixel of the film; if given, tracks.csv is in metres."""
-    fps: Positive | None = None
-    """Frames per second of the film; if given, tracks.csv has the time."""
 
 
 def main(args: Arguments) -> None:

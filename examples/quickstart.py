@@ -14,7 +14,6 @@ import torch
 from pyro_pixels import lgssm
 from pyro_pixels._options import Count, Seed, refuse_changes
 from pyro_pixels.config import RunConfig
-from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.answers import infer_all, predict_all, seen_by_default
 from pyro_pixels.evaluation.film import START_FRAMES
 from pyro_pixels.evaluation.health import check_health, format_health
@@ -32,7 +31,7 @@ from pyro_pixels.run_figures import (
     draw_sequences,
     draw_training,
 )
-from pyro_pixels.run_sequences import TEST_SEED, run_sequences, sequences_to_ask
+from pyro_pixels.run_sequences import TEST_SEED, AskedSequences, run_sequences, sequences_to_ask
 from pyro_pixels.run_training import train_run
 from pyro_pixels.runs import Run, build, load_config, use_custom_guide
 
@@ -102,7 +101,7 @@ def main(args: Arguments) -> int:
     paths += draw_error_over_time(test, inferred.mean, predicted, out)
 
     print("3. drawing its results")
-    shown = sequences_to_ask(config, config.data_file, N_DRAWN, TEST_SEED + 1).data
+    shown = sequences_to_ask(config, all_of_file, N_DRAWN, TEST_SEED + 1)
     paths += draw(run, shown, config.seed, out, device)
     say_where([out / "metrics.json", *paths])
     print(f"done in {time.perf_counter() - started:.0f} s; look at {out / 'generation.gif'} first")
@@ -119,17 +118,17 @@ def configure(args: Arguments) -> RunConfig:
     return with_custom(config, args.custom, None)
 
 
-def draw(run: Run, data: ImageSequences, seed: int, out: Path, device: torch.device) -> list[Path]:
+def draw(run: Run, shown: AskedSequences, seed: int, out: Path, device: torch.device) -> list[Path]:
     """Draws the sequences, samples of the initial dynamics (Fig 4), and the run's inferences and predictions."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        h, a = lgssm.sample(build(run.config).model.dynamics.lgssm(), data.images.shape[1], (3,))
+        h, a = lgssm.sample(build(run.config).model.dynamics.lgssm(), shown.data.images.shape[1], (3,))
     figure = plot_start(h[:, 0, :, :2].detach(), a[:, 0].detach())
     save_figure(figure, out / "start.png", "Three draws before training: states h and positions a")
-    view = RunView(run, data, device)
+    view = RunView(run, shown.data, device, first=shown.first)
     generated, interpolated = view.generation(), view.interpolation()
     return [
-        draw_sequences(data, out / "sequences.png"),
+        draw_sequences(shown.data, out / "sequences.png"),
         out / "start.png",
         *draw_inference(view, out),
         *draw_generation(view, generated, out),

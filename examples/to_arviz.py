@@ -37,7 +37,7 @@ SHARE = 0.9  # probability of the intervals
 @dataclass
 class Arguments(QueryArguments):
     n_sequences: Sequences = 30
-    """Number of sequences to query; from a file, the first ones."""
+    """Number of sequences to query; of a file, the first ones."""
     n_samples: Draws = 100
     """Number of draws from the posterior and from the prior."""
     n_seen: Frames | None = None

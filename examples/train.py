@@ -50,8 +50,8 @@ class Arguments:
     likelihood: str | None = None
     """Name of a likelihood of the pixels: bernoulli, continuous_bernoulli or gaussian. By default the preset's."""
     clutter: Share | None = None
-    """Probability that a pixel of the background is white, which structured guides allow for. By default the preset's,
-    which is 0."""
+    """Probability that a pixel shows none of the objects, which structured guides allow for in addition to what is
+    estimated from the film. By default the preset's, which is 0."""
     world: Literal["cannonballs", "drift", "bouncing"] | None = None
     """World to simulate, at the preset's size. By default the preset's; examples/simulate.py has more options."""
     data: Path | None = None

@@ -167,7 +167,8 @@ def load_sequences(path: str | Path, *, max_bytes: int = MAX_BYTES) -> ImageSequ
     """Reads an .npz of image sequences and checks it.
 
     The file has ``images`` (n, T, H, W), uint8 0/1 or float32 within [0, 1], ``n_objects`` int (n,), and optionally
-    ``positions`` float (n, N_max, T, 2) in pixels (column, row), NaN where there is no object. `simulate.py` also
+    ``positions`` float (n, N_max, T, 2) in pixels (column, row), NaN where there is no object. Whole frames of NaN are
+    unobserved, such as those that pad shorter sequences. `simulate.py` also
     writes the noise-free ``paths``, the launch ``sides`` and the ``true_*`` parameters of the dynamics.
 
     Args:

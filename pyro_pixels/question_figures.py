@@ -1,5 +1,6 @@
 """Figures that answer questions about sequences with a trained run, with uncertainties (docs/queries.md)."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -201,7 +202,7 @@ def draw_evidence(scene: Scene) -> Answer:
 
 
 def draw_count(scene: Scene) -> Answer:
-    """Draws the inferred number of objects."""
+    """Draws the inferred number of objects; the numbers have the likeliest N and p(N | v) of each sequence."""
     most = int(scene.n_objects.max())
     found = count_objects(
         scene.model, scene.guide, scene.images, most,
@@ -209,10 +210,20 @@ def draw_count(scene: Scene) -> Answer:
     )  # fmt: skip
     right = (found.n_objects == scene.n_objects).cpu()
     by_n = {n: right[scene.data.n_objects == n] for n in sorted(set(scene.data.n_objects.tolist()))}
-    numbers = {"right": {str(n): {"right": int(x.sum()), "of": len(x)} for n, x in by_n.items()}}
+    each = zip(scene.data.n_objects.tolist(), found.n_objects.tolist(), found.probs.tolist())
+    numbers = {
+        "right": {str(n): {"right": int(x.sum()), "of": len(x)} for n, x in by_n.items()},
+        "sequences": [
+            {"sequence": scene.first + b, "n_objects": n, "likeliest": counted, "probs": [round(p, 6) for p in probs]}
+            for b, (n, counted, probs) in enumerate(each)
+        ],
+    }
     figure = plots.plot_counts(scene.data.n_objects, found.n_objects.cpu(), found.log_evidence.cpu())
     text = f"right in {int(right.sum())} of {len(right)} sequences"
-    return Answer(figure, f"The number of objects, {text}", text, numbers)
+    if scene.data.positions is None:  # nor is the true N known
+        text = f"as in the file in {int(right.sum())} of {len(right)} sequences"
+    counts = ", ".join(f"{n} in {k}" for n, k in sorted(Counter(found.n_objects.tolist()).items()))
+    return Answer(figure, f"The number of objects, {text}", f"likeliest N: {counts}; {text}", numbers)
 
 
 def draw_stream(scene: Scene) -> Answer:

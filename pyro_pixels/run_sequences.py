@@ -13,6 +13,8 @@ TEST_SEED = 1_000_003
 VALIDATION_SEED = TEST_SEED - 1
 """Seed of the validation sequences of runs that are trained on simulated ones."""
 MOST_HELD_OUT = 60
+ASKED = 60
+"""The largest number of simulated or held-out sequences that are queried by default."""
 
 
 class RunSequences(NamedTuple):
@@ -84,7 +86,7 @@ class AskedSequences(NamedTuple):
 def sequences_to_ask(
     config: RunConfig,
     data: str | Path | None,
-    n_sequences: int,
+    n_sequences: int | None,
     seed: int,
     *,
     simulated: bool = False,
@@ -95,7 +97,7 @@ def sequences_to_ask(
     Args:
         config: the run's configuration.
         data: a file; None for the held-out sequences if the run was trained on a file, else for simulated ones.
-        n_sequences: the largest number of sequences; the first ones are taken.
+        n_sequences: the largest number of sequences; the first ones are taken. None for all of ``data``, else 60.
         seed: seeds simulated sequences.
         simulated: without ``data``, simulate sequences even if the run was trained on a file.
         trained_on_too: if ``data`` is the run's own file, include the sequences that it was trained on.
@@ -104,10 +106,11 @@ def sequences_to_ask(
         ValueError: if the file cannot be read, its image size differs from the run's, or held-out sequences are needed
             and there are none.
     """
-    if data is None and (simulated or config.data_file is None):
-        return AskedSequences(
-            simulate(config.data, n_sequences, seed=seed), f"{n_sequences} simulated sequences, seed {seed}"
-        )
+    if data is None:
+        n_sequences = n_sequences or ASKED
+        if simulated or config.data_file is None:
+            drawn = simulate(config.data, n_sequences, seed=seed)
+            return AskedSequences(drawn, f"{n_sequences} simulated sequences, seed {seed}")
     own = config.data_file is not None and (data is None or Path(data).resolve() == Path(config.data_file))
     if own and (data is None or not trained_on_too):
         held_out = run_sequences(config).held_out
@@ -122,7 +125,7 @@ def sequences_to_ask(
                 )
             )
         file, first = Path(str(config.data_file)), len(training_sequences(config))
-        last = first + min(n_sequences, len(held_out)) - 1
+        last = first + len(held_out[:n_sequences]) - 1
         found, source = held_out, f"held-out sequences of {config.data_file} ({first} to {last}, counted from 0)"
     else:
         assert data is not None
@@ -136,5 +139,6 @@ def sequences_to_ask(
             f"the sequences are {found.size[0]} x {found.size[1]} pixels, "
             f"but this run was trained on {wanted[0]} x {wanted[1]}"
         )
-    some = f"the first {n_sequences} of {len(found)}" if n_sequences < len(found) else f"{len(found)}"
-    return AskedSequences(found[:n_sequences], f"{some} {source}", file, first)
+    asked = found[:n_sequences]
+    some = f"{len(found)}" if len(asked) == len(found) else f"the first {len(asked)} of {len(found)}"
+    return AskedSequences(asked, f"{some} {source}", file, first)

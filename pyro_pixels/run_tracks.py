@@ -1,4 +1,4 @@
-"""Inferred tracks as files: tracks.csv for other programs, and tracks.gif, drawn over the user's own film."""
+"""Inferred and predicted tracks as files: tables for other programs, and tracks.gif, drawn over the user's own film."""
 
 import os
 import warnings
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_pixels.evaluation import metrics
+from pyro_pixels.queries.predict import Prediction
 from pyro_pixels.run_figures import RunView
 from pyro_pixels.video.source import Source, load_source
 from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
@@ -24,7 +25,7 @@ def write_tracks(
     scale: float | None = None,
     fps: float | None = None,
 ) -> list[Path]:
-    """Writes tracks.csv, with all sequences, and tracks.gif, the first with the largest N, and returns their paths.
+    """Writes tracks.csv, of all the view's sequences, and tracks.gif, of the first with the largest N; returns both.
 
     The table counts sequences from ``view.first``, as their file does, and has a row for each object in each frame up
     to the last observed one. If prepare.py made ``data_file``, it also names the film of each row, positions are in
@@ -38,30 +39,68 @@ def write_tracks(
     Raises:
         ValueError: if ``scale`` or ``fps`` is not above 0, or the map to pixels is unknown.
     """
-    if not isinstance(view.to_pixels, metrics.Affine):
-        raise ValueError("positions are in latent units, as the renderer draws nothing yet; train for more steps")
-    source = None if data_file is None else load_source(data_file)
-    if source is not None:
-        source = source._replace(first_frames=source.first_frames[view.first : view.first + len(view.data)])
-    found = view.inference
-    mean, cov = view.tracks(found.mean), view.to_pixels.covariance(torch.diag_embed(found.std.cpu().square()))
-    component = view.states.p_z.argmax(-1).cpu()
-    if view.order is not None:
-        cov, component = metrics.reorder(cov, view.order), metrics.reorder(component, view.order)
-    table = track_rows(mean, cov, component, view.data.n_objects, source=source, scale=scale, fps=fps)
-    write_csv(out / "tracks.csv", *_in_file(view, source, *table))
-    _draw(view, mean, source, out / "tracks.gif")
+    source, found = _source_of(view, data_file), view.inference
+    tracks = _in_pixels(view, found.mean, torch.diag_embed(found.std.square()), view.states.p_z.argmax(-1))
+    table = track_rows(*tracks, view.data.n_objects, source=source, scale=scale, fps=fps)
+    write_csv(out / "tracks.csv", *_in_file(view, source, view.lengths, *table))
+    _draw(view, tracks[0], source, out / "tracks.gif")
     return [out / "tracks.csv", out / "tracks.gif"]
 
 
+def write_prediction(
+    view: RunView,
+    prediction: Prediction,
+    path: Path,
+    *,
+    lengths: Tensor | None = None,
+    data_file: Path | None = None,
+    scale: float | None = None,
+    fps: float | None = None,
+) -> Path:
+    """Writes the table of a prediction: like tracks.csv, with a column ``seen``, 1 in observed frames, else 0.
+
+    Args:
+        view: the sequences that the prediction is for.
+        prediction: the result of `RunView.generation` or `RunView.interpolation`.
+        path: the CSV to write, which is returned.
+        lengths: (B,), the number of frames of each sequence in the table; by default all of the prediction.
+        data_file, scale, fps: as in `write_tracks`, with the same errors.
+    """
+    source, (B, N, T) = _source_of(view, data_file), prediction.mean.shape[:3]
+    tracks = _in_pixels(view, prediction.mean, prediction.cov, prediction.component)
+    seen = prediction.observed.cpu().expand(B, N, T)
+    seen = seen if view.order is None else metrics.reorder(seen, view.order)
+    table = track_rows(*tracks, view.data.n_objects, seen=seen, source=source, scale=scale, fps=fps)
+    write_csv(path, *_in_file(view, source, torch.full((B,), T) if lengths is None else lengths, *table))
+    return path
+
+
+def _source_of(view: RunView, data_file: Path | None) -> Source | None:
+    """Returns the origin of the view's sequences, None if prepare.py did not make their file."""
+    source = None if data_file is None else load_source(data_file)
+    if source is None:
+        return None
+    return source._replace(first_frames=source.first_frames[view.first : view.first + len(view.data)])
+
+
+def _in_pixels(view: RunView, mean: Tensor, cov: Tensor, component: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns latent means, covariances and components in pixels, and in the order of the true objects if known."""
+    if not isinstance(view.to_pixels, metrics.Affine):
+        raise ValueError("positions are in latent units, as the renderer draws nothing yet; train for more steps")
+    cov, component = view.to_pixels.covariance(cov.cpu()), component.cpu()
+    if view.order is not None:
+        cov, component = metrics.reorder(cov, view.order), metrics.reorder(component, view.order)
+    return view.tracks(mean), cov, component
+
+
 def _in_file(
-    view: RunView, source: Source | None, header: list[str], rows: Iterator[list[Any]]
+    view: RunView, source: Source | None, lengths: Tensor, header: list[str], rows: Iterator[list[Any]]
 ) -> tuple[list[str], Iterator[list[Any]]]:
-    """Returns the table without padded frames, with the sequences' indices in their file and, if known, their films."""
+    """Returns the first frames of the table, with the sequences' indices in their file and, if known, their films."""
     starts, films = [(0, 0)] * len(view.data), []
     if source is not None and source.first_frames:
         starts, films = list(source.first_frames), film_names(source)
-    ends = [first + length for (_, first), length in zip(starts, view.lengths.tolist())]
+    ends = [first + length for (_, first), length in zip(starts, lengths.tolist())]
     return [*header, *(["film"] if films else [])], (
         [view.first + b, frame, *rest, *([films[starts[b][0]]] if films else [])]
         for b, frame, *rest in rows

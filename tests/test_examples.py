@@ -373,9 +373,16 @@ def test_questions_without_a_truth(own_file, tmp_path):
     state = {"format": 1, "model": run.model.state_dict(), "guide": run.guide.state_dict(), "step": 0}
     torch.save(state, tmp_path / "r/checkpoint.pt")
     options = ("--run", "r", "--data", own_file, "--n-sequences", 4, "--n-samples", 2)
-    for question in ("filter", "hidden", "retrodict", "what-if", "stream"):
+    for question in ("filter", "hidden", "retrodict", "what-if", "stream", "count"):
         done = script("ask", "--question", question, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+    counted = json.loads((tmp_path / "r/ask/count.json").read_text())["sequences"]
+    assert [(row["sequence"], row["n_objects"]) for row in counted] == [(0, 1), (1, 2), (2, 1), (3, 2)]
+    for row in counted:
+        assert sum(row["probs"]) == pytest.approx(1, abs=1e-5)
+        assert row["likeliest"] == int(np.argmax(row["probs"]))
+    agree = sum(row["likeliest"] == row["n_objects"] for row in counted)
+    assert f"; as in the file in {agree} of 4 sequences" in done.stdout
     pictures = ("positions", "velocities", "starts", "fan", "missing")
     done = script("gallery", *options, "--out", "g", "--pictures", *pictures, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -67,7 +67,7 @@ def check_what_there_is(folder, n_films):
     grey = gif[0].mean(-1)
     assert np.median(grey) > 150  # the wall, which the model saw as black
     made = {path.name for path in (folder / "runs/mine").rglob("*")}
-    assert {"metrics.json", "tracks.csv", "tracks.gif", "generation.npz", "generation.gif", "what-if.png"} <= made
+    assert {"metrics.json", "tracks.csv", "tracks.gif", "generation.npz", "generation.csv", "what-if.png"} <= made
     with np.load(folder / "runs/mine/generate/generation.npz") as file:
         assert file["mean_px"].shape == file["mean"].shape
     return tracks

@@ -9,7 +9,7 @@ import torch
 
 from pyro_pixels.data import ImageSequences, load_sequences
 from pyro_pixels.run_figures import RunView
-from pyro_pixels.run_tracks import film_names, write_tracks
+from pyro_pixels.run_tracks import film_names, write_prediction, write_tracks
 from pyro_pixels.runs import load_pretrained
 from pyro_pixels.video import Source
 from pyro_pixels.video.read import Origin
@@ -27,14 +27,22 @@ def drawn():
     return ImageSequences([v[:n].numpy() for v, n in zip(data.images, LENGTHS)], data.n_objects)
 
 
-def table(drawn, folder, source, first):
-    """The rows of tracks.csv for the sequences from ``first`` on, in a file with ``source`` if there is one."""
+def view_of(drawn, folder, source, first, **options):
+    """The view of the sequences from ``first`` on, in the file mine.npz, with ``source`` if there is one."""
     arrays = {} if source is None else {"source": np.array(json.dumps(source._asdict()))}
     np.savez(folder / "mine.npz", images=drawn.images, n_objects=drawn.n_objects, **arrays)
     data = load_sequences(folder / "mine.npz")[first:]
-    view = RunView(load_pretrained(), data, torch.device("cpu"), first=first)
-    write_tracks(view, folder, data_file=folder / "mine.npz", fps=10)
-    return list(csv.DictReader((folder / "tracks.csv").open()))
+    return RunView(load_pretrained(), data, torch.device("cpu"), first=first, **options)
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+def table(drawn, folder, source, first):
+    """The rows of tracks.csv of `view_of`."""
+    write_tracks(view_of(drawn, folder, source, first), folder, data_file=folder / "mine.npz", fps=10)
+    return rows_of(folder / "tracks.csv")
 
 
 @pytest.mark.filterwarnings("ignore:the original film was not found")
@@ -64,6 +72,39 @@ def test_frames_missing_between_others_are_kept(drawn, tmp_path):
     images[0, 2:4] = torch.nan
     rows = table(ImageSequences(images, drawn.n_objects), tmp_path, None, first=0)
     assert [int(row["frame"]) for row in rows if row["particle"] == "0"] == list(range(LENGTHS[0]))
+
+
+def test_forecasts_are_in_the_films_own_pixels_and_go_beyond_its_end(drawn, tmp_path):
+    source = SOURCE._replace(scale=(0.5, 0.25), corner=(7, 3))
+    view = view_of(drawn, tmp_path, source, 1, n_seen=3)
+    future = view.generation(n_frames=10)
+    path = write_prediction(view, future, tmp_path / "a.csv", data_file=tmp_path / "mine.npz", scale=0.1, fps=10)
+    rows = rows_of(path)
+    assert list(rows[0]) == [
+        "sequence", "frame", "time", "particle", "x", "y", "var_x", "cov_xy", "var_y", "component", "seen", "film",
+    ]  # fmt: skip
+    wanted = [(b, t, n) for b in (1, 2, 3) for t in range(10) for n in range(int(drawn.n_objects[b]))]
+    found = [(int(r["sequence"]), int(r["frame"]) - STARTS[int(r["sequence"])][1]) for r in rows]
+    assert found == [(b, t) for b, t, _ in wanted]
+    assert [r["seen"] for r in rows] == [str(int(t < 3)) for _, t, _ in wanted]
+    assert [float(r["time"]) for r in rows] == pytest.approx([int(r["frame"]) / 10 for r in rows])
+    places = 0.1 * source.to_source(view.in_pixels(future.mean))
+    variances = view.to_pixels.covariance(future.cov)
+    for r, (b, t, n) in zip(rows, wanted):
+        assert [float(r["x"]), float(r["y"])] == pytest.approx(places[b - 1, n, t], rel=1e-4)
+        assert float(r["var_y"]) == pytest.approx(float(variances[b - 1, n, t, 1, 1]) * (0.1 / 0.25) ** 2, rel=1e-4)
+
+
+def test_interpolations_end_with_the_film_and_count_missing_frames_as_not_seen(drawn, tmp_path):
+    images = drawn.images.clone()
+    images[0, 1] = torch.nan
+    view = view_of(ImageSequences(images, drawn.n_objects), tmp_path, None, 0, n_seen=2)
+    found = view.interpolation()
+    rows = rows_of(write_prediction(view, found, tmp_path / "a.csv", lengths=view.lengths))
+    first_particles = (drawn.n_objects.cumsum(0) - drawn.n_objects).tolist()
+    for b, (n, particle) in enumerate(zip(LENGTHS, first_particles)):
+        seen = [int(r["seen"]) for r in rows if r["particle"] == str(particle)]
+        assert seen == [1, int(b > 0), *[0] * (n - 4), 1, 1]
 
 
 def test_names_of_films_are_short_and_differ():

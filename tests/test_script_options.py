@@ -2,6 +2,7 @@
 
 from examples.experiments import export_pretrained, latent_space, sweep, train_edlstm
 
+import csv
 import dataclasses
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 
 import evaluate
 import gallery
+import generate
 import infer
+import interpolate
 import quickstart
 import simulate
 import teach
@@ -29,7 +32,9 @@ from pyro_pixels.worlds.others import DriftConfig
 
 ROOT = Path(__file__).parent.parent
 SMALL = CannonballConfig(height=20, width=24, n_frames=12)
-SCRIPTS = (evaluate, gallery, infer, quickstart, simulate, sweep, teach, to_arviz, train, train_edlstm)
+SCRIPTS = (
+    evaluate, gallery, generate, infer, interpolate, quickstart, simulate, sweep, teach, to_arviz, train, train_edlstm,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,33 @@ def test_what_is_held_out_is_kept_in_the_run_and_asked_about(trained, file):
     assert "5 simulated sequences" in sequences_to_ask(config, None, 5, 0, simulated=True).source
 
 
+@pytest.mark.parametrize(
+    "script, table",
+    [(infer, "tracks.csv"), (generate, "generation.csv"), (interpolate, "interpolation.csv")],
+    ids=["infer", "generate", "interpolate"],
+)
+def test_a_file_that_is_named_is_queried_whole(script, table, trained, tmp_path):
+    data = draw_sequences(replace(SMALL, n_objects=(1,)), 70, seed=1)
+    np.savez(tmp_path / "long.npz", images=data.images, n_objects=data.n_objects)
+    for n_sequences, n in ((None, 70), (2, 2)):
+        args = script.Arguments(
+            run=trained, data=tmp_path / "long.npz", n_sequences=n_sequences, out=tmp_path, device="cpu"
+        )
+        script.main(args)
+        rows = list(csv.DictReader((tmp_path / table).open()))
+        assert {int(row["sequence"]) for row in rows} == set(range(n))
+
+
+def test_of_other_sequences_60_are_queried(trained, monkeypatch):
+    config = load_config(trained)
+    assert len(sequences_to_ask(config, None, None, 0, simulated=True).data) == 60
+    monkeypatch.setattr("pyro_pixels.run_sequences.ASKED", 2)
+    found, source, _, first = sequences_to_ask(config, None, None, 0)
+    assert (len(found), first) == (2, 27)
+    assert source.startswith("the first 2 of 3 held-out sequences of")
+    assert source.endswith("(27 to 28, counted from 0)")
+
+
 def test_a_run_that_held_nothing_out_asks_for_sequences(trained):
     config = replace(load_config(trained), n_held_out=0)
     with pytest.raises(ValueError, match=r"no sequences of .* were held out of training; give others with --data"):
@@ -195,6 +227,16 @@ def test_a_run_on_a_file_is_measured_on_what_was_held_out(trained, file, tmp_pat
         assert "3 held-out sequences of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="contradict each other"):
         evaluate.main(evaluate.Arguments(run=trained, data=file, simulated=True, out=tmp_path / "m.json"))
+
+
+def test_the_quickstart_draws_what_was_held_out_of_a_file(file, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(quickstart, "draw", lambda run, shown, *_: drawn.append(shown) or [])
+    save_sequences(tmp_path / "few.npz", load_sequences(file)[:9])
+    for data in (file, tmp_path / "few.npz"):
+        quickstart.main(quickstart.Arguments(run=tmp_path / data.stem, data=data, steps=2, device="cpu"))
+    assert [(len(shown.data), shown.first) for shown in drawn] == [(3, 27), (9, 0)]  # few have none held out
+    assert np.array_equal(drawn[0].data.images, load_sequences(file).images[27:])
 
 
 def test_pictures_of_the_gallery_do_not_land_on_tracked_files():

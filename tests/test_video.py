@@ -465,7 +465,7 @@ def test_axes_say_what_an_array_is(tmp_path):
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     path = KINDS["tiff"](tmp_path)
     monkeypatch.setattr(formats.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    with pytest.raises(ValueError, match=r'needs tifffile; pip install "pyro_pixels\[video\]"'):
+    with pytest.raises(ValueError, match=r"needs tifffile; install pyro_pixels with its extra 'video'"):
         load_video(path)
 
 

@@ -3,8 +3,8 @@
 A film need not fit into memory: of frames of bytes, as those of movies, only what a view makes of each is kept. Other
 types are kept as they are, since their scale depends on the largest value.
 
-The formats are read by imageio with its pyav plugin, tifffile and scikit-image, which
-``pip install "pyro_pixels[video]"`` installs; they are imported only when needed.
+The formats are read by imageio with its pyav plugin, tifffile and scikit-image, of the extra `video`; they are imported
+only when needed.
 """
 
 import importlib
@@ -46,12 +46,13 @@ class RawFilm(NamedTuple):
 
 
 def optional(name: str) -> Any:
-    """Imports a module of the `video` extra; a ValueError names what to install if it is missing."""
+    """Imports a module of the extra `video`; a ValueError says how to install it if it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError:
         raise ValueError(
-            f'reading and preparing films needs {name.split(".")[0]}; pip install "pyro_pixels[video]"'
+            f"reading and preparing films needs {name.split('.')[0]}; install pyro_pixels with its extra 'video', from "
+            'the repository by pip install -e ".[video]"'
         ) from None
 
 

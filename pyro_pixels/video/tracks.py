@@ -19,7 +19,7 @@ COLUMNS = ("sequence", "frame", "particle", "x", "y", "var_x", "cov_xy", "var_y"
 
 def track_rows(
     positions: ArrayLike, covariances: ArrayLike, components: ArrayLike, n_objects: ArrayLike, *,
-    source: Source | None = None, scale: float | None = None, fps: float | None = None,
+    seen: ArrayLike | None = None, source: Source | None = None, scale: float | None = None, fps: float | None = None,
 ) -> tuple[list[str], Iterator[list[Any]]]:  # fmt: skip
     """Returns the header, and one row per sequence, frame and object.
 
@@ -31,6 +31,7 @@ def track_rows(
         covariances: (n, N, T, 2, 2), in square pixels.
         components: (n, N), the likeliest component of each object.
         n_objects: (n,).
+        seen: (n, N, T), whether each object was observed in each frame; if given, a column ``seen``, 1 or 0, is added.
         source: maps positions to the film's own pixels.
         scale: metres per pixel of the film; if given, x and y are in metres.
         fps: frames per second; if given, a column ``time`` in seconds is added.
@@ -47,7 +48,8 @@ def track_rows(
     unit = scale or 1.0
     a, C = a * unit, C * unit**2
     k, n = np.asarray(components), np.asarray(n_objects)
-    header = [*COLUMNS[:2], *(["time"] if fps else []), *COLUMNS[2:]]
+    known = None if seen is None else np.asarray(seen, int)
+    header = [*COLUMNS[:2], *(["time"] if fps else []), *COLUMNS[2:], *([] if known is None else ["seen"])]
 
     def rows() -> Iterator[list[Any]]:
         particle = 0
@@ -58,7 +60,8 @@ def track_rows(
                     (x, y), S = a[b, i, t], C[b, i, t]
                     time = [f"{(first + t) / fps:.6g}"] if fps else []
                     numbers = (x, y, S[0, 0], S[0, 1], S[1, 1])
-                    yield [b, first + t, *time, particle + i, *(f"{v:.6g}" for v in numbers), int(k[b, i])]
+                    rest = [int(k[b, i]), *([] if known is None else [known[b, i, t]])]
+                    yield [b, first + t, *time, particle + i, *(f"{v:.6g}" for v in numbers), *rest]
             particle += int(n[b])
 
     return header, rows()
