@@ -1,6 +1,7 @@
 """Shared code of the scripts: the command line, one-line errors, devices, and opening a run and its sequences."""
 
 # ruff: noqa: E402
+import importlib.util
 import os
 import signal
 import sys
@@ -23,6 +24,10 @@ def _is_of_the_script() -> bool:
 
 
 if _is_of_the_script():
+    for _name in ("torch", "pyro", "tyro", "pyro_pixels"):
+        if importlib.util.find_spec(_name) is None:
+            print(f'error: {_name} is not installed; pip install -c constraints.txt -e ".[examples]"', file=sys.stderr)
+            sys.exit(2)
     if sys.stderr.isatty():  # torch and Pyro take seconds to import
         print("loading ...", end="\r", file=sys.stderr, flush=True)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until `start` is called:
