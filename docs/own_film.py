@@ -7,10 +7,19 @@ MP4 a throw, one of them also as GIF beside the folder, and the true positions i
 import sys
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
-import pymunk
 from numpy.typing import NDArray
+
+try:
+    import av  # noqa: F401  # with which imageio writes MP4
+    import imageio.v3 as iio
+    import pymunk
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    name = str(missing.name).split(".")[0]
+    print(f'error: {name} is not installed; pip install "pyro_pixels[video]" pymunk', file=sys.stderr)
+    sys.exit(2)
 
 HEIGHT, WIDTH, T, RADIUS = 96, 128, 40, 7.0
 

@@ -1,6 +1,7 @@
 """Shared code of the scripts: the command line, one-line errors, devices, and opening a run and its sequences."""
 
 # ruff: noqa: E402
+import importlib.util
 import os
 import signal
 import sys
@@ -23,6 +24,10 @@ def _is_of_the_script() -> bool:
 
 
 if _is_of_the_script():
+    for _name in ("torch", "pyro", "tyro", "pyro_pixels"):
+        if importlib.util.find_spec(_name) is None:
+            print(f'error: {_name} is not installed; pip install -c constraints.txt -e ".[examples]"', file=sys.stderr)
+            sys.exit(2)
     if sys.stderr.isatty():  # torch and Pyro take seconds to import
         print("loading ...", end="\r", file=sys.stderr, flush=True)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until `start` is called:
@@ -49,17 +54,27 @@ from pyro_pixels._checksums import read_json, write_json
 from pyro_pixels._files import CannotWrite, atomic_write
 from pyro_pixels._options import Positive, Seed, Sequences, check_options
 from pyro_pixels.config import RunConfig
-from pyro_pixels.custom_guides import load_guides
+from pyro_pixels.custom import CustomFile, file_of, load_file
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.refining import RefinedGuide
 from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled
 from pyro_pixels.run_sequences import TEST_SEED, AskedSequences, sequences_to_ask
-from pyro_pixels.runs import GUIDES, Run, load_config, load_pretrained, load_run
+from pyro_pixels.runs import (
+    REGISTRIES,
+    Run,
+    check_custom,
+    load_config,
+    load_pretrained,
+    load_run,
+    named,
+    names_in,
+    recorded_file,
+)
 
 __all__ = [
-    "Opened", "QueryArguments", "TableArguments", "device_of", "improved", "new_folder", "one_job", "open_run",
-    "open_sequences", "parse", "progress", "read_json", "read_run", "save_arrays", "say_where", "start", "with_custom",
-    "write_json",
+    "Opened", "QueryArguments", "TableArguments", "choose", "device_of", "improved", "new_folder", "one_job",
+    "open_run", "open_sequences", "parse", "progress", "read_config", "read_json", "read_run", "save_arrays",
+    "say_where", "start", "with_named", "write_json",
 ]  # fmt: skip
 
 
@@ -169,7 +184,8 @@ class QueryArguments:
     run: Path = Path("runs/quick")
     """Folder of a trained run."""
     custom: Path | None = None
-    """The Python file with the run's guide, if the run was trained with --custom and the file has moved since."""
+    """The Python file with the run's own guide, world or likelihood, if the run does not name it or it has moved
+    since."""
     pretrained: bool = False
     """Use the weights that come with the package instead of a run."""
     weights: str = "quick"
@@ -277,25 +293,65 @@ def improved(run: Run, *, untangle: bool, refine: bool) -> Run:
 
 
 def read_run(folder: Path, device: torch.device | str = "cpu", custom: Path | None = None) -> Run:
-    """Loads a run as `load_run` does, with the guide's file from its training, or ``custom``."""
-    return load_run(folder, device, custom=custom or load_config(folder).custom_file)
+    """Loads a run as `load_run` does, with the custom file from its training, or ``custom``."""
+    return load_run(folder, device, custom=custom or recorded_file(folder))
 
 
-def with_custom(config: RunConfig, custom: Path | None, guide: str | None) -> RunConfig:
-    """Returns the configuration with a guide from a user's file: the named one, or the only one that the file adds.
+def read_config(folder: Path, custom: Path | None = None) -> RunConfig:
+    """Reads the configuration of a run to be resumed, with the custom file from its training, or ``custom``."""
+    file = custom or recorded_file(folder)
+    config = load_config(folder, custom=file)
+    check_custom(config, folder, file)
+    return config
+
+
+def choose(file: CustomFile | None, kind: str, name: str | None) -> str | None:
+    """Returns ``name``, or if it is None the only guide, world or likelihood that a file adds, if any.
 
     Raises:
-        ValueError: if the file adds several guides and none is named, or if it does not add the named one.
+        ValueError: if the file adds several and none is named.
     """
-    if custom is None:
+    own = () if file is None else file.names[kind]
+    if name is None and len(own) > 1:
+        assert file is not None
+        raise ValueError(f"{file.path} adds the {kind}s {list(own)}; choose one with --{kind}, or keep only one there")
+    return own[0] if name is None and own else name
+
+
+def with_named(config: RunConfig, custom: Path | None, **names: str | None) -> RunConfig:
+    """Returns the configuration with what is named, or else with what a custom file adds.
+
+    Args:
+        custom: a file that adds to `GUIDES`, `WORLDS` or `LIKELIHOODS`.
+        names: ``guide``, ``world`` and ``likelihood``, or those that may be chosen; None for the file's, or else the
+            configuration's. A world has the image size and the number of frames of the configuration's.
+
+    Raises:
+        ValueError: if there is nothing of that name; or if the file adds several and none is named, nothing that it
+            adds is used, or the configuration also uses another file.
+    """
+    file = None if custom is None else load_file(custom, REGISTRIES)
+    for kind, given in names.items():
+        name = choose(file, kind, given)
+        if name is not None:
+            found, size = named(kind, name), {key: getattr(config.data, key) for key in ("n_frames", "height", "width")}
+            config = replace(config, **({"data": found(**size)} if kind == "world" else {kind: name}))
+    if file is None:
         return config
-    file = load_guides(custom, GUIDES)
-    names = list(file.names)
-    if guide is None and len(names) > 1:
-        raise ValueError(f"{custom} adds the guides {names}; choose one with --guide")
-    if guide is not None and guide not in names:
-        raise ValueError(f"{custom} adds {names} but no guide '{guide}'; leave out --guide or --custom")
-    return replace(config, guide=guide or names[0], custom_file=str(file.path), custom_sha256=file.sha256)
+    elsewhere = [(kind, name) for kind, name in names_in(config).items() if name not in file.names[kind]]
+    if len(elsewhere) == len(names_in(config)):
+        raise ValueError(
+            f"{custom} adds {file.describe()}, but the run would use none of these; leave out --custom, or name one "
+            "with an option"
+        )
+    for kind, name in elsewhere:
+        other = file_of(kind, name, REGISTRIES)
+        if other is not None:
+            raise ValueError(
+                f"{custom} adds {file.describe()}, but the {kind} '{name}' is from {other.path}, and a run keeps one "
+                "file; put both into one"
+            )
+    return replace(config, custom_file=str(file.path), custom_sha256=file.sha256)
 
 
 def new_folder(path: Path) -> Path:

@@ -3,7 +3,7 @@
 All results go to one folder: config.json, metrics.jsonl, checkpoint.pt, metrics.json, figures and a GIF.
 """
 
-from _common import device_of, new_folder, say_where, start, with_custom, write_json
+from _common import device_of, new_folder, read_config, say_where, start, with_named, write_json
 
 import time
 from dataclasses import dataclass, replace
@@ -33,7 +33,7 @@ from pyro_pixels.run_figures import (
 )
 from pyro_pixels.run_sequences import TEST_SEED, AskedSequences, run_sequences, sequences_to_ask
 from pyro_pixels.run_training import train_run
-from pyro_pixels.runs import Run, build, load_config, use_custom_guide
+from pyro_pixels.runs import Run, build
 
 N_TEST, N_DRAWN = 300, 60
 
@@ -45,7 +45,7 @@ class Arguments:
     data: Path | None = None
     """An .npz of your own image sequences. By default cannonballs are simulated."""
     custom: Path | None = None
-    """A Python file that adds your own guide to `GUIDES` (docs/write_a_guide.md)."""
+    """A Python file that adds your own guide (docs/write_a_guide.md), world or likelihood (docs/other_worlds.md)."""
     steps: Count | None = None
     """Number of training steps. By default the preset's; fewer shorten the schedule in proportion."""
     seed: Seed = 0
@@ -63,9 +63,7 @@ def main(args: Arguments) -> int:
     there = (out / "checkpoint.pt").exists()
 
     print("1. learning from images alone" + (" (continuing the run in the folder)" if there else ""))
-    config = load_config(out) if there else configure(args)
-    if there:
-        use_custom_guide(config, out, args.custom or config.custom_file)
+    config = read_config(out, args.custom) if there else configure(args)
     training, held_out, config = run_sequences(config)
     if there:
         data_file = None if config.data_file is None else Path(config.data_file)
@@ -115,7 +113,8 @@ def configure(args: Arguments) -> RunConfig:
         config = replace(config, schedule=config.schedule.with_steps(args.steps))
     if args.data is not None:
         config = replace(config, data_file=str(args.data.resolve()))
-    return with_custom(config, args.custom, None)
+    world = {"world": None} if args.data is None else {}
+    return with_named(config, args.custom, guide=None, likelihood=None, **world)
 
 
 def draw(run: Run, shown: AskedSequences, seed: int, out: Path, device: torch.device) -> list[Path]:

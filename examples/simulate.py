@@ -4,21 +4,23 @@ All other settings of a world can be changed by adding its configuration after t
 `python examples/simulate.py --out drift.npz config:drift-config --config.look.salt-and-pepper 0.02`.
 """
 
-from _common import say_where, start
+from _common import choose, say_where, start
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from pyro_pixels._options import Frames, Objects, Pixels, Positive, Seed, Sequences, result_file
+from pyro_pixels.custom import load_file
 from pyro_pixels.data import save_sequences
 from pyro_pixels.plots.paper import figure_beside
 from pyro_pixels.run_figures import draw_sequences
+from pyro_pixels.runs import REGISTRIES, named
 from pyro_pixels.worlds.base import WorldConfig, simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
-from pyro_pixels.worlds.others import WORLDS, BouncingConfig, DriftConfig
+from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
 
 SIZE = 32  # default height and width, in pixels
 
@@ -36,8 +38,11 @@ class Arguments:
     """Number of sequences to simulate."""
     seed: Seed = 0
     """Seed of the sequences."""
-    world: Literal["cannonballs", "drift", "bouncing"] | None = None
-    """World to simulate. By default cannonballs."""
+    world: str | None = None
+    """Name of a world in `WORLDS` to simulate: cannonballs, drift or bouncing. By default that of --custom, or else
+    cannonballs."""
+    custom: Path | None = None
+    """A Python file that adds your own world to `WORLDS` (docs/other_worlds.md)."""
     height: Pixels | None = None
     """Height of the images in pixels. By default 32."""
     width: Pixels | None = None
@@ -56,14 +61,19 @@ def configure(args: Arguments) -> WorldConfig:
     """Returns the configuration of the requested world.
 
     Raises:
-        ValueError: if two different worlds are given.
+        ValueError: if there is no such world, or two different worlds are given.
     """
+    file = None if args.custom is None else load_file(args.custom, REGISTRIES)
+    if file is not None and not file.names["world"]:
+        raise ValueError(f"{args.custom} adds {file.describe()}, but no world; leave out --custom")
+    world = choose(file, "world", args.world)
     names = ("height", "width", "n_frames", "n_objects", "radius")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.config is None:
-        return replace(WORLDS[args.world or "cannonballs"](height=SIZE, width=SIZE), **given)
-    if args.world not in (None, args.config.world):
-        raise ValueError(f"--world {args.world} contradicts the configuration of {args.config.world}; leave one out")
+        return replace(named("world", world or "cannonballs")(height=SIZE, width=SIZE), **given)
+    if world not in (None, args.config.world):
+        option = f"--custom {args.custom}" if args.world is None else f"--world {args.world}"
+        raise ValueError(f"{option} contradicts the configuration of {args.config.world}; leave one out")
     return replace(args.config, **given)
 
 

@@ -5,7 +5,7 @@ images (`pyro_pixels.training.distillation`). Every script that queries a run wo
 first; --resume then continues as if training had not been interrupted.
 """
 
-from _common import device_of, new_folder, read_run, say_where, start, with_custom
+from _common import device_of, new_folder, read_config, read_run, say_where, start, with_named
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from pyro_pixels._options import Count, Seed, Size, Threads, refuse_changes
-from pyro_pixels.custom_guides import find_guide, guide_names
+from pyro_pixels.config import RunConfig
+from pyro_pixels.custom import file_of
 from pyro_pixels.data import load_sequences
 from pyro_pixels.run_sequences import MOST_HELD_OUT, VALIDATION_SEED, training_sequences
 from pyro_pixels.run_training import teach_run, teaching_schedule
-from pyro_pixels.runs import GUIDES, load_config, load_pretrained, use_custom_guide
+from pyro_pixels.runs import REGISTRIES, check_custom, load_pretrained, named, names_in
 from pyro_pixels.worlds.base import simulate
 
 
@@ -25,6 +26,9 @@ from pyro_pixels.worlds.base import simulate
 class Arguments:
     teacher: Path = Path("runs/quick")
     """Folder of the run whose guide is the teacher."""
+    teacher_custom: Path | None = None
+    """The Python file with the teacher's own guide, world or likelihood, if the run does not name it or it has moved
+    since."""
     pretrained: bool = False
     """Use the weights that come with the package as the teacher instead."""
     data: Path | None = None
@@ -33,7 +37,8 @@ class Arguments:
     """Name of the new guide in `GUIDES`: recurrent is the paper's. By default attentive, which is the paper's with an
     attention head, or the guide that --custom adds."""
     custom: Path | None = None
-    """A Python file that adds the new guide to `GUIDES` (docs/write_a_guide.md)."""
+    """A Python file that adds the new guide to `GUIDES` (docs/write_a_guide.md); if the teacher's world or likelihood
+    is your own, the file has to add that too."""
     state_size: Size = 256
     """Length of the states of the new guide."""
     steps: Count = 4_000
@@ -52,27 +57,33 @@ class Arguments:
     """Show a progress bar."""
 
 
-def main(args: Arguments) -> int:
-    if args.guide is not None and args.custom is None and find_guide(args.guide, GUIDES) is None:
-        raise ValueError(f"there is no guide '{args.guide}'; wanted one of {guide_names(GUIDES)}, or give --custom")
-    if not args.resume and (args.out / "checkpoint.pt").exists():
-        raise ValueError(f"{args.out} holds a trained run; give --resume to continue it, or another folder with --out")
-    device, folder = device_of(args.device), new_folder(args.out)
-    torch.set_num_threads(args.threads)
-    teacher = load_pretrained(device=device) if args.pretrained else read_run(args.teacher, device)
+def configure(args: Arguments, teacher: RunConfig) -> RunConfig:
+    """Returns the teacher's configuration with the new guide, and with the teacher's custom file if it needs that."""
+    needed = (file_of(kind, name, REGISTRIES) for kind, name in names_in(teacher).items() if kind != "guide")
+    file = next((found for found in needed if found is not None), None)
     config = replace(
-        teacher.config,
-        guide=args.guide or "attentive",
-        custom_file=None,
-        custom_sha256=None,
+        teacher,
+        guide="attentive",
+        custom_file=None if file is None else str(file.path),
+        custom_sha256=None if file is None else file.sha256,
         guide_state_size=args.state_size,
         seed=args.seed,
         schedule=teaching_schedule(args.steps),
     )
-    config = with_custom(config, args.custom, args.guide)
-    if args.resume:
-        config = load_config(args.out)
-    use_custom_guide(config, args.out, args.custom or config.custom_file)
+    config = with_named(config, args.custom, guide=args.guide)
+    check_custom(config, args.out, args.custom)
+    return config
+
+
+def main(args: Arguments) -> int:
+    if args.guide is not None and args.custom is None:
+        named("guide", args.guide)
+    if not args.resume and (args.out / "checkpoint.pt").exists():
+        raise ValueError(f"{args.out} holds a trained run; give --resume to continue it, or another folder with --out")
+    device, folder = device_of(args.device), new_folder(args.out)
+    torch.set_num_threads(args.threads)
+    teacher = load_pretrained(device=device) if args.pretrained else read_run(args.teacher, device, args.teacher_custom)
+    config = read_config(args.out, args.custom) if args.resume else configure(args, teacher.config)
     if args.resume:
         there = {"guide": config.guide, "state_size": config.guide_state_size, "seed": config.seed}
         refuse_changes(args, {**there, "steps": config.schedule.steps}, args.out)

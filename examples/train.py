@@ -5,7 +5,7 @@ runs at once, in the folders seed0, seed1, ... of --run. Under PyTorch's launche
 `torchrun --nproc-per-node 4 -- examples/train.py ...`.
 """
 
-from _common import device_of, new_folder, say_where, start, with_custom
+from _common import device_of, new_folder, read_config, say_where, start, with_named
 
 import os
 from collections.abc import Iterator
@@ -25,12 +25,11 @@ from pyro_pixels.presets import PRESETS
 from pyro_pixels.run_figures import Snapshots, draw_training
 from pyro_pixels.run_sequences import run_sequences
 from pyro_pixels.run_training import build_on, train_run
-from pyro_pixels.runs import build, check_config, load_config, use_custom_guide
+from pyro_pixels.runs import build, check_config
 from pyro_pixels.training.fitting import fit_together
 from pyro_pixels.training.loop import FitResult
 from pyro_pixels.training.svi import Training
 from pyro_pixels.video.check import check_film
-from pyro_pixels.worlds.others import WORLDS
 
 JUDGES = 60  # sequences for the health check
 
@@ -45,15 +44,18 @@ class Arguments:
     guide: str | None = None
     """Name of a guide in `GUIDES`, such as recurrent, attentive or structured. By default the preset's."""
     custom: Path | None = None
-    """A Python file that adds your own guide to `GUIDES` (docs/write_a_guide.md). The run keeps its name and its
-    checksum, so that the run can be read without this option as long as the file does not change."""
+    """A Python file that adds your own guide to `GUIDES` (docs/write_a_guide.md), world to `WORLDS` or likelihood to
+    `LIKELIHOODS` (docs/other_worlds.md). If it adds only one of a kind, that is used unless an option names another.
+    The run keeps the file's path and checksum, and can be read without this option while the file does not change."""
     likelihood: str | None = None
-    """Name of a likelihood of the pixels: bernoulli, continuous_bernoulli or gaussian. By default the preset's."""
+    """Name of a likelihood of the pixels in `LIKELIHOODS`: bernoulli, continuous_bernoulli or gaussian. By default the
+    preset's."""
     clutter: Share | None = None
     """Probability that a pixel shows none of the objects, which structured guides allow for in addition to what is
     estimated from the film. By default the preset's, which is 0."""
-    world: Literal["cannonballs", "drift", "bouncing"] | None = None
-    """World to simulate, at the preset's size. By default the preset's; examples/simulate.py has more options."""
+    world: str | None = None
+    """Name of a world in `WORLDS` to simulate, at the preset's size: cannonballs, drift or bouncing. By default the
+    preset's; examples/simulate.py has more options."""
     data: Path | None = None
     """An .npz of image sequences; the last tenth of them (at most 60) is held out. By default sequences are
     simulated."""
@@ -94,17 +96,15 @@ def configure(args: Arguments) -> RunConfig:
     config = replace(PRESETS[args.preset], seed=args.seed)
     parts = args.parts or int(os.environ.get("WORLD_SIZE", 1))
     config = replace(config, schedule=replace(config.schedule, parts=parts))
-    for name in ("guide", "likelihood", "clutter", "n_sequences"):
+    for name in ("clutter", "n_sequences"):
         if getattr(args, name) is not None:
             config = replace(config, **{name: getattr(args, name)})
-    if args.world is not None:
-        world = WORLDS[args.world](n_frames=config.data.n_frames, height=config.data.height, width=config.data.width)
-        config = replace(config, data=world)
     if args.steps is not None:
         config = replace(config, schedule=config.schedule.with_steps(args.steps))
     if args.data is not None:
         config = replace(config, data_file=str(args.data.resolve()))
-    config = with_custom(config, args.custom, args.guide)
+    world = {"world": args.world} if args.data is None else {}
+    config = with_named(config, args.custom, guide=args.guide, likelihood=args.likelihood, **world)
     if args.clutter and not any(hasattr(part, "clutter") for part in build(config).guide.modules()):
         raise ValueError(
             f"--clutter {args.clutter} is given, but the guide '{config.guide}' has no clutter parameter; leave it out"
@@ -227,8 +227,7 @@ def make_job(args: Arguments, seed: int, device: torch.device) -> Job:
     """Returns the job of one seed, in a separate folder if there are several."""
     folder = args.run if args.seeds == 1 else args.run / f"seed{seed}"
     if args.resume:
-        config = load_config(folder)
-        use_custom_guide(config, folder, args.custom or config.custom_file)
+        config = read_config(folder, args.custom)
         refuse_changes(replace(args, data=args.data and args.data.resolve()), options_of(config, seed, args), folder)
         changes = {"steps": args.steps, "parts": args.parts}
         changes = {name: value for name, value in changes.items() if value is not None}

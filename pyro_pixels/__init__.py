@@ -2,7 +2,7 @@
 
 Shapes throughout: B sequences, N objects, K components, T time steps, H x W pixels, S samples.
 
-    v, images   (B, T, H, W)   binary images
+    v, images   (B, T, H, W)   images within [0, 1], the paper's 0 or 1; unobserved frames are NaN
     n_objects   (B,)           number of objects in each sequence, at most N
     a           (B, N, T, 2)   positions in latent units; ``positions`` and ``paths`` are in pixels, (column, row)
     h           (B, N, T, 4)   states (x, y, vx, vy)

@@ -19,7 +19,8 @@ class RunConfig:
     guide: str = "recurrent"
     """A name in `GUIDES`."""
     custom_file: str | None = None
-    """The Python file that added the guide to `GUIDES`, if neither this nor another installed package provides it."""
+    """The Python file that added the guide, the world or the likelihood to its registry, if neither this nor another
+    installed package provides it."""
     custom_sha256: str | None = None
     """The SHA-256 of ``custom_file`` when the run was trained."""
     state_size: Size = 1024

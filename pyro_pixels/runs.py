@@ -5,6 +5,7 @@ configuration builds bitwise the same model and guide everywhere.
 """
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from pyro_pixels._checks import check_number
 from pyro_pixels._checksums import checked_write, read_checked
 from pyro_pixels._lock import locked
 from pyro_pixels.config import RunConfig
-from pyro_pixels.custom_guides import file_of, find_guide, guide_names, load_guides, load_unchanged
+from pyro_pixels.custom import file_of, find, known_names, load_file, load_unchanged, loaded_file
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
@@ -100,6 +101,34 @@ GUIDES: dict[str, Callable[[RunConfig, PixelModel], Guide]] = {
 
 Guides that installed packages register as entry points `pyro_pixels.guides` are found as well."""
 
+REGISTRIES: dict[str, dict[str, Any]] = {"guide": GUIDES, "world": WORLDS, "likelihood": LIKELIHOODS}
+"""Kind -> registry of what a configuration refers to by name."""
+
+
+def named(kind: str, name: str) -> Any:
+    """Returns the factory of a guide or a likelihood, or the class of a world, from its registry or a package.
+
+    Raises:
+        ValueError: if there is nothing of that name, or what is registered as a world is none or has another name.
+    """
+    found = find(kind, name, REGISTRIES)
+    if kind != "world":
+        return found
+    if not isinstance(found, type) or not issubclass(found, WorldConfig) or inspect.isabstract(found):
+        raise ValueError(f"WORLDS['{name}'] is {found!r}; wanted a subclass of WorldConfig with a method move")
+    own = next(field.default for field in dataclasses.fields(found) if field.name == "world")
+    if own != name:
+        raise ValueError(
+            f"WORLDS['{name}'] is the class {found.__name__}, whose field world is {own!r}; wanted a frozen dataclass "
+            f'with the line world: str = field(default="{name}", init=False)'
+        )
+    return found
+
+
+def names_in(config: RunConfig) -> dict[str, str]:
+    """Returns the names of the guide, the world and the likelihood of a configuration."""
+    return {"guide": config.guide, "world": config.data.world, "likelihood": config.likelihood}
+
 
 def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
     """Returns the untrained model and guide of a configuration; the caller's random state is not changed.
@@ -112,8 +141,6 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
             needs more than ``max_weights``.
     """
     check_config(config, max_weights=max_weights)
-    make_guide = find_guide(config.guide, GUIDES)
-    assert make_guide is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         renderer = Renderer(
@@ -123,24 +150,16 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
             background_logit=config.background_logit,
             input_scale=config.renderer_input_scale,
         )
-        model = PixelModel(Dynamics(config.dynamics), renderer, LIKELIHOODS[config.likelihood]())
-        return Run(config, model, make_guide(config, model), step=0)
+        model = PixelModel(Dynamics(config.dynamics), renderer, named("likelihood", config.likelihood)())
+        return Run(config, model, named("guide", config.guide)(config, model), step=0)
 
 
 def check_config(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> None:
     """Raises the ValueError that `build` would raise, before anything is built or simulated."""
     if not isinstance(config, RunConfig):
         raise ValueError(f"config is a {type(config).__name__}; wanted a RunConfig, such as PRESETS['quick']")
-    if find_guide(config.guide, GUIDES) is None:
-        raise ValueError(
-            f"there is no guide '{config.guide}'; wanted one of {guide_names(GUIDES)}, or add yours to GUIDES "
-            "(in scripts, pass the file that does so with --custom)"
-        )
-    if config.likelihood not in LIKELIHOODS:
-        raise ValueError(
-            f"there is no likelihood '{config.likelihood}'; wanted one of {sorted(LIKELIHOODS)}, or add yours to "
-            "LIKELIHOODS"
-        )
+    for kind in ("guide", "likelihood"):
+        named(kind, names_in(config)[kind])
     pixels, D, K = config.data.height * config.data.width, config.state_size, config.dynamics.n_components
     S = config.guide_state_size or D
     n = D * (pixels + 7) + 2 * S * (2 * S + pixels) + config.max_objects**2 * S + 21 * K
@@ -163,15 +182,37 @@ def save_config(folder: str | Path, config: RunConfig) -> None:
         write_config(folder, config)
 
 
-def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
+def load_config(folder: str | Path, kind: type = RunConfig, *, custom: str | Path | None = None) -> Any:
     """Reads a run's config.json as a dataclass ``kind``.
 
+    Args:
+        custom: the Python file that adds what the configuration names to the registries, executed first if given.
+
     Raises:
-        ValueError: if it is missing, not JSON, or has fields that are unknown to this version.
+        ValueError: if it is missing, not JSON, or has fields that are unknown to this version; or if the custom file is
+            missing, fails, or is not the one that the run was trained with.
     """
+    values = _values(folder)
+    file, sha256 = _recorded(values)
+    if custom is not None and sha256 is not None:
+        load_unchanged(custom, sha256, REGISTRIES, str(folder))
+    elif custom is not None:
+        load_file(custom, REGISTRIES)
+    elif sha256 is not None and _world_name(values.get("data")) not in known_names("world", REGISTRIES):
+        raise ValueError(_needs(folder, file))
+    return _from_dict(kind, values, str(Path(folder) / "config.json"))
+
+
+def recorded_file(folder: str | Path) -> str | None:
+    """Returns the path of the Python file that a run was trained with, as its configuration has it, or None."""
+    return _recorded(_values(folder))[0]
+
+
+def _values(folder: str | Path) -> Any:
+    """Returns the content of a run's config.json."""
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(read_checked(path))
+        return json.loads(read_checked(path))
     except FileNotFoundError:
         inside = sorted(config.parent for config in Path(folder).glob("*/config.json"))
         raise ValueError(
@@ -180,39 +221,45 @@ def load_config(folder: str | Path, kind: type = RunConfig) -> Any:
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); restore it, or train again") from None
-    return _from_dict(kind, values, str(path))
 
 
-def use_custom_guide(config: RunConfig, where: str | Path, custom: str | Path | None) -> None:
-    """Registers the guide of a run that was trained with a user's Python file; other guides need no file.
+def _recorded(values: Any) -> tuple[str | None, str | None]:
+    """Returns the path and the checksum of the custom file in a configuration, or None for both."""
+    found = [values.get(name) if isinstance(values, Mapping) else None for name in ("custom_file", "custom_sha256")]
+    return (found[0], found[1]) if all(isinstance(x, str) for x in found) else (None, None)
 
-    A guide that has the right name but is not from the right file is refused.
+
+def _needs(where: str | Path, file: str | None) -> str:
+    return f"{where} needs the definitions in {file}; if you trust that file, pass it as custom=..."
+
+
+def check_custom(config: RunConfig, where: str | Path, custom: str | Path | None = None) -> None:
+    """Refuses a guide, a world or a likelihood that has the right name but is not the one that a run was trained with.
 
     Args:
         config: the run's configuration.
         where: its folder, for messages.
-        custom: the file that adds the guide to `GUIDES`. Loading a run executes no file that is not given here.
+        custom: a file whose definitions are meant even if the configuration does not name it.
 
     Raises:
-        ValueError: if the file is needed but not given, is missing, or is not the one that the run was trained with; or
-            if the run was trained without a file, but another has registered a guide of that name.
+        ValueError: if the file that the run was trained with has not been executed in this process, or what is
+            registered under one of its names is from elsewhere; or if the run was trained without a file, but one has
+            registered something under one of its names.
     """
-    if config.custom_file is None or config.custom_sha256 is None:
-        given = () if custom is None else load_guides(custom, GUIDES).names
-        other = file_of(config.guide, GUIDES)
-        if other is not None and config.guide not in given:
+    given = None if custom is None else load_file(custom, REGISTRIES)
+    own = given if config.custom_sha256 is None else loaded_file(config.custom_sha256)
+    if config.custom_sha256 is not None and own is None:
+        raise ValueError(_needs(where, config.custom_file))
+    for kind, name in names_in(config).items():
+        now = file_of(kind, name, REGISTRIES)
+        if own is not None and now is not None and now.sha256 == own.sha256:
+            continue
+        if own is not None and name in own.names[kind]:
+            raise ValueError(_needs(where, config.custom_file))
+        if now is not None:
             raise ValueError(
-                f"{where} names no file of guides, but its guide '{config.guide}' would now be that of {other.path}; "
-                "pass that file as custom=... if it is meant, or else use a new process"
-            )
-    elif custom is not None:
-        load_unchanged(custom, config.custom_sha256, GUIDES, str(where))
-    else:
-        known = file_of(config.guide, GUIDES)
-        if known is None or known.sha256 != config.custom_sha256:
-            raise ValueError(
-                f"the guide '{config.guide}' of {where} is defined in {config.custom_file}; if you trust that file, "
-                "pass it as custom=..."
+                f"{where} names no file for its {kind} '{name}', which would now be that of {now.path}; pass that file "
+                "as custom=... if it is meant, or else use a new process"
             )
 
 
@@ -220,15 +267,15 @@ def load_run(folder: str | Path, device: torch.device | str = "cpu", *, custom: 
     """Returns the trained model and guide of a folder, on ``device`` and in evaluation mode, ready for queries.
 
     Args:
-        custom: the Python file that adds the run's guide to `GUIDES`, if the run was trained with ``--custom`` and
-            this process has not loaded that file yet.
+        custom: the Python file that adds the run's guide, world or likelihood to the registries, if this process has
+            not executed that file yet. Loading a run executes no file that is not given here.
 
     Raises:
-        ValueError: if the folder holds no run, its checkpoint is damaged or of another configuration, or the file with
-            its guide is not given or has changed.
+        ValueError: if the folder holds no run, its checkpoint is damaged or of another configuration, or the custom
+            file is not given or has changed.
     """
-    config = load_config(folder)
-    use_custom_guide(config, folder, custom)
+    config = load_config(folder, custom=custom)
+    check_custom(config, folder, custom)
     run = build(config)
     path = Path(folder) / "checkpoint.pt"
     state = load_checkpoint(path)
@@ -258,7 +305,7 @@ def load_pretrained(name: str = "quick", device: torch.device | str = "cpu") -> 
     if name not in names:
         raise ValueError(f"there are no pretrained weights '{name}'; wanted one of {names}")
     config, path = load_config(folder), folder / "weights.npz"
-    use_custom_guide(config, folder, None)
+    check_custom(config, folder)
     run = build(config)
     try:
         arrays = read_arrays(path, read_checked(path), max_bytes=MAX_BYTES)
@@ -319,8 +366,13 @@ def _from_dict(kind: type, values: Any, where: str) -> Any:
 
 
 def _world_of(values: Any, where: str) -> type[WorldConfig]:
-    """Returns the class of a world's configuration; version 0.1 had only cannonballs and stored no name."""
-    name = values.get("world", "cannonballs") if isinstance(values, Mapping) else "cannonballs"
-    if name not in WORLDS:
-        raise ValueError(f"{where} has the unknown world '{name}'; wanted one of {sorted(WORLDS)}, or add it to WORLDS")
-    return WORLDS[name]
+    """Returns the class of a world's configuration."""
+    try:
+        return named("world", _world_name(values))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _world_name(values: Any) -> str:
+    """Returns the name of a world in its configuration; version 0.1 had only cannonballs and stored no name."""
+    return str(values.get("world", "cannonballs")) if isinstance(values, Mapping) else "cannonballs"

@@ -90,6 +90,12 @@ def test_reference_has_every_room_after_those_that_it_imports():
         assert imported <= set(order[:i]), f"{room} imports {imported - set(order[:i])}, which are listed after it"
 
 
+def test_the_reference_lists_what_the_package_exports():
+    page = (ROOT / "docs/api.md").read_text()
+    listed = re.search(r"exports what most programs need: (.*?)\n\n", page, re.DOTALL)[1]
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(importlib.import_module("pyro_pixels").__all__)
+
+
 def test_the_reading_path_is_short():
     """Seven files, fewer than 1,200 lines."""
     page = (ROOT / "docs/architecture.md").read_text()

@@ -42,6 +42,22 @@ def follow_the_page(folder, **instead):
     return printed
 
 
+@pytest.mark.parametrize("script, name", [
+    *(("docs/own_film.py", name) for name in ("imageio", "av", "pymunk")),
+    *(("examples/train.py", name) for name in ("torch", "tyro")),
+])  # fmt: skip
+def test_a_library_that_is_not_installed_is_named_in_one_line(script, name, tmp_path):
+    path = ROOT / script
+    program = (
+        f"import runpy, sys; sys.modules[{name!r}] = None; sys.argv = ['x', 'films', '1']; "
+        f"sys.path.insert(0, {str(path.parent)!r}); runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {name} is not installed; pip install ")
+    assert done.stderr.count("\n") == 1
+
+
 def tracks_of(folder):
     """Film -> (n objects, T, 2) in the film's pixels, from the CSV."""
     rows = list(csv.DictReader((folder / "runs/mine/infer/tracks.csv").open()))

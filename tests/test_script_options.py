@@ -1,9 +1,11 @@
 """Options of the scripts: what is refused, what the defaults are, and which sequences a run is asked about."""
 
-from examples.experiments import export_pretrained, latent_space, sweep, train_edlstm
+from examples.experiments import _suites, export_pretrained, latent_space, sweep, sweep_recurrent, train_edlstm
 
 import csv
 import dataclasses
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,3 +245,17 @@ def test_pictures_of_the_gallery_do_not_land_on_tracked_files():
     assert gallery.Arguments().home == Path("runs/pretrained")
     with pytest.raises(ValueError, match="--docs and --out"):
         gallery.main(gallery.Arguments(docs=True, out=Path("g")))
+
+
+def test_ablations_have_the_names_of_their_tables_and_results_and_each_changes_something():
+    own = sweep_recurrent.variants(sweep_recurrent.Arguments(suite="ablation"))
+    page = (ROOT / "docs/learning.md").read_text()
+    table = re.search(r"<!-- begin table 4 -->\n(.*?)<!-- end table 4 -->", page, re.DOTALL)[1]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+    assert ["recurrent", *rows[1:]] == list(own)
+    of_quick = _suites.ablation()
+    for configs, results in ((own, "recurrent_ablation"), (of_quick, "sweeps")):
+        found = json.loads((ROOT / f"docs/results/{results}.json").read_text())
+        assert list(found.get("ablation", found)["variants"]) == list(configs)
+        names = list(configs)
+        assert not [(a, b) for i, a in enumerate(names) for b in names[:i] if configs[a] == configs[b]]

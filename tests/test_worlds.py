@@ -208,7 +208,7 @@ def test_configurations_that_name_no_world_are_cannonballs(tmp_path):
     assert load_config(tmp_path).data == CannonballConfig(height=32, width=32)
     values["data"]["world"] = "underwater"
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="unknown world 'underwater'; wanted one of"):
+    with pytest.raises(ValueError, match="there is no world 'underwater'; wanted one of"):
         load_config(tmp_path)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from pyro_pixels._options import Count, Seeds, Sequences, result_file
 from pyro_pixels.config import RunConfig
-from pyro_pixels.custom_guides import GuideFile, load_guides
+from pyro_pixels.custom import CustomFile, load_file
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.mean_field import fit_mean_field
 from pyro_pixels.evaluation.table import evaluate
@@ -24,7 +24,7 @@ from pyro_pixels.presets import PRESETS
 from pyro_pixels.result_tables import environment, markdown, medians, medians_per_n, per_n
 from pyro_pixels.run_sequences import TEST_SEED
 from pyro_pixels.run_training import train_run
-from pyro_pixels.runs import GUIDES, Run
+from pyro_pixels.runs import GUIDES, REGISTRIES, Run, names_in
 from pyro_pixels.training.elbo import bound
 from pyro_pixels.worlds.base import simulate
 
@@ -118,11 +118,11 @@ def _cost(result: dict[str, Any]) -> dict[str, float]:
     return {"seconds": result["seconds"], "seconds_per_step": result["seconds"] / result["steps"]}
 
 
-def configuration(base: RunConfig, name: str, seed: int, file: GuideFile) -> RunConfig:
-    """Returns the configuration of one run, with the path and checksum of the file if the guide is from there."""
+def configuration(base: RunConfig, name: str, seed: int, file: CustomFile) -> RunConfig:
+    """Returns the configuration of one run, with the path and checksum of the file if it uses that."""
     config = replace(base, guide=name, seed=seed)
-    own = name in file.names
-    return replace(config, custom_file=str(file.path), custom_sha256=file.sha256) if own else config
+    used = any(name in file.names[kind] for kind, name in names_in(config).items())
+    return replace(config, custom_file=str(file.path), custom_sha256=file.sha256) if used else config
 
 
 def main(args: Arguments) -> int:
@@ -130,7 +130,9 @@ def main(args: Arguments) -> int:
     device_of(args.device)
     out = result_file(args.json or new_folder(args.out) / "guides.json", ".json")
     new_folder(out.parent)
-    file = load_guides(args.custom, GUIDES)
+    file = load_file(args.custom, REGISTRIES)
+    if not file.names["guide"]:
+        raise ValueError(f"{args.custom} adds {file.describe()}, but no guide; wanted one to compare")
     names = args.guides or tuple(GUIDES)
     for name in names:
         if name not in GUIDES:

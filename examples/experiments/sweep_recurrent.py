@@ -66,16 +66,15 @@ ABLATION: dict[str, Change] = {
     "noises: start as the paper's": _paper_noises,
     "noises: free from the start": _schedule(learn_from={}),
     "no ramps": _run(image_ramps=None),
-    "no memory": _run(memory=None),
-    "s_0 alike": _run(common_s0=0.1),
+    "nearly equal s_0": _run(common_s0=0.1),
     "KL weight 1": _schedule(kl_before=1.0),
     "N = 1 alone for the first 500 steps": _schedule(single_object_steps=500),
     "learning rate 0.001": _schedule(learning_rate=1e-3),
-    "no lessons from its own draws": _schedule(own_tracks_from=None),
+    "no self-training": _schedule(own_tracks_from=None),
     "objects always drawn in the same order": _schedule(random_order_from=None),
-    "neither": _schedule(own_tracks_from=None, random_order_from=None),
+    "neither self-training nor random order": _schedule(own_tracks_from=None, random_order_from=None),
 }
-"""The preset `recurrent`, as it is and with one ingredient left out or changed."""
+"""The preset `recurrent`, as it is and with one ingredient left out or changed; docs/learning.md has a row for each."""
 
 
 @dataclass

@@ -136,7 +136,7 @@ def switch_rates(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 
 
 def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
-    """Returns -log p (B,) of binary images (B, T, H, W) under pixel probabilities, in nats per observed frame.
+    """Returns -log p (B,) of images (B, T, H, W) within [0, 1] under pixel probabilities, in nats per observed frame.
 
     Probabilities are clamped to [1e-6, 1 - 1e-6]. The value is NaN if no frame was observed.
     """

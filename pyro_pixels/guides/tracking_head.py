@@ -51,7 +51,8 @@ class TrackingHead(AttentionHead):
         width: W of the images.
         state_size: D.
         rho: standard deviation of an object's pixels around its position, in pixels; R / 2 for a disk of radius R.
-        clutter: probability that a background pixel is white; with 0 every white pixel belongs to an object.
+        clutter: probability that a background pixel is white; the film's estimate (`FilmStatistics.others`) is added.
+            If both are 0, every white pixel belongs to an object.
         sigma: as in `AttentionHead`.
         n_waves: as in `AttentionHead`.
         n_starts: S, the number of tracks from different starting frames, half of them forward in time; even.

@@ -43,8 +43,8 @@ class PixelModel(nn.Module):
         """The Pyro program. Returns v (B, T, H, W).
 
         Args:
-            images: (B, T, H, W), the observed v in {0, 1} (or [0, 1], depending on the likelihood), or None to sample
-                it. Frames of NaN are unobserved and ignored.
+            images: (B, T, H, W), the observed v within [0, 1], or None to sample it. Frames of NaN are unobserved and
+                ignored.
             n_objects: (B,) int, the number of objects N of each sequence; may be a list, or one number for all.
             n_frames: T; required if ``images`` is None.
 

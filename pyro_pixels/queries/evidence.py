@@ -64,7 +64,7 @@ def log_evidence(
     Args:
         model: the trained model.
         guide: the trained guide.
-        images: (B, T, H, W) in {0, 1}.
+        images: (B, T, H, W) within [0, 1]; frames of NaN are unobserved.
         n_objects: (B,), a list, or one number for all sequences.
         n_samples: S, at least 1.
         chunk_size: the number of sequences processed at once.
@@ -101,7 +101,7 @@ def count_objects(
     Args:
         model: the trained model.
         guide: the trained guide.
-        images: (B, T, H, W) in {0, 1}.
+        images: (B, T, H, W) within [0, 1]; frames of NaN are unobserved.
         max_objects: the largest N, at least 1.
         log_prior: (max_objects + 1,), log p(N) up to a constant; by default uniform.
         n_samples: S, drawn from q for each number of objects up to ``max_objects + 1``.

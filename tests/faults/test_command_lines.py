@@ -147,6 +147,7 @@ def of_queries():
             [*RUN, "--data", "a_folder"], [*RUN, "--data", "no_images.npz"], [*RUN, "--data", "other_size.npz"],
             [*RUN, "--device", "nonsense"], [*RUN, "--device", "cuda:99"], [*RUN, "--weights", "long"],
             [*RUN, "--simulated", "--data", "data.npz"], [*RUN, "--out", "text/x.json"],
+            [*RUN, "--custom", "missing.py"],
         ):  # fmt: skip
             yield name, [*wrong, *own]
         if name != "gallery":
@@ -176,6 +177,9 @@ COMMANDS = [
     ("simulate", ["--radius", "40"]),
     ("simulate", ["--n-sequences", "100000000"]),
     ("simulate", ["--world", "drift", "config:bouncing-config"]),
+    ("simulate", ["--world", "nonsense"], "no world 'nonsense'"),
+    ("simulate", ["--custom", "missing.py"]),
+    ("simulate", ["--custom", CUSTOM], "adds the guide 'centroid', but no world"),
     ("simulate", ["config:cannonball-config", "--config.gravity", "nan"], "gravity is nan"),
     ("simulate", ["config:cannonball-config", "--config.gravity", "1e300"], "gravity is 1e+300"),
     ("simulate", ["config:drift-config", "--config.look.salt-and-pepper", "1.5"], "salt_and_pepper is 1.5"),
@@ -198,6 +202,9 @@ COMMANDS = [
     ("train", ["--run", "text"]),
     ("train", ["--run", "new", "--guide", "nonsense"]),
     ("train", ["--run", "new", "--likelihood", "nonsense"]),
+    ("train", ["--run", "new", "--world", "nonsense"], "no world 'nonsense'"),
+    ("train", ["--run", "new", "--custom", "missing.py"]),
+    ("train", ["--run", "new", "--custom", CUSTOM, "--guide", "structured"], "would use none of these"),
     ("train", ["--run", "new", "--device", "nonsense"]),
     ("train", ["--run", "new", "--data", "missing.npz"]),
     ("train", ["--run", "new", "--data", "garbage.npz"]),
