@@ -85,6 +85,17 @@ class ImageSequences:
         """The mask (n, T) of observed frames; the others are NaN."""
         return ~unseen_frames(self.images)
 
+    @property
+    def lengths(self) -> Tensor:
+        """The number of frames of each sequence (n,), up to the last observed one; shorter sequences are padded."""
+        return (self.seen * torch.arange(1, self.images.shape[1] + 1)).amax(1)
+
+    def ends(self, n: int) -> Tensor:
+        """Returns a mask of the first and last ``n`` frames of sequences, (T,) if all have T frames, else (n, T)."""
+        time, lengths = torch.arange(self.images.shape[1]), self.lengths[:, None]
+        ends = (time < n) | ((time >= lengths - n) & (time < lengths))
+        return ends[0] if bool((lengths == len(time)).all()) else ends
+
     def __getitem__(self, index: "Tensor | slice | int | Sequence[int]") -> "ImageSequences":
         """Returns the sequences selected by a slice, a number (a set of one), a list or an index tensor.
 

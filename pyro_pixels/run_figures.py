@@ -71,8 +71,8 @@ class RunView:
         return a if self.order is None else metrics.reorder(a, self.order)
 
     def in_pixels(self, a: Tensor) -> Tensor | None:
-        """Returns `tracks` if they are in pixels, else None."""
-        return None if self.size is None else self.tracks(a)
+        """Returns latent positions in pixels, in their own order, or None if there is no map to pixels."""
+        return None if self.size is None else self.to_pixels(a.cpu())
 
     def generation(self, n_frames: int | None = None, n_samples: int = 0) -> Prediction:
         """Generates the frames after the first ``n_seen``; raises ValueError if there are too few or none follow."""
@@ -99,15 +99,13 @@ class RunView:
                 f"sequences have {T} frames, so {self.n_seen} at either end leave none to fill; give a smaller "
                 "--n-seen, or longer sequences"
             )
-        time, lengths = torch.arange(T), self.lengths[:, None]
-        ends = (time < self.n_seen) | ((time >= lengths - self.n_seen) & (time < lengths))
-        ends = (ends[0] if bool((lengths == T).all()) else ends).to(self.device)
+        ends = self.data.ends(self.n_seen).to(self.device)
         return interpolate(self.run.model, self.run.guide, self.images, self.n_objects, ends, n_samples=n_samples)
 
     @cached_property
     def lengths(self) -> Tensor:
-        """The number of frames of each sequence (B,), up to the last observed one; shorter sequences are padded."""
-        return (self.data.seen * torch.arange(1, self.data.images.shape[1] + 1)).amax(1)
+        """The number of frames of each sequence (B,)."""
+        return self.data.lengths
 
     def padding(self, n_frames: int) -> Tensor:
         """Returns the mask (B, 1, n_frames, 1) of frames beyond the last of each sequence, for positions.
@@ -237,20 +235,19 @@ def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Pred
     path = out / "error_over_time.png"
     if data.dynamics is None or data.positions is None or not bool((data.n_objects == 1).any()):
         return []
-    truth, n_objects, ends = data.positions, data.n_objects, predicted.ends()
+    truth, n_objects, ends = data.positions, data.n_objects, data.ends(predicted.n_seen)
     to_pixels = metrics.fit_affine(inferred, truth, n_objects)
-    found = {"generated": (predicted.generated, torch.arange(len(ends)) < predicted.n_seen)}
+    found = {"generated": (predicted.generated, torch.arange(truth.shape[2]) < predicted.n_seen)}
     if predicted.interpolated is not None:
         found["interpolated"] = (predicted.interpolated, ends)
     errors, floors = {}, {}
     for name, (positions, seen) in found.items():
         a = to_pixels(positions)
-        a = metrics.reorder(a, metrics.assign(a[:, :, seen], truth[:, :, seen], n_objects))
+        a = metrics.reorder(a, metrics.assign(a, metrics.in_frames(truth, seen), n_objects))
         errors[name] = metrics.errors(a, truth, n_objects).nanmean((0, 1))
         floor = metrics.floor_of(data, seen)
-        floors[name] = metrics.errors(floor, truth, n_objects).nanmean((0, 1))
-        floors[name][seen] = torch.nan
-    figure = plots.plot_error_over_time(errors, floors=floors, seen=ends)
+        floors[name] = metrics.errors(floor, metrics.in_frames(truth, ~seen), n_objects).nanmean((0, 1))
+    figure = plots.plot_error_over_time(errors, floors=floors, seen=ends if ends.dim() == 1 else ends.all(0))
     plots.save_figure(figure, path, f"Mean error over {len(truth)} sequences")
     return [path]
 

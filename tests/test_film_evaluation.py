@@ -1,12 +1,14 @@
 """What is measured on films without true positions, and answers that are asked once, against closed forms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_guide, make_model
 
 from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.answers import check_n_seen, infer_all, predict_all, seen_by_default
 from pyro_pixels.evaluation.film import (
     forecast_nll_per_frame,
@@ -51,13 +53,37 @@ def test_answers_are_those_of_the_queries(run, film):
     assert torch.equal(found.terms.bound, wanted.bound)
     predicted = predict_all(model, guide, film, n_seen=4)
     future = generate(model, guide, film.images[:, :4], film.n_objects, n_frames=11)
-    between = interpolate(model, guide, film.images, film.n_objects, predicted.ends())
+    between = interpolate(model, guide, film.images, film.n_objects, film.ends(4))
     assert torch.equal(predicted.generated, future.mean)
     assert torch.equal(predicted.interpolated, between.mean)
-    assert predicted.ends().tolist() == [True] * 4 + [False] * 3 + [True] * 4
+    assert film.ends(4).tolist() == [True] * 4 + [False] * 3 + [True] * 4
     torch.testing.assert_close(
         predicted.losses["nll_per_frame_nats"], nll_per_frame(film.images[:, 4:], future.images[:, 4:]).double()
     )
+
+
+def test_clips_of_unequal_length_are_interpolated_between_their_own_ends(run, small_data):
+    """In each, the answers and errors are those that `interpolate` gives for the clip alone, without padding."""
+    model, guide = run
+    lengths = [11, 11, 11, 8, 7, 9, 11, 11, 11, 8, 9, 11]
+    images = small_data.images.float()
+    for v, length in zip(images, lengths):
+        v[length:] = torch.nan
+    data = replace(small_data, images=images, dynamics=None, paths=None)
+    predicted = predict_all(model, guide, data, n_seen=3)
+    found = evaluate(model, guide, data, n_seen=3)["by_n_objects"]
+    affine = metrics.fit_affine(infer_all(model, guide, data).mean, data.positions, data.n_objects)
+    errors = {1: [], 2: [], 3: []}
+    for b, (n, length) in enumerate(zip(data.n_objects.tolist(), lengths)):
+        seen = (torch.arange(length) < 3) | (torch.arange(length) >= length - 3)
+        alone = interpolate(model, guide, images[b : b + 1, :length], torch.tensor([n]), seen).mean
+        torch.testing.assert_close(predicted.interpolated[b, :n, :length], alone[0, :n], rtol=1e-4, atol=1e-4)
+        a, truth = affine(alone), data.positions[b : b + 1, :n, :length]
+        order = metrics.assign(a[:, :, seen], truth[:, :, seen], torch.tensor([n]))
+        error = metrics.errors(metrics.reorder(a, order), truth, torch.tensor([n]))
+        errors[n].append(error[0, :, ~seen].mean())
+    for n, wanted in errors.items():
+        assert found[str(n)]["interpolation_error_px"] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-3)
 
 
 def test_answers_leave_the_random_state_alone_and_serve_the_health_check(run, film):

@@ -111,3 +111,12 @@ def test_names_of_films_are_short_and_differ():
     assert film_names(SOURCE) == ["a.mp4", "b/a.mp4", "c.npy[1]", "c.npy[0]"]
     assert film_names(SOURCE._replace(films=FILMS[1:2])) == ["a.mp4"]
     assert film_names(SOURCE._replace(films=())) == []
+
+
+def test_positions_in_pixels_are_in_the_order_of_all_other_arrays():
+    """Also where the true objects are known, whose order figures and tables have."""
+    data = simulate(load_pretrained().config.data, 12, seed=4)
+    view = RunView(load_pretrained(), data, torch.device("cpu"))
+    assert not torch.equal(view.order, torch.arange(3).expand(12, 3))
+    mean = view.generation().mean
+    assert torch.equal(view.in_pixels(mean), view.to_pixels(mean))

@@ -41,11 +41,6 @@ class Predictions(NamedTuple):
     interpolated: Tensor | None  # (n, N, T, 2); None if no frame lies between those at either end
     losses: dict[str, Tensor]  # (n,) each, of the frames after the first n_seen
 
-    def ends(self) -> Tensor:
-        """Returns the mask (T,) of the frames that are observed for interpolation."""
-        time = torch.arange(self.generated.shape[2])
-        return (time < self.n_seen) | (time >= len(time) - self.n_seen)
-
 
 def seen_by_default(n_frames: int) -> int:
     """Returns N_SEEN, or fewer for short sequences, so that a frame is left to interpolate if possible."""
@@ -123,8 +118,6 @@ def predict_all(
         ValueError: if there are no sequences, or they are too short or do not fit the model.
     """
     device, T = next(model.parameters()).device, data.images.shape[1]
-    time = torch.arange(T, device=device)
-    ends = (time < n_seen) | (time >= T - n_seen)
     generated, interpolated = [], []
     losses: dict[str, list[Tensor]] = {}
     for part in _batches(data, batch_size, "predictions", progress):
@@ -133,7 +126,8 @@ def predict_all(
             model, guide, images[:, :n_seen], n_objects, n_frames=T, n_samples=n_futures, covariances=False
         )
         generated.append(future.mean)
-        if not bool(ends.all()):
+        ends = part.ends(n_seen).to(device)
+        if 2 * n_seen < T:
             interpolated.append(interpolate(model, guide, images, n_objects, ends, covariances=False).mean)
         unseen, drawn = part.images[:, n_seen:].float(), future.images[:, n_seen:].cpu()
         found = {

@@ -135,10 +135,10 @@ def evaluate_tracker(data: ImageSequences, *, n_seen: int = N_SEEN, radius: floa
             f"sequences have {T} frames; observing {n_seen} (at least 1) at either end needs more than {2 * n_seen}"
         )
     tracker, frame = BlobTracker(data.dynamics, radius), torch.arange(T)
-    first, ends = frame < n_seen, (frame < n_seen) | (frame >= T - n_seen)
-    generated, interpolated = (tracker.predict(data.images, data.n_objects, seen) for seen in (first, ends))
+    both = frame < n_seen, (frame < n_seen) | (frame >= T - n_seen)
+    generated, interpolated = (tracker.predict(data.images, data.n_objects, seen) for seen in both)
     tracked = tracker.track(data.images, data.n_objects)
-    values = errors_in_pixels(data, tracked, generated, interpolated, ends, n_seen)
+    values = errors_in_pixels(data, tracked, generated, interpolated, n_seen)
     return {"n_seen": n_seen, "n_frames": T} | means_by_n(values, data.n_objects)
 
 

@@ -98,6 +98,12 @@ def reorder(a: Tensor, order: Tensor) -> Tensor:
     return a[torch.arange(len(a)).unsqueeze(1), order]
 
 
+def in_frames(a: Tensor, frames: Tensor) -> Tensor:
+    """Returns positions (n, N, T, 2), NaN outside ``frames``, bool, (T,) or (n, T)."""
+    frames = frames if frames.dim() == 1 else frames.unsqueeze(1)
+    return a.masked_fill(~frames.unsqueeze(-1), torch.nan)
+
+
 def errors(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
     """Returns the distance (B, N, T) between matched positions, NaN for absent objects and where the truth is NaN."""
     distance = (predicted - truth).norm(dim=-1)
@@ -176,7 +182,7 @@ def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tenso
     Args:
         dynamics: the true parameters, in pixels.
         positions: (B, N, T, 2) in pixels; where they are NaN, the object counts as unobserved.
-        observed: (T,) bool.
+        observed: bool, (T,) or (B, T).
     """
     lgssm: LGSSM = dynamics.lgssm
 
@@ -187,6 +193,8 @@ def floor_predictions(dynamics: TrueDynamics, positions: Tensor, observed: Tenso
         return (z[..., None, None] * mean).sum(-3)
 
     known = positions.isfinite().all(-1)
+    if observed.dim() == 2:
+        return predict(positions, (known & observed.unsqueeze(1)).unsqueeze(-2))
     whole = (known | ~observed).all(-1)
     found = torch.empty_like(positions)
     found[whole] = predict(positions[whole], observed)  # one mask, so covariances are computed once
@@ -199,7 +207,7 @@ def floor_of(data: ImageSequences, observed: Tensor) -> Tensor:
 
     Args:
         data: true positions in frames without an image are not used.
-        observed: (T,) bool.
+        observed: bool, (T,) or (n, T).
     """
     assert data.positions is not None
     assert data.dynamics is not None

@@ -94,9 +94,12 @@ def table_of(model: PixelModel, data: ImageSequences, inferred: Inferences, pred
         result["dynamics"] = _dynamics_in_pixels(model, affine)
         between = predicted.interpolated
         values |= errors_in_pixels(
-            data, affine(inferred.mean), affine(predicted.generated), None if between is None else affine(between),
-            predicted.ends(), n_seen,
-        )  # fmt: skip
+            data,
+            affine(inferred.mean),
+            affine(predicted.generated),
+            None if between is None else affine(between),
+            n_seen,
+        )
         if data.sides is not None:
             values["side_accuracy"] = _side_accuracy(model, inferred.mean, affine(inferred.mean), data)
 
@@ -114,7 +117,7 @@ def _known_of_a_film(model: PixelModel, data: ImageSequences, inferred: Inferenc
 
 
 def errors_in_pixels(
-    data: ImageSequences, inferred: Tensor, generated: Tensor, interpolated: Tensor | None, ends: Tensor, n_seen: int
+    data: ImageSequences, inferred: Tensor, generated: Tensor, interpolated: Tensor | None, n_seen: int
 ) -> dict[str, Tensor]:
     """Returns the mean error of each object in pixels (n, N) and whether identities switched (n,).
 
@@ -125,34 +128,34 @@ def errors_in_pixels(
         data: sequences with ``positions``.
         inferred: positions (n, N, T, 2) in pixels, as all the others.
         generated: positions after ``n_seen`` observed frames.
-        interpolated: positions between observed frames at both ends; None if no frame lies between.
-        ends: (T,) bool, the frames observed for interpolation.
-        n_seen: the number of frames observed for generation.
+        interpolated: positions between observed frames at both ends (`ImageSequences.ends`); None if no frame lies
+            between.
+        n_seen: the number of frames observed for generation, and at either end for interpolation.
     """
     truth, n_objects = data.positions, data.n_objects
     assert truth is not None
-    seen = torch.arange(len(ends)) < n_seen
+    time, ends = torch.arange(truth.shape[2]), data.ends(n_seen)
+    seen = time < n_seen
 
     def matched(a: Tensor, frames: Tensor) -> Tensor:
-        return metrics.reorder(a, metrics.assign(a[:, :, frames], truth[:, :, frames], n_objects))
+        return metrics.reorder(a, metrics.assign(a, metrics.in_frames(truth, frames), n_objects))
 
-    inferred = matched(inferred, torch.ones_like(ends))
+    inferred = matched(inferred, torch.ones_like(seen))
     values = {
         "position_error_px": metrics.errors(inferred, truth, n_objects).nanmean(-1),
         "switch_rate": metrics.switch_rates(inferred, truth, n_objects),
     }
     targets = {"": truth} if data.paths is None else {"": truth, "path_": data.paths}
-    predictions = {"generation": (matched(generated, seen), seen)}
+    predictions = {"generation": (matched(generated, seen), seen, ~seen)}
     if interpolated is not None:
-        predictions["interpolation"] = (matched(interpolated, ends), ends)
-    for kind, (prediction, observed) in predictions.items():
+        predictions["interpolation"] = (matched(interpolated, ends), ends, ~ends & (time < data.lengths[:, None]))
+    for kind, (prediction, observed, predicted) in predictions.items():
         floor = None if data.dynamics is None else metrics.floor_of(data, observed)
         for name, target in targets.items():
-            error = metrics.errors(prediction, target, n_objects)
-            values[f"{kind}_{name}error_px"] = error[..., ~observed].nanmean(-1)
+            target = metrics.in_frames(target, predicted)
+            values[f"{kind}_{name}error_px"] = metrics.errors(prediction, target, n_objects).nanmean(-1)
             if floor is not None:
-                error = metrics.errors(floor, target, n_objects)
-                values[f"{kind}_{name}floor_px"] = error[..., ~observed].nanmean(-1)
+                values[f"{kind}_{name}floor_px"] = metrics.errors(floor, target, n_objects).nanmean(-1)
     return values
 
 
