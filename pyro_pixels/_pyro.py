@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution, constraints
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
@@ -120,8 +121,15 @@ def _of_pixels(p_v: Any) -> Any:
 
 def of_objects(p: Any, present: Tensor) -> "ExactDensity":
     """Returns p(a^1, ..., a^N) given p(a^n) with batch shape (B, N): absent objects are masked, and may be NaN."""
+    if not isinstance(p, TorchDistributionMixin):
+        raise ValueError(f"{type(p).__name__} is a distribution of torch; wanted one of pyro.distributions")
     mask = present.reshape(*present.shape, *(1 for _ in p.event_shape))
     return ExactDensity(p.mask(present).to_event(1), mask)
+
+
+def fill_absent(x: Tensor, present: Tensor) -> Tensor:
+    """Returns values (B, N, T, ...) with 0 for NaN in the slots of absent objects."""
+    return x.masked_fill(x.isnan() & ~present[..., None, None], 0)
 
 
 class _WeakKey:

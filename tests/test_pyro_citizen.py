@@ -24,7 +24,7 @@ from pyro_pixels import (
     simulate,
     smooth,
 )
-from pyro_pixels.guides import JointGuide
+from pyro_pixels.guides import Guide, JointGuide
 from pyro_pixels.queries import log_evidence
 
 
@@ -135,6 +135,16 @@ def test_queries_refuse_half_precision(run, data, question):
     }
     with pytest.raises(ValueError, match=r"are torch\.bfloat16; wanted float32 or float64"):
         ask[question]()
+
+
+def test_distributions_of_torch_are_named_in_training(data):
+    class OfTorch(Guide):
+        def encode(self, images, n_objects):
+            shape = (len(images), int(n_objects.max()), images.shape[1], 2)
+            return torch.distributions.Independent(torch.distributions.Normal(torch.zeros(shape), 1.0), 2)
+
+    with pytest.raises(ValueError, match=r"Independent is a distribution of torch; wanted one of pyro\.distributions"):
+        OfTorch()(data.images, data.n_objects)
 
 
 @pytest.mark.parametrize("handler", ["substitute", "lift"])

@@ -23,7 +23,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_pixels._batch import counts, object_mask
-from pyro_pixels._pyro import announce_parameters, of_objects
+from pyro_pixels._pyro import announce_parameters, fill_absent, of_objects
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.missing import q_given_seen
 from pyro_pixels.lgssm import kalman
@@ -92,7 +92,7 @@ class JointGuide(nn.Module):
         q_a = q_given_seen(self.guide, self.dynamics, images, n_objects)
         present = object_mask(counts(n_objects, len(images), images), q_a.batch_shape[1])
         with pyro.plate("sequences", len(images), dim=-1):
-            a = torch.where(present[..., None, None], pyro.sample("a", of_objects(q_a, present)), 0)
+            a = fill_absent(pyro.sample("a", of_objects(q_a, present)), present)
             q_z = self.dynamics.component_posterior(a)
             z = pyro.sample("z", q_z.mask(present).to_event(1))  # type: ignore[attr-defined]
             q_h = StatePosterior(select_component(self.dynamics.lgssm(), z), a)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_pixels._batch import check_batch, check_objects, counts, most_objects, object_mask
-from pyro_pixels._pyro import ExactDensity, announce_parameters, of_objects, without_unseen
+from pyro_pixels._pyro import ExactDensity, announce_parameters, fill_absent, of_objects, without_unseen
 from pyro_pixels.lgssm.distributions import StatePath
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.likelihoods import BernoulliPixels, PixelLikelihood
@@ -74,7 +74,7 @@ class PixelModel(nn.Module):
             p_z = dist.Categorical(logits=self.dynamics.log_pi.to(lgssm.mu.dtype)).expand(torch.Size([B, N]))
             z = _of_shape("z", pyro.sample("z", p_z.mask(present).to_event(1)), (B, N))  # type: ignore[attr-defined]
             h = pyro.sample("h", of_objects(StatePath(select_component(lgssm, z), T), present))
-            h = torch.where(present[..., None, None], _of_shape("h", h, (B, N, T, h.shape[-1])), 0).to(lgssm.B.dtype)
+            h = fill_absent(_of_shape("h", h, (B, N, T, h.shape[-1])), present).to(lgssm.B.dtype)
             p_a = dist.MultivariateNormal(h @ lgssm.B.mT, lgssm.Sigma_A, validate_args=False).to_event(1)
             a = pyro.sample("a", of_objects(p_a, present))
             return self._draw(_of_shape("a", a, (B, N, T, 2)), present, images)
