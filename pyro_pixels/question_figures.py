@@ -143,14 +143,18 @@ def draw_retrodict(scene: Scene) -> Answer:
     before = retrodict(scene.dynamics, after, n)
     each = [positions(scene.dynamics, h, noise=False) for h in (before, after)]
     found = Gaussians(*(torch.cat(x, 2) for x in zip(*each)))
-    truth = scene.data.paths
+    paths = scene.data.paths
+    truth = scene.data.positions if paths is None else paths
     if truth is not None:
-        for _ in range(n):  # a parabola has third differences 0; two points do not determine it
+        for _ in range(n):  # a parabola has third differences 0; noisy positions or two points do not determine it
             before = 3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3]
-            truth = torch.cat([before if before.shape[2] else torch.full_like(truth[:, :, :1], torch.nan), truth], 2)
-    figure = scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
+            unknown = paths is None or not before.shape[2]
+            truth = torch.cat([torch.full_like(truth[:, :, :1], torch.nan) if unknown else before, truth], 2)
+    seen = scene.data.seen[scene.rows]
+    known = torch.cat([torch.zeros(len(seen), n, dtype=torch.bool), seen], 1)
+    figure = scene.picture(found, known[:, None], truth)
     text = f"frames {1 - n} to 0, before the first; paths are drawn without noise"
-    text += "" if truth is None or scene.order is None else ", the true ones as parabolas"
+    text += "" if paths is None or scene.order is None else ", the true ones as parabolas"
     return Answer(figure, f"Paths from {n} frames before the first one on", text)
 
 
@@ -168,6 +172,7 @@ def draw_what_if(scene: Scene) -> Answer:
         "one object fewer": Change(removed=torch.arange(int(n_objects.max()), device=scene.device) == 0),
     }
     frame = max(1, 2 * T // 5)
+    known = scene.data.seen[row, :T] & (torch.arange(T) < frame)
     means, covs = [], []
     for change in scene.progress(changes.values(), "changes"):
         found = what_if(
@@ -176,14 +181,15 @@ def draw_what_if(scene: Scene) -> Answer:
         mean, cov = scene.regions(Gaussians(found.mean, found.cov), row)
         means.append(mean)
         covs.append(cov)
-    mean, truth, n = torch.cat(means), scene.data.positions, len(changes)
+    mean, truth, n = torch.cat(means), None if scene.order is None else scene.data.positions, len(changes)
     figure = plots.plot_regions(
-        mean, torch.cat(covs), known=(torch.arange(T) < frame).expand(mean.shape[:-1]),
-        truth=None if truth is None or scene.order is None else truth[row, :, :T].repeat(n, 1, 1, 1),
+        mean, torch.cat(covs), known=known.expand(mean.shape[:-1]),
+        truth=None if truth is None else truth[row, :, :T].repeat(n, 1, 1, 1),
         n_objects=scene.data.n_objects[row].repeat(n), size=scene.size, columns=2,
         titles=[f"{name} from frame {frame + 1} on" for name in changes],
     )  # fmt: skip
-    return Answer(figure, f"What if? In black {scene.titles(row)[0]}, as it was")
+    title = scene.titles(row)[0]
+    return Answer(figure, f"What if, in {title}?" if truth is None else f"What if? In black {title}, as it was")
 
 
 def draw_evidence(scene: Scene) -> Answer:
