@@ -126,13 +126,18 @@ def draw_filter(scene: Scene) -> Answer:
 
 def draw_hidden(scene: Scene) -> Answer:
     """Draws positions when the first object is hidden in the middle third of the frames."""
-    images, n_objects, means = scene.drawn
-    B, N, T = means.shape[:3]
-    observed = torch.ones(B, N, T, dtype=torch.bool, device=scene.device)
-    observed[:, 0, T // 3 : 2 * T // 3] = False
+    (images, n_objects, means), rows = scene.drawn, scene.rows
+    (N, T), lengths = means.shape[1:3], scene.lengths[rows, None]
+    first = torch.zeros(len(rows), dtype=torch.long) if scene.order is None else scene.order[rows, 0]
+    time, is_first = torch.arange(T), torch.arange(N) == first[:, None]  # in the guide's order
+    middle = (time >= lengths // 3) & (time < 2 * lengths // 3)
+    observed = ~(is_first[:, :, None] & middle[:, None]).to(scene.device)
     found = interpolate(scene.model, scene.guide, images, n_objects, observed)
     figure = scene.picture(Gaussians(found.mean, found.cov), found.observed)
-    hidden = f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}"
+    where = (
+        f"frames {T // 3 + 1} to {2 * T // 3}" if bool((lengths == T).all()) else "the middle third of each sequence"
+    )
+    hidden = f"object 1 is hidden in {where}"
     return Answer(figure, f"Positions where {hidden}", hidden)
 
 

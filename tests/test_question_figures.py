@@ -7,7 +7,7 @@ import torch
 
 from pyro_pixels import question_figures
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.question_figures import Scene, draw_retrodict, draw_what_if
+from pyro_pixels.question_figures import Scene, draw_hidden, draw_retrodict, draw_what_if
 from pyro_pixels.runs import load_pretrained
 from pyro_pixels.worlds.base import simulate
 
@@ -57,3 +57,25 @@ def test_frames_that_are_missing_are_not_marked_as_seen(data, regions, draw, n_b
 def test_the_title_names_the_truth_only_if_it_is_drawn(data):
     assert draw_what_if(scene_of(data)).title == "What if? In black sequence 2, N = 3, as it was"
     assert draw_what_if(scene_of(ImageSequences(data.images, data.n_objects))).title == "What if, in sequence 2, N = 3?"
+
+
+def test_the_hidden_object_is_the_one_drawn_as_the_first(data, regions):
+    scene = scene_of(data)
+    swapped = [2, 0, 1]  # the guide's objects in another order than the true ones
+    three = int((data.n_objects[scene.rows] == 3).nonzero()[0])
+    scene.order[scene.rows[three]] = torch.tensor(swapped)
+    assert draw_hidden(scene).title == "Positions where object 1 is hidden in frames 11 to 20"
+    known = regions[0]["known"][three]
+    assert (~known[0]).nonzero().squeeze(1).tolist() == [*range(10, 20)]
+    assert known[1:].all()
+
+
+def test_the_middle_third_is_that_of_each_sequence(data, regions):
+    lengths = [30, 12, 21, 30, 30, 30]
+    images = [v[:n].numpy() for v, n in zip(data.images, lengths)]
+    answer = draw_hidden(scene_of(ImageSequences(images, data.n_objects)))
+    assert answer.title == "Positions where object 1 is hidden in the middle third of each sequence"
+    known = regions[0]["known"]
+    for seen, n in zip(known[:, 0], (21, 12, 30)):  # of sequences 2, 1 and 0
+        assert (~seen[:n]).nonzero().squeeze(1).tolist() == [*range(n // 3, 2 * n // 3)]
+        assert not seen[n:].any()
