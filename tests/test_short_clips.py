@@ -111,7 +111,7 @@ def test_the_gallery_leaves_out_what_needs_true_positions(unequal, tmp_path, cap
     assert "calibration: not drawn, as the sequences have no true positions" in said
     assert "drawn without noise\n" in said  # and no word of a truth
     assert {path.stem for path in tmp_path.iterdir()} == {*pictures} - {"calibration"}
-    with pytest.raises(ValueError, match="no positions"):
+    with pytest.raises(ValueError, match="no true positions"):
         run(gallery, unequal, tmp_path, pictures=("calibration",))
 
 
@@ -156,3 +156,16 @@ def test_two_frames_are_on_many_parabolas(tmp_path):
     save_sequences(path, data)
     run(ask, (path, 2), tmp_path, question="retrodict", n_samples=2)
     assert (tmp_path / "retrodict.png").exists()
+
+
+def test_the_gallery_leaves_out_what_needs_three_frames(tmp_path, capsys):
+    data = simulate(replace(load_pretrained().config.data, n_frames=2), 6, seed=2)
+    path = tmp_path / "two.npz"
+    save_sequences(path, data)
+    run(gallery, (path, 2), tmp_path / "g", pictures=("missing", "stream", "fan", "calibration"), n_samples=2)
+    said = capsys.readouterr().out
+    assert said.count("not drawn, as the sequences have only 2 frames; wanted at least 3") == 3
+    assert f"  {tmp_path / 'g/fan.png'}" in said
+    with pytest.raises(ValueError, match="missing: not drawn, as the sequences have only 2 frames"):
+        run(gallery, (path, 2), tmp_path / "n", pictures=("missing",))
+    assert not (tmp_path / "n").exists()
