@@ -14,6 +14,7 @@ import infer
 import interpolate
 import to_arviz
 import train
+from pyro_pixels import run_figures
 from pyro_pixels.data import ImageSequences, load_sequences, save_sequences
 from pyro_pixels.queries.evidence import Evidence
 from pyro_pixels.question_figures import Scene
@@ -92,6 +93,30 @@ def test_tracks_are_drawn_up_to_the_end_of_each_clip(unequal):
     longer = scene.padding(30)  # ten frames before the first
     assert [int((~x).sum()) for x in longer] == [10 + n for n in LENGTHS]
     assert scene.titles(torch.tensor([1])) == ["sequence 8, N = 2"]
+
+
+@pytest.mark.parametrize("n_frames", [16, 20, 26])
+def test_generated_frames_are_drawn_up_to_the_end_of_each_clip_or_beyond_all(unequal, tmp_path, monkeypatch, n_frames):
+    drawn = {}
+    for name in ("plot_generated_images", "plot_trajectories", "gif"):
+        plot = getattr(run_figures.plots, name)
+        monkeypatch.setattr(
+            run_figures.plots, name,
+            lambda *args, name=name, plot=plot, **kw: drawn.update({name: args}) or plot(*args, **kw),
+        )  # fmt: skip
+    view = run_figures.RunView(load_pretrained(), load_sequences(unequal[0]), torch.device("cpu"))
+    run_figures.draw_generation(view, view.generation(n_frames), tmp_path)
+    true_ends = torch.tensor([min(n, n_frames) for n in LENGTHS])
+    ends = torch.full((6,), n_frames) if n_frames > 20 else true_ends
+    generated, truth = drawn["plot_generated_images"]
+    assert [int(x[:, 0, 0].isfinite().sum()) + 5 for x in generated] == ends[view.pick(2)].tolist()
+    assert [int(x[:, 0, 0].isfinite().sum()) + 5 for x in truth] == true_ends[view.pick(2)].tolist()
+    _, inferred, predicted = drawn["plot_trajectories"]
+    assert [int(x[0, :, 0].isfinite().sum()) for x in inferred] == true_ends[view.pick(2)].tolist()
+    assert [int(x[0, :, 0].isfinite().sum()) + 4 for x in predicted] == ends[view.pick(2)].tolist()
+    panels = {name: [int(v[:, 0, 0].isfinite().sum()) for v in x] for name, x in drawn["gif"][1].items()}
+    first, true_first = ends[view.pick(1)].tolist(), true_ends[view.pick(1)].tolist()
+    assert panels == {"truth": true_first, "reconstruction": true_first, "generation": first}
 
 
 def test_evidence_counts_the_observed_frames(unequal, tmp_path, capsys, monkeypatch):
