@@ -270,7 +270,9 @@ def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Pred
         floor = metrics.floor_of(data, seen)
         floors[name] = metrics.errors(floor, truth, n_objects).nanmean((0, 1))
         floors[name][seen] = torch.nan
-    figure = plots.plot_error_over_time(errors, floors=floors, seen=ends)
+    figure = plots.plot_error_over_time(
+        errors, floors=floors, seen=predicted.n_seen, seen_by_interpolation=ends if "interpolated" in found else None
+    )
     plots.save_figure(figure, path, f"Mean error over {len(truth)} sequences")
     return [path]
 

@@ -25,6 +25,7 @@ from pyro_pixels._files import atomic_write
 from pyro_pixels.plots.style import (
     FONT,
     INFERRED,
+    INTERPOLATED,
     OBJECTS,
     QUIET,
     SEEN,
@@ -182,13 +183,17 @@ def plot_trajectories(
     return add_legend(figure, tracks, [START])
 
 
-def plot_error_over_time(errors: Named, *, floors: Named | None = None, seen: Data | slice | None = None) -> Figure:
+def plot_error_over_time(
+    errors: Named, *, floors: Named | None = None, seen: Data | slice | None = None,
+    seen_by_interpolation: Data | slice | None = None,
+) -> Figure:  # fmt: skip
     """Draws mean errors (T,) in pixels against the frame.
 
     Args:
         errors: name -> (T,).
         floors: some of the names -> (T,), drawn dashed.
         seen: the observed frames, which are shaded: their number from the start, a slice, indices or a mask.
+        seen_by_interpolation: likewise; those that are not in ``seen``, too, are shaded in the colour of interpolation.
     """
     solid = read("T", errors)
     dashed = read("T", floors or {}, like=solid)
@@ -198,12 +203,18 @@ def plot_error_over_time(errors: Named, *, floors: Named | None = None, seen: Da
         ax.plot(np.arange(T) + 1, error, color=colour_of(name, i), linewidth=1.4)
         if name in dashed:
             ax.plot(np.arange(T) + 1, dashed[name], color=colour_of(name, i), linewidth=1.2, linestyle="--")
-    shown = np.flatnonzero(seen_frames(0 if seen is None else seen, T))
-    shade = [ax.axvspan(t + 0.5, t + 1.5, color=SEEN, alpha=0.2, linewidth=0, label="seen") for t in shown]
+    shown, ends = (seen_frames(0 if x is None else x, T) for x in (seen, seen_by_interpolation))
+    kinds = {"seen": (shown, SEEN), "seen by interpolation only": (ends & ~shown, INTERPOLATED)}
+    shades = []
+    for label, (frames, colour) in kinds.items():
+        spans = [
+            ax.axvspan(t + 0.5, t + 1.5, color=colour, alpha=0.2, lw=0, label=label) for t in np.flatnonzero(frames)
+        ]
+        shades += spans[:1]
     ax.set(xlim=(0.5, T + 0.5), ylim=(0, None))
     style_axes(ax, "frame", "mean error (pixels)")
     floor = [Line2D([], [], color=QUIET, linewidth=1.2, linestyle="--", label="floor")] if floors else []
-    return add_legend(figure, solid, [*floor, *shade[:1]])
+    return add_legend(figure, solid, [*floor, *shades])
 
 
 def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
