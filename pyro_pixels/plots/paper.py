@@ -213,6 +213,7 @@ def plot_error_over_time(
         shades += spans[:1]
     ax.set(xlim=(0.5, T + 0.5), ylim=(0, None))
     style_axes(ax, "frame", "mean error (pixels)")
+    ax.locator_params(axis="x", integer=True)
     floor = [Line2D([], [], color=QUIET, linewidth=1.2, linestyle="--", label="floor")] if floors else []
     return add_legend(figure, solid, [*floor, *shades])
 
@@ -237,6 +238,7 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
     for ax, label in zip(axes, ("nats per frame", "KL per frame", "KL weight")):
         style_axes(ax, "step" if ax is axes[-1] else "", label)
         ax.yaxis.set_major_formatter("{x:g}")
+    axes[-1].locator_params(axis="x", integer=True)
     return add_legend(figure, (), axes[0].lines)
 
 
@@ -324,8 +326,9 @@ def save_figure(figure: Figure, path: str | Path, title: str = "") -> None:
         letters = max(20, int(figure.get_figwidth() * 72 / (0.55 * (FONT + 1))))
         figure.suptitle("\n".join(textwrap.wrap(title, letters)), fontsize=FONT + 1, color=TRUTH)
     layout, box = figure.get_layout_engine(), "tight"
-    if layout is not None and len(figure.texts) == bool(title):  # margins are right then, and one drawing is enough
-        layout.execute(figure)
+    if layout is not None and len(figure.texts) == bool(title):  # margins are right then, and the file is drawn once
+        for _ in range(2):  # axes of equal scales change their size in the first, and their titles move
+            layout.execute(figure)
         figure.set_layout_engine("none")
         box = None
     kind = Path(path).suffix[1:] or "png"
