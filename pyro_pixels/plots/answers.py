@@ -31,6 +31,7 @@ from pyro_pixels.plots.style import (
     read,
     read_tracks,
     style_axes,
+    whole_numbers,
 )
 
 RADIUS_95 = 5.991464547**0.5  # radius of the 95 % region of a two-dimensional Gaussian, in standard deviations
@@ -253,7 +254,7 @@ def plot_over_time(
             ax.axvspan(t + 0.5, t + 1.5, color=SEEN, alpha=0.2, linewidth=0)
         ax.set_xlim(0.5, T + 0.5)
         style_axes(ax, "frame", label if r % columns == 0 else " ")
-        ax.locator_params(axis="x", integer=True)
+        whole_numbers(ax)
         if len(titles):
             ax.set_title(titles[r], **TEXT)
     handles = [Line2D([], [], color=colour_of("", i), label=name) for i, name in enumerate(lines)]
@@ -342,7 +343,7 @@ def plot_evidence(bound: Data, log_evidence: Data, effective_samples: Data, n_ob
     below.bar(x, effective, color=colours)
     style_axes(top, "", "nats per frame")
     style_axes(below, "sequences, sorted", "effective samples")
-    below.locator_params(axis="x", integer=True)
+    whole_numbers(below)
     marks = [
         Line2D([], [], ls="", marker="o", ms=3.5, color=colour_of("", k - 1), label=f"N = {k}") for k in np.unique(n)
     ]

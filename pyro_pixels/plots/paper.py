@@ -44,6 +44,7 @@ from pyro_pixels.plots.style import (
     read_tracks,
     seen_frames,
     style_axes,
+    whole_numbers,
 )
 
 SOFTWARE = "pyro_pixels"  # in PNG files, to tell figures that may be replaced from pictures of others
@@ -213,7 +214,7 @@ def plot_error_over_time(
         shades += spans[:1]
     ax.set(xlim=(0.5, T + 0.5), ylim=(0, None))
     style_axes(ax, "frame", "mean error (pixels)")
-    ax.locator_params(axis="x", integer=True)
+    whole_numbers(ax)
     floor = [Line2D([], [], color=QUIET, linewidth=1.2, linestyle="--", label="floor")] if floors else []
     return add_legend(figure, solid, [*floor, *shades])
 
@@ -238,7 +239,7 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
     for ax, label in zip(axes, ("nats per frame", "KL per frame", "KL weight")):
         style_axes(ax, "step" if ax is axes[-1] else "", label)
         ax.yaxis.set_major_formatter("{x:g}")
-    axes[-1].locator_params(axis="x", integer=True)
+    whole_numbers(axes[-1])
     return add_legend(figure, (), axes[0].lines)
 
 
@@ -324,7 +325,10 @@ def save_figure(figure: Figure, path: str | Path, title: str = "") -> None:
     """
     if title:
         letters = max(20, int(figure.get_figwidth() * 72 / (0.55 * (FONT + 1))))
-        figure.suptitle("\n".join(textwrap.wrap(title, letters)), fontsize=FONT + 1, color=TRUTH)
+        lines = textwrap.wrap(title, letters)
+        if not figure.get_suptitle():
+            figure.set_figheight(figure.get_figheight() + 1.2 * (FONT + 1) / 72 * (len(lines) - 1))
+        figure.suptitle("\n".join(lines), fontsize=FONT + 1, color=TRUTH)
     layout, box = figure.get_layout_engine(), "tight"
     if layout is not None and len(figure.texts) == bool(title):  # margins are right then, and the file is drawn once
         for _ in range(2):  # axes of equal scales change their size in the first, and their titles move
