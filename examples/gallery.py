@@ -72,6 +72,16 @@ def names(scene: Scene, found: Prediction) -> Tensor:
     return assign(few, all_, scene.data.n_objects).to(scene.device)
 
 
+def what_is_lacking(scene: Scene, name: str) -> str:
+    """Returns what the sequences have too little of to draw this picture, or nothing."""
+    T = scene.images.shape[1]
+    if name == "calibration" and scene.data.positions is None:
+        return "no true positions"
+    if name in {"missing", "stream", "calibration"} and T < 3:
+        return f"only {T} frames; wanted at least 3"
+    return ""
+
+
 def draw_positions(scene: Scene) -> Figure:
     mean, std = (x[scene.rows.to(scene.device)] for x in scene.inference[:2])
     regions = Gaussians(mean, torch.diag_embed(std.square()))
@@ -150,8 +160,9 @@ def main(args: Arguments) -> None:
             opened, asked = open_sequences(replace(args, n_sequences=n))
             scenes[n] = Scene(*opened, per_n=1, n_samples=args.n_samples, first=asked.first)
             scenes[n].progress, scenes[n].shows_progress = progress, True
-        if name == "calibration" and scenes[n].data.positions is None and len(args.pictures) > 1:
-            texts.append(f"{name}: not drawn, as the sequences have no true positions")
+        lacking = what_is_lacking(scenes[n], name)
+        if lacking:
+            texts.append(f"{name}: not drawn, as the sequences have {lacking}")
             continue
         torch.manual_seed(args.seed)  # so that a picture does not depend on the others
         path = out / f"{name}.png"
@@ -165,6 +176,8 @@ def main(args: Arguments) -> None:
             if answer.text:
                 texts.append(f"{name}: {answer.text}")
         paths.append(path)
+    if not paths:
+        raise ValueError(f"{'; '.join(texts)}; choose other --pictures, or other sequences")
     print("\n".join(texts), end="\n" if texts else "")
     say_where(paths)
 

@@ -126,13 +126,18 @@ def draw_filter(scene: Scene) -> Answer:
 
 def draw_hidden(scene: Scene) -> Answer:
     """Draws positions when the first object is hidden in the middle third of the frames."""
-    images, n_objects, means = scene.drawn
-    B, N, T = means.shape[:3]
-    observed = torch.ones(B, N, T, dtype=torch.bool, device=scene.device)
-    observed[:, 0, T // 3 : 2 * T // 3] = False
+    (images, n_objects, means), rows = scene.drawn, scene.rows
+    (N, T), lengths = means.shape[1:3], scene.lengths[rows, None]
+    first = torch.zeros(len(rows), dtype=torch.long) if scene.order is None else scene.order[rows, 0]
+    time, is_first = torch.arange(T), torch.arange(N) == first[:, None]  # in the guide's order
+    middle = (time >= lengths // 3) & (time < 2 * lengths // 3)
+    observed = ~(is_first[:, :, None] & middle[:, None]).to(scene.device)
     found = interpolate(scene.model, scene.guide, images, n_objects, observed)
     figure = scene.picture(Gaussians(found.mean, found.cov), found.observed)
-    hidden = f"object 1 is hidden in frames {T // 3 + 1} to {2 * T // 3}"
+    where = (
+        f"frames {T // 3 + 1} to {2 * T // 3}" if bool((lengths == T).all()) else "the middle third of each sequence"
+    )
+    hidden = f"object 1 is hidden in {where}"
     return Answer(figure, f"Positions where {hidden}", hidden)
 
 
@@ -143,14 +148,18 @@ def draw_retrodict(scene: Scene) -> Answer:
     before = retrodict(scene.dynamics, after, n)
     each = [positions(scene.dynamics, h, noise=False) for h in (before, after)]
     found = Gaussians(*(torch.cat(x, 2) for x in zip(*each)))
-    truth = scene.data.paths
+    paths = scene.data.paths
+    truth = scene.data.positions if paths is None else paths
     if truth is not None:
-        for _ in range(n):  # a parabola has third differences 0; two points do not determine it
+        for _ in range(n):  # a parabola has third differences 0; noisy positions or two points do not determine it
             before = 3 * truth[:, :, :1] - 3 * truth[:, :, 1:2] + truth[:, :, 2:3]
-            truth = torch.cat([before if before.shape[2] else torch.full_like(truth[:, :, :1], torch.nan), truth], 2)
-    figure = scene.picture(found, torch.arange(found.mean.shape[2]) >= n, truth)
+            unknown = paths is None or not before.shape[2]
+            truth = torch.cat([torch.full_like(truth[:, :, :1], torch.nan) if unknown else before, truth], 2)
+    seen = scene.data.seen[scene.rows]
+    known = torch.cat([torch.zeros(len(seen), n, dtype=torch.bool), seen], 1)
+    figure = scene.picture(found, known[:, None], truth)
     text = f"frames {1 - n} to 0, before the first; paths are drawn without noise"
-    text += "" if truth is None or scene.order is None else ", the true ones as parabolas"
+    text += "" if paths is None or scene.order is None else ", the true ones as parabolas"
     return Answer(figure, f"Paths from {n} frames before the first one on", text)
 
 
@@ -168,6 +177,7 @@ def draw_what_if(scene: Scene) -> Answer:
         "one object fewer": Change(removed=torch.arange(int(n_objects.max()), device=scene.device) == 0),
     }
     frame = max(1, 2 * T // 5)
+    known = scene.data.seen[row, :T] & (torch.arange(T) < frame)
     means, covs = [], []
     for change in scene.progress(changes.values(), "changes"):
         found = what_if(
@@ -176,14 +186,15 @@ def draw_what_if(scene: Scene) -> Answer:
         mean, cov = scene.regions(Gaussians(found.mean, found.cov), row)
         means.append(mean)
         covs.append(cov)
-    mean, truth, n = torch.cat(means), scene.data.positions, len(changes)
+    mean, truth, n = torch.cat(means), None if scene.order is None else scene.data.positions, len(changes)
     figure = plots.plot_regions(
-        mean, torch.cat(covs), known=(torch.arange(T) < frame).expand(mean.shape[:-1]),
-        truth=None if truth is None or scene.order is None else truth[row, :, :T].repeat(n, 1, 1, 1),
+        mean, torch.cat(covs), known=known.expand(mean.shape[:-1]),
+        truth=None if truth is None else truth[row, :, :T].repeat(n, 1, 1, 1),
         n_objects=scene.data.n_objects[row].repeat(n), size=scene.size, columns=2,
         titles=[f"{name} from frame {frame + 1} on" for name in changes],
     )  # fmt: skip
-    return Answer(figure, f"What if? In black {scene.titles(row)[0]}, as it was")
+    title = scene.titles(row)[0]
+    return Answer(figure, f"What if, in {title}?" if truth is None else f"What if? In black {title}, as it was")
 
 
 def draw_evidence(scene: Scene) -> Answer:

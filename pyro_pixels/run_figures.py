@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels._arrays import read_arrays
@@ -179,34 +180,53 @@ def draw_inference(view: RunView, out: Path) -> list[Path]:
 
 
 def draw_generation(view: RunView, prediction: Prediction, out: Path) -> list[Path]:
-    """Writes generated_images.png like Fig 6, generated_trajectories.png like Fig 8, and generation.gif."""
-    tau, rows = view.n_seen, view.pick(2)
-    truth, drawn = view.data.images, prediction.images.cpu()
-    T = min(truth.shape[1], drawn.shape[1])
+    """Writes generated_images.png like Fig 6, generated_trajectories.png like Fig 8, and generation.gif.
+
+    Each sequence ends with its last frame, or with the last generated one if that is later than in any sequence.
+    """
+    tau, rows, (film, last) = view.n_seen, view.pick(2), (view.images.shape[1], prediction.mean.shape[2])
+    beyond, truth = _beyond(view, last)[rows], _with_frames(view.data.images[rows], last, -3)
+    drawn = prediction.images.cpu()[rows].masked_fill(beyond[:, :, None, None], torch.nan)
     images, trajectories = out / "generated_images.png", out / "generated_trajectories.png"
-    figure = plots.plot_generated_images(drawn[rows, tau:T], truth[rows, tau:T], rows=2)
-    plots.save_figure(figure, images, f"Frames {tau + 1} to {T}, generated and true, later ones lighter")
-    generated = view.tracks(prediction.mean[:, :, :T])
+    figure = plots.plot_generated_images(drawn[:, tau:], truth[:, tau:], rows=2)
+    what = f"generated, and true up to frame {film}" if last > film else "generated and true"
+    plots.save_figure(figure, images, f"Frames {tau + 1} to {last}, {what}, later ones lighter")
+    generated = view.tracks(prediction.mean)[rows].masked_fill(beyond[:, None, :, None], torch.nan)
     generated[:, :, : tau - 1] = torch.nan
-    true, inferred = view.truth_and_inferred(rows)
+    true, inferred = (None if a is None else _with_frames(a, last, -2) for a in view.truth_and_inferred(rows))
     figure = plots.plot_trajectories(
-        None if true is None else true[:, :, :T], inferred[:, :, :T], generated[rows],
+        true, inferred, generated,
         n_objects=view.data.n_objects[rows], size=view.size, columns=3, titles=view.titles(rows),
     )  # fmt: skip
-    plots.save_figure(figure, trajectories, f"Generated from the first {tau} frames on")
+    until = f", up to frame {last}" if last > film else ""
+    plots.save_figure(figure, trajectories, f"Generated from the first {tau} frames on{until}")
     return [images, trajectories, draw_forecast(view, prediction, out / "generation.gif")]
 
 
 def draw_forecast(view: RunView, prediction: Prediction, path: Path) -> Path:
     """Writes a GIF of the truth, the reconstruction, and the frames generated after the first ones."""
-    rows, T = view.pick(1), min(view.images.shape[1], prediction.images.shape[1])
+    rows, last = view.pick(1), prediction.images.shape[1]
+    padded, beyond = (_beyond(view, n)[rows, :, None, None] for n in (view.images.shape[1], last))
+    reconstruction = view.reconstruction[rows.to(view.device)].cpu().masked_fill(padded, torch.nan)
     panels = {
-        "truth": view.data.images[rows, :T],
-        "reconstruction": view.reconstruction[rows.to(view.device), :T].cpu(),
-        "generation": prediction.images.cpu()[rows, :T],
+        "truth": _with_frames(view.data.images[rows], last, -3),
+        "reconstruction": _with_frames(reconstruction, last, -3),
+        "generation": prediction.images.cpu()[rows].masked_fill(beyond, torch.nan),
     }
     plots.gif(path, panels, scale=4, mark={"generation": view.n_seen})
     return path
+
+
+def _beyond(view: RunView, n_frames: int) -> Tensor:
+    """Returns the mask (B, n_frames) of frames after the end of each sequence; none if all sequences are shorter."""
+    ends = view.lengths if n_frames <= view.images.shape[1] else torch.full_like(view.lengths, n_frames)
+    return torch.arange(n_frames) >= ends[:, None]
+
+
+def _with_frames(x: Tensor, n_frames: int, axis: int) -> Tensor:
+    """Returns ``x`` with so many frames along ``axis``: later ones are cut off, or NaN is appended."""
+    x = x if x.is_floating_point() else x.float()
+    return F.pad(x, [0, 0] * (-axis - 1) + [0, n_frames - x.shape[axis]], value=torch.nan)
 
 
 def draw_interpolation(view: RunView, generated: Prediction, interpolated: Prediction, out: Path) -> list[Path]:
@@ -247,7 +267,8 @@ def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Pred
         errors[name] = metrics.errors(a, truth, n_objects).nanmean((0, 1))
         floor = metrics.floor_of(data, seen)
         floors[name] = metrics.errors(floor, metrics.in_frames(truth, ~seen), n_objects).nanmean((0, 1))
-    figure = plots.plot_error_over_time(errors, floors=floors, seen=ends if ends.dim() == 1 else ends.all(0))
+    shown = None if "interpolated" not in found else ends if ends.dim() == 1 else ends.all(0)
+    figure = plots.plot_error_over_time(errors, floors=floors, seen=predicted.n_seen, seen_by_interpolation=shown)
     plots.save_figure(figure, path, f"Mean error over {len(truth)} sequences")
     return [path]
 

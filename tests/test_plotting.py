@@ -131,6 +131,15 @@ def test_the_frames_seen_are_shaded(seen):
     assert [shade.get_x() + 0.5 for shade in shades] == [1, 2, 3]  # frames count from 1, as in the paper
 
 
+def test_frames_seen_by_interpolation_only_are_shaded_apart():
+    ends = [0, T - 1]
+    figure = plotting.plot_error_over_time({"generated": np.ones(T)}, seen=1, seen_by_interpolation=ends)
+    first, last = figure.axes[0].patches
+    assert (first.get_x() + 0.5, last.get_x() + 0.5) == (1, T)
+    assert first.get_facecolor() != last.get_facecolor()
+    assert [text.get_text() for text in figure.legends[0].texts][-2:] == ["seen", "seen by interpolation only"]
+
+
 def test_a_gif_has_a_page_a_frame_and_marks_the_frames_seen(tmp_path):
     still = torch.zeros(T, H, W)  # equal frames must not be merged
     plotting.gif(tmp_path / "a.gif", {"a": still, "b": still}, scale=3, mark={"b": 3})

@@ -16,6 +16,7 @@ from pyro_pixels.plots.answers import (
     plot_reliability,
     plot_starts,
 )
+from pyro_pixels.plots.paper import plot_error_over_time, save_figure
 
 B, N, T = 2, 2, 5
 rng = np.random.default_rng(0)
@@ -141,3 +142,37 @@ def test_a_fan_begins_at_the_last_seen_frame():
     assert first.get_xlim() == (0, 7)
     assert first.images[0].get_array().shape == (6, 8)
     assert len(plot_fan(samples, n_seen=2).axes[0].lines) == 3 * N
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_legends_lie_within_the_figure_and_so_do_titles(tmp_path, n):
+    T = 30
+    a = np.cumsum(np.ones((n, N, T, 2)), 2)
+    region = np.broadcast_to(np.eye(2), (n, N, T, 2, 2))
+    seen, titles, size = np.ones((n, N, T)), ["sequence 1, N = 2"] * n, (32, 32)
+    line = dict.fromkeys(("given the frames so far", "in hindsight"), a[:, 0, :, 0])
+    curve = {name: ([0.1, 0.9], [0.1, 0.9]) for name in ("interpolation", "interpolation, corrected", "forecasting")}
+    for figure in (
+        plot_regions(a, region, known=seen, truth=a, size=size, titles=titles),
+        plot_fan(np.stack([a, a]), n_seen=5, truth=a, images=np.zeros((n, T, 32, 32))),
+        plot_moves(a, a, truth=(a, a), size=size),
+        plot_over_time(line, line, truth=a[:, 0, :, 0], seen=np.ones((n, T)), titles=titles),
+        plot_reliability(curve),
+    ):
+        save_figure(figure, tmp_path / "x.png")
+        figure.draw_without_rendering()
+        inside = figure.bbox.padded(1)
+        for part in (*figure.legends, *(ax.title for ax in figure.axes if ax.get_title())):
+            box = part.get_window_extent()
+            assert inside.x0 <= box.x0 <= box.x1 <= inside.x1
+            assert inside.y0 <= box.y0 <= box.y1 <= inside.y1
+
+
+def test_frames_and_sequences_have_whole_numbers():
+    two = np.ones((1, 2))
+    time = plot_over_time({"x": two}, {"x": two}).axes[0]
+    below = plot_evidence(two[0], two[0], two[0], [1, 2], 2).axes[1]
+    alone = plot_evidence([1.0], [1.0], [1.0], [1], 2).axes[1]
+    for ax in (time, below, alone, plot_error_over_time({"x": two[0]}).axes[0]):
+        assert all(float(x).is_integer() for x in ax.get_xticks())
+    assert below.get_xlabel() == "sequences, sorted"

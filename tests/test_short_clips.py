@@ -14,6 +14,7 @@ import infer
 import interpolate
 import to_arviz
 import train
+from pyro_pixels import run_figures
 from pyro_pixels.data import ImageSequences, load_sequences, save_sequences
 from pyro_pixels.queries.evidence import Evidence
 from pyro_pixels.question_figures import Scene
@@ -94,6 +95,30 @@ def test_tracks_are_drawn_up_to_the_end_of_each_clip(unequal):
     assert scene.titles(torch.tensor([1])) == ["sequence 8, N = 2"]
 
 
+@pytest.mark.parametrize("n_frames", [16, 20, 26])
+def test_generated_frames_are_drawn_up_to_the_end_of_each_clip_or_beyond_all(unequal, tmp_path, monkeypatch, n_frames):
+    drawn = {}
+    for name in ("plot_generated_images", "plot_trajectories", "gif"):
+        plot = getattr(run_figures.plots, name)
+        monkeypatch.setattr(
+            run_figures.plots, name,
+            lambda *args, name=name, plot=plot, **kw: drawn.update({name: args}) or plot(*args, **kw),
+        )  # fmt: skip
+    view = run_figures.RunView(load_pretrained(), load_sequences(unequal[0]), torch.device("cpu"))
+    run_figures.draw_generation(view, view.generation(n_frames), tmp_path)
+    true_ends = torch.tensor([min(n, n_frames) for n in LENGTHS])
+    ends = torch.full((6,), n_frames) if n_frames > 20 else true_ends
+    generated, truth = drawn["plot_generated_images"]
+    assert [int(x[:, 0, 0].isfinite().sum()) + 5 for x in generated] == ends[view.pick(2)].tolist()
+    assert [int(x[:, 0, 0].isfinite().sum()) + 5 for x in truth] == true_ends[view.pick(2)].tolist()
+    _, inferred, predicted = drawn["plot_trajectories"]
+    assert [int(x[0, :, 0].isfinite().sum()) for x in inferred] == true_ends[view.pick(2)].tolist()
+    assert [int(x[0, :, 0].isfinite().sum()) + 4 for x in predicted] == ends[view.pick(2)].tolist()
+    panels = {name: [int(v[:, 0, 0].isfinite().sum()) for v in x] for name, x in drawn["gif"][1].items()}
+    first, true_first = ends[view.pick(1)].tolist(), true_ends[view.pick(1)].tolist()
+    assert panels == {"truth": true_first, "reconstruction": true_first, "generation": first}
+
+
 def test_evidence_counts_the_observed_frames(unequal, tmp_path, capsys, monkeypatch):
     def two_nats_per_frame(model, guide, images, n_objects, *, n_samples):
         seen = (~images[..., 0, 0].isnan()).sum(1).double()
@@ -111,7 +136,7 @@ def test_the_gallery_leaves_out_what_needs_true_positions(unequal, tmp_path, cap
     assert "calibration: not drawn, as the sequences have no true positions" in said
     assert "drawn without noise\n" in said  # and no word of a truth
     assert {path.stem for path in tmp_path.iterdir()} == {*pictures} - {"calibration"}
-    with pytest.raises(ValueError, match="no positions"):
+    with pytest.raises(ValueError, match="no true positions"):
         run(gallery, unequal, tmp_path, pictures=("calibration",))
 
 
@@ -156,3 +181,16 @@ def test_two_frames_are_on_many_parabolas(tmp_path):
     save_sequences(path, data)
     run(ask, (path, 2), tmp_path, question="retrodict", n_samples=2)
     assert (tmp_path / "retrodict.png").exists()
+
+
+def test_the_gallery_leaves_out_what_needs_three_frames(tmp_path, capsys):
+    data = simulate(replace(load_pretrained().config.data, n_frames=2), 6, seed=2)
+    path = tmp_path / "two.npz"
+    save_sequences(path, data)
+    run(gallery, (path, 2), tmp_path / "g", pictures=("missing", "stream", "fan", "calibration"), n_samples=2)
+    said = capsys.readouterr().out
+    assert said.count("not drawn, as the sequences have only 2 frames; wanted at least 3") == 3
+    assert f"  {tmp_path / 'g/fan.png'}" in said
+    with pytest.raises(ValueError, match="missing: not drawn, as the sequences have only 2 frames"):
+        run(gallery, (path, 2), tmp_path / "n", pictures=("missing",))
+    assert not (tmp_path / "n").exists()

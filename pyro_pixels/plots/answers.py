@@ -31,6 +31,7 @@ from pyro_pixels.plots.style import (
     read,
     read_tracks,
     style_axes,
+    whole_numbers,
 )
 
 RADIUS_95 = 5.991464547**0.5  # radius of the 95 % region of a two-dimensional Gaussian, in standard deviations
@@ -253,6 +254,7 @@ def plot_over_time(
             ax.axvspan(t + 0.5, t + 1.5, color=SEEN, alpha=0.2, linewidth=0)
         ax.set_xlim(0.5, T + 0.5)
         style_axes(ax, "frame", label if r % columns == 0 else " ")
+        whole_numbers(ax)
         if len(titles):
             ax.set_title(titles[r], **TEXT)
     handles = [Line2D([], [], color=colour_of("", i), label=name) for i, name in enumerate(lines)]
@@ -276,8 +278,7 @@ def plot_reliability(curves: Mapping[str, tuple[Data, Data]]) -> Figure:
         ax.plot(*points.values(), color=colour, linestyle=style, linewidth=1.4, label=name)
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     style_axes(ax, "level of the region", "share of true positions within")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=FONT)
-    return figure
+    return add_legend(figure, (), ax.lines[1:])
 
 
 def plot_counts(n_objects: Data, counted: Data, log_evidence: Data) -> Figure:
@@ -341,7 +342,8 @@ def plot_evidence(bound: Data, log_evidence: Data, effective_samples: Data, n_ob
     top.scatter(x, high, s=9, color=colours, zorder=3)
     below.bar(x, effective, color=colours)
     style_axes(top, "", "nats per frame")
-    style_axes(below, "sequence", "effective samples")
+    style_axes(below, "sequences, sorted", "effective samples")
+    whole_numbers(below)
     marks = [
         Line2D([], [], ls="", marker="o", ms=3.5, color=colour_of("", k - 1), label=f"N = {k}") for k in np.unique(n)
     ]

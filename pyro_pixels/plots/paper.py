@@ -25,6 +25,7 @@ from pyro_pixels._files import atomic_write
 from pyro_pixels.plots.style import (
     FONT,
     INFERRED,
+    INTERPOLATED,
     OBJECTS,
     QUIET,
     SEEN,
@@ -43,6 +44,7 @@ from pyro_pixels.plots.style import (
     read_tracks,
     seen_frames,
     style_axes,
+    whole_numbers,
 )
 
 SOFTWARE = "pyro_pixels"  # in PNG files, to tell figures that may be replaced from pictures of others
@@ -182,13 +184,17 @@ def plot_trajectories(
     return add_legend(figure, tracks, [START])
 
 
-def plot_error_over_time(errors: Named, *, floors: Named | None = None, seen: Data | slice | None = None) -> Figure:
+def plot_error_over_time(
+    errors: Named, *, floors: Named | None = None, seen: Data | slice | None = None,
+    seen_by_interpolation: Data | slice | None = None,
+) -> Figure:  # fmt: skip
     """Draws mean errors (T,) in pixels against the frame.
 
     Args:
         errors: name -> (T,).
         floors: some of the names -> (T,), drawn dashed.
         seen: the observed frames, which are shaded: their number from the start, a slice, indices or a mask.
+        seen_by_interpolation: likewise; those that are not in ``seen``, too, are shaded in the colour of interpolation.
     """
     solid = read("T", errors)
     dashed = read("T", floors or {}, like=solid)
@@ -198,12 +204,19 @@ def plot_error_over_time(errors: Named, *, floors: Named | None = None, seen: Da
         ax.plot(np.arange(T) + 1, error, color=colour_of(name, i), linewidth=1.4)
         if name in dashed:
             ax.plot(np.arange(T) + 1, dashed[name], color=colour_of(name, i), linewidth=1.2, linestyle="--")
-    shown = np.flatnonzero(seen_frames(0 if seen is None else seen, T))
-    shade = [ax.axvspan(t + 0.5, t + 1.5, color=SEEN, alpha=0.2, linewidth=0, label="seen") for t in shown]
+    shown, ends = (seen_frames(0 if x is None else x, T) for x in (seen, seen_by_interpolation))
+    kinds = {"seen": (shown, SEEN), "seen by interpolation only": (ends & ~shown, INTERPOLATED)}
+    shades = []
+    for label, (frames, colour) in kinds.items():
+        spans = [
+            ax.axvspan(t + 0.5, t + 1.5, color=colour, alpha=0.2, lw=0, label=label) for t in np.flatnonzero(frames)
+        ]
+        shades += spans[:1]
     ax.set(xlim=(0.5, T + 0.5), ylim=(0, None))
     style_axes(ax, "frame", "mean error (pixels)")
+    whole_numbers(ax)
     floor = [Line2D([], [], color=QUIET, linewidth=1.2, linestyle="--", label="floor")] if floors else []
-    return add_legend(figure, solid, [*floor, *shade[:1]])
+    return add_legend(figure, solid, [*floor, *shades])
 
 
 def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
@@ -226,6 +239,7 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
     for ax, label in zip(axes, ("nats per frame", "KL per frame", "KL weight")):
         style_axes(ax, "step" if ax is axes[-1] else "", label)
         ax.yaxis.set_major_formatter("{x:g}")
+    whole_numbers(axes[-1])
     return add_legend(figure, (), axes[0].lines)
 
 
@@ -311,10 +325,14 @@ def save_figure(figure: Figure, path: str | Path, title: str = "") -> None:
     """
     if title:
         letters = max(20, int(figure.get_figwidth() * 72 / (0.55 * (FONT + 1))))
-        figure.suptitle("\n".join(textwrap.wrap(title, letters)), fontsize=FONT + 1, color=TRUTH)
+        lines = textwrap.wrap(title, letters)
+        if not figure.get_suptitle():
+            figure.set_figheight(figure.get_figheight() + 1.2 * (FONT + 1) / 72 * (len(lines) - 1))
+        figure.suptitle("\n".join(lines), fontsize=FONT + 1, color=TRUTH)
     layout, box = figure.get_layout_engine(), "tight"
-    if layout is not None and len(figure.texts) == bool(title):  # margins are right then, and one drawing is enough
-        layout.execute(figure)
+    if layout is not None and len(figure.texts) == bool(title):  # margins are right then, and the file is drawn once
+        for _ in range(2):  # axes of equal scales change their size in the first, and their titles move
+            layout.execute(figure)
         figure.set_layout_engine("none")
         box = None
     kind = Path(path).suffix[1:] or "png"

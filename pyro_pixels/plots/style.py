@@ -12,6 +12,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -139,6 +140,11 @@ def style_axes(ax: Axes, x: str = "", y: str = "") -> None:
     ax.set_ylabel(y, **TEXT)
 
 
+def whole_numbers(ax: Axes) -> None:
+    """Puts the ticks of x, which counts something, at whole numbers."""
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
+
+
 def colour_of(name: str, i: int = 0) -> str:
     """Returns the colour of the role that ``name`` begins with, such as "generated", else that of object ``i``."""
     return next((c for stem, c in _ROLES.items() if name.lower().startswith(stem)), OBJECTS[i % len(OBJECTS)])
@@ -148,7 +154,20 @@ START = Line2D([], [], ls="", marker="o", ms=4.5, mfc="white", mec=TRUTH, mew=0.
 
 
 def add_legend(figure: Figure, names: Iterable[str], extra: Iterable[Any] = ()) -> Figure:
-    """Adds a legend below the figure with one line per name, followed by ``extra`` handles."""
+    """Adds a legend below the figure with one line per name, followed by ``extra`` handles.
+
+    It has as many columns as the width of the figure allows, and the figure grows if that is too few.
+    """
     handles = [*(Line2D([], [], color=colour_of(name, i), label=name) for i, name in enumerate(names)), *extra]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=FONT, handlelength=1.4)
+    style = {"frameon": False, "fontsize": FONT, "handlelength": 1.4, "handletextpad": 0.8, "columnspacing": 2.0}
+    around = FONT * (1.4 + 0.8 + 2.0)  # the handle, and the space on both sides of the text
+    widths = [TextPath((0, 0), str(x.get_label()), size=FONT).get_extents().width + around for x in handles]
+    room = 72 * figure.get_figwidth()
+    if widths and max(widths) > room:
+        room = max(widths)
+        figure.set_figwidth(room / 72)
+    fits = (n for n in range(min(6, len(widths)), 1, -1) if sum(max(x) for x in np.array_split(widths, n)) <= room)
+    columns = next(fits, 1)
+    figure.set_figheight(figure.get_figheight() + 1.6 * FONT / 72 * (-(-len(widths) // columns) - 1))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, **style)
     return figure
