@@ -60,6 +60,8 @@ def main(args: Arguments) -> None:
         result["health"] = health._asdict()
     write_json(out, result, indent=2)
     print(format_table(result))
+    if data.positions is not None and not bool((data.n_objects == 1).any()):
+        print("errors in pixels need sequences with N = 1, which map latent positions to pixels; there are none here")
     for how in ("untangled", "refined"):
         if f"{how}_position_error_px" in result["all"]:
             print(_line(result, how))

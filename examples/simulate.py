@@ -28,6 +28,10 @@ Cannonballs = Annotated[
     CannonballConfig,
     tyro.conf.subcommand("cannonball-config", default=CannonballConfig(height=SIZE, width=SIZE)),
 ]
+Drift = Annotated[DriftConfig, tyro.conf.subcommand("drift-config", default=DriftConfig(height=SIZE, width=SIZE))]
+Bouncing = Annotated[
+    BouncingConfig, tyro.conf.subcommand("bouncing-config", default=BouncingConfig(height=SIZE, width=SIZE))
+]
 
 
 @dataclass
@@ -53,7 +57,7 @@ class Arguments:
     """Numbers of objects, which occur equally often. By default 1 2 3."""
     radius: Positive | None = None
     """Radius of the objects in pixels. By default 2."""
-    config: Cannonballs | DriftConfig | BouncingConfig | None = None
+    config: Cannonballs | Drift | Bouncing | None = None
     """All settings of the world; options given above override them."""
 
 

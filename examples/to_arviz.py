@@ -1,6 +1,6 @@
 """Exports the posterior of a trained run for arviz, as posterior.nc, and draws pictures of what it contains."""
 
-from _common import QueryArguments, new_folder, open_run, progress, say_where, start
+from _common import QueryArguments, new_folder, open_sequences, progress, say_where, start
 
 import dataclasses
 import shutil
@@ -46,18 +46,19 @@ class Arguments(QueryArguments):
 
 def main(args: Arguments) -> None:
     plt.switch_backend("agg")
-    run, data, device = open_run(args)
+    (run, data, device), asked = open_sequences(args)
     out = new_folder(args.out or args.home / "arviz")
     T = data.images.shape[1]
     n_seen = max(1, min(15, T // 2)) if args.n_seen is None else args.n_seen
     if not 0 < n_seen < T:
         raise ValueError(f"--n-seen is {n_seen}; wanted at least 1 and fewer than the {T} frames of a sequence")
-    view = RunView(run, first_frames(data, n_seen), device)
+    view = RunView(run, first_frames(data, n_seen), device, first=asked.first)
     truth = in_the_models_order(data, view)
     print(f"drawing {args.n_samples} samples for {len(data)} sequences and their futures")
     inference = to_inference_data(
         run.model, run.guide, view.images, view.n_objects, n_samples=args.n_samples, n_frames_ahead=T - n_seen,
         positions=None if truth is None else first_frames(truth, n_seen).positions, seed=args.seed, progress=True,
+        first=asked.first,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         whole = inference.to_netcdf(str(Path(folder) / "posterior.nc"))
@@ -73,12 +74,15 @@ def main(args: Arguments) -> None:
         "futures": lambda: draw_futures(inference, view.to_pixels, truth),
         "white_pixels": lambda: draw_white_pixels(inference),
     }
-    if args.n_samples > 1:  # a single weight has no tail
-        figures["pareto_k"] = lambda: draw_weights(inference)
+    k = pareto_k(inference)
+    if np.isfinite(k).any():
+        figures["pareto_k"] = lambda: draw_weights(inference, k)
+    else:
+        print(f"pareto_k: not drawn, as {args.n_samples} draws are too few to know it (--n-samples)")
     if truth is not None:
         figures["calibration"] = lambda: draw_calibration(inference, view.to_pixels, truth)
     for name, draw in progress(figures.items(), "pictures", len(figures)):
-        save_figure(draw(), out / f"{name}.png", TITLES[name])
+        save_figure(draw(), out / f"{name}.png", title_of(name, truth))
     say_where([out / "posterior.nc", *(out / f"{name}.png" for name in figures)])
 
 
@@ -117,13 +121,20 @@ def first_step(inference: Any, h: xr.DataArray, to_pixels: ToPixels) -> xr.DataA
 
 TITLES = {
     "launches": "Steps from frame 1 to 2: of the balls seen (dots), and the learned prior of each component (lines)",
-    "first_steps": "Steps from frame 1 to 2, ball by ball, and the true ones (bars)",
-    "futures": "Positions seen and ahead, 90 % regions and the truth (dots)",
+    "first_steps": "Steps from frame 1 to 2, ball by ball",
+    "futures": "Positions seen and ahead, 90 % regions",
     "white_pixels": "White pixels of a frame: observed, and drawn from the model",
     "pareto_k": "How far importance weights can be trusted",
     "calibration": "Where the truth lies among the draws",
 }
-"""The title of each picture."""
+"""The title of each picture, without the truth that some show."""
+
+
+def title_of(name: str, truth: ImageSequences | None) -> str:
+    """Returns the title of a picture."""
+    if name == "first_steps" and truth is not None and truth.paths is not None:
+        return f"{TITLES[name]}, and the true ones (bars)"
+    return f"{TITLES[name]} and the truth (dots)" if name == "futures" and truth is not None else TITLES[name]
 
 
 def draw_launches(inference: Any, to_pixels: ToPixels) -> Figure:
@@ -150,6 +161,7 @@ def draw_first_steps(inference: Any, to_pixels: ToPixels, truth: ImageSequences 
     step = first_step(inference, inference.posterior.h.isel(sequence=slice(0, 6)), to_pixels)
     balls = step.stack(ball=("sequence", "object")).dropna("ball").transpose("chain", "draw", "ball", "axis")
     which = balls.ball.values
+    first = int(inference.posterior.sequence[0])
     balls = balls.drop_vars(["ball", "sequence", "object"])
     balls = balls.assign_coords(ball=[f"sequence {b}, ball {n}" for b, n in which])
     figure, panels = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
@@ -157,7 +169,7 @@ def draw_first_steps(inference: Any, to_pixels: ToPixels, truth: ImageSequences 
         az.plot_forest(balls.sel(axis=axis, drop=True).to_dataset(name=axis), combined=True, ax=panel,
                        hdi_prob=SHARE, labeller=az.labels.NoVarLabeller(), textsize=7)  # type: ignore[attr-defined]  # fmt: skip
         if truth is not None and truth.paths is not None:
-            true = [float(truth.paths[b, n - 1, 1, i] - truth.paths[b, n - 1, 0, i]) for b, n in which]
+            true = [float(truth.paths[b - first, n - 1, 1, i] - truth.paths[b - first, n - 1, 0, i]) for b, n in which]
             panel.plot(true, sorted(panels[0].get_yticks(), reverse=True), "|", color="black", markersize=9)
         panel.set_title(f"step from frame 1 to 2, along {axis}, pixels", fontsize=8)
     return figure
@@ -165,6 +177,7 @@ def draw_first_steps(inference: Any, to_pixels: ToPixels, truth: ImageSequences 
 
 def draw_futures(inference: Any, to_pixels: ToPixels, truth: ImageSequences | None) -> Figure:
     """Draws inferred, predicted and true positions of the balls in one sequence of each N."""
+    first = int(inference.posterior.sequence[0])
     n_objects = inference.constant_data.n_objects.values
     rows = [int(np.flatnonzero(n_objects == n)[0]) for n in sorted(set(n_objects))]
     figure, panels = plt.subplots(2, len(rows), figsize=(2.4 * len(rows), 3.6), layout="constrained", squeeze=False)
@@ -180,7 +193,7 @@ def draw_futures(inference: Any, to_pixels: ToPixels, truth: ImageSequences | No
                     true = truth.positions[b, n, :, i]
                     panel.plot(range(1, len(true) + 1), true, ".", color=f"C{n}", markersize=2)
             panel.axvline(groups[0].time.values[-1] + 0.5, color="grey", linewidth=0.8)
-            panel.set_title(f"sequence {b}: {name}", fontsize=8)
+            panel.set_title(f"sequence {first + b}: {name}", fontsize=8)
             panel.tick_params(labelsize=7)
     figure.supxlabel("frame", fontsize=8)
     figure.supylabel("pixels", fontsize=8)
@@ -208,16 +221,25 @@ def draw_white_pixels(inference: Any) -> Figure:
     return figure
 
 
-def draw_weights(inference: Any) -> Figure:
+def pareto_k(inference: Any) -> np.ndarray:
+    """Returns Pareto k (B,) of the importance weights, NaN or infinite where there are too few draws to know it."""
+    log_weight = inference.sample_stats.log_weight
+    if log_weight.sizes["draw"] < 2:  # a single weight has no tail
+        return np.full(log_weight.sizes["sequence"], np.nan)
+    return az.psislw(log_weight.stack(__sample__=("chain", "draw")))[1].values
+
+
+def draw_weights(inference: Any, k: np.ndarray) -> Figure:
     """Draws Pareto k of log p(v, a) - log q(a | v), which shows how far the guide is from the posterior."""
     n_objects = inference.constant_data.n_objects.values
-    _, k = az.psislw(inference.sample_stats.log_weight.stack(__sample__=("chain", "draw")))
+    first = int(inference.posterior.sequence[0])
     figure, panel = plt.subplots(figsize=(4.5, 3), layout="constrained")
     colours: Any = [f"C{n - 1}" for n in n_objects]
-    az.plot_khat(k.values, ax=panel, show_hlines=True, textsize=8, color=colours)
+    az.plot_khat(k, ax=panel, show_hlines=True, textsize=8, color=colours)
     for n in sorted(set(n_objects)):
         panel.plot([], [], "+", color=f"C{n - 1}", label=f"N = {n}")
     panel.legend(fontsize=8)
+    panel.xaxis.set_major_formatter(lambda x, _: f"{first + x:g}")
     panel.set_xlabel("sequence", fontsize=8)
     panel.set_ylabel("Pareto k", fontsize=8)
     return figure

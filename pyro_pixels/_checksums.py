@@ -8,9 +8,10 @@ version 0.1, are read with a warning.
 
 import hashlib
 import json
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -63,9 +64,21 @@ def read_checked(path: str | Path) -> bytes:
 
 
 def write_json(path: Path, content: Any, indent: int = 1) -> None:
-    """Writes JSON; an older file stays until the new one is complete. In a run's folder the checksum is recorded."""
+    """Writes JSON, with null for what is not finite; an older file stays until the new one is complete.
+
+    In a run's folder the checksum is recorded.
+    """
     with (checked_write if _is_of_a_run(path) else atomic_write)(path) as file:
-        file.write(json.dumps(content, indent=indent).encode() + b"\n")
+        file.write(json.dumps(_with_null(content), indent=indent, allow_nan=False).encode() + b"\n")
+
+
+def _with_null(content: Any) -> Any:
+    """Returns the content with None for NaN and infinity, which JSON does not have."""
+    if isinstance(content, Mapping):
+        return {key: _with_null(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_with_null(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def read_json(path: Path) -> Any:

@@ -12,13 +12,21 @@ import sys
 from collections.abc import Mapping, MutableMapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
 
 from pyro_pixels._checksums import digest
 
+Made = TypeVar("Made")
 Registries = Mapping[str, MutableMapping[str, Any]]
 """Kind ("guide", "world" or "likelihood") -> name -> factory, or class of a world."""
 _loaded: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}  # (path, SHA-256) -> what the file added
+_imported: dict[tuple[str, str], tuple[Any, str]] = {}  # (kind, name) -> what an entry point loaded, and its value
+_FACTORIES = {
+    "guide": "a function of config and model that returns a Guide",
+    "likelihood": "a class or function without arguments that makes a PixelLikelihood",
+}
 
 
 class CustomFile(NamedTuple):
@@ -137,7 +145,8 @@ def find(kind: str, name: str, registries: Registries) -> Any:
     if name not in registry:
         for point in entry_points(group=_group(kind), name=name):
             try:
-                registry[name] = point.load()
+                registry[name] = found = point.load()
+                _imported[kind, name] = (found, point.value)
             except Exception as error:
                 raise ValueError(
                     f"the {kind} '{name}' is in {point.value}, which cannot be imported: {_first_line(error)}; "
@@ -149,6 +158,45 @@ def find(kind: str, name: str, registries: Registries) -> Any:
             f"{kind.upper()}S (in scripts, pass the file that does so with --custom)"
         )
     return registry[name]
+
+
+def _origin(kind: str, name: str, registries: Registries) -> str | None:
+    """Returns the file or the entry point that a definition is from, or None if it is from neither."""
+    file, (imported, point) = file_of(kind, name, registries), _imported.get((kind, name), (None, None))
+    return str(file.path) if file is not None else point if registries[kind].get(name) is imported else None
+
+
+def where(kind: str, name: str, registries: Registries) -> str:
+    """Returns what to call a definition in messages: its kind and name, and the file or package that it is from."""
+    origin = _origin(kind, name, registries)
+    return f"the {kind} '{name}'" + ("" if origin is None else f" of {origin}")
+
+
+def check_factory(kind: str, name: str, registries: Registries) -> None:
+    """Raises a ValueError if what is registered as a guide or a likelihood cannot be called to make one."""
+    found = registries[kind][name]
+    if not callable(found) or isinstance(found, nn.Module):
+        raise ValueError(f"{where(kind, name, registries)} is a {type(found).__name__}; wanted {_FACTORIES[kind]}")
+
+
+def make(kind: str, name: str, registries: Registries, arguments: tuple[Any, ...], wanted: type[Made]) -> Made:
+    """Calls the factory of a guide or a likelihood, which has to make a ``wanted``.
+
+    Raises:
+        ValueError: if it makes something else, or fails and is from a file or a package.
+    """
+    factory, what = find(kind, name, registries), where(kind, name, registries)
+    try:
+        made = factory(*arguments)
+    except Exception as error:
+        if _origin(kind, name, registries) is None:
+            raise
+        raise ValueError(
+            f"{what} fails: {type(error).__name__}: {_first_line(error)}; wanted {_FACTORIES[kind]}"
+        ) from error
+    if not isinstance(made, wanted):
+        raise ValueError(f"{what} makes a {type(made).__name__}; wanted {_FACTORIES[kind]}")
+    return made
 
 
 def known_names(kind: str, registries: Registries) -> list[str]:

@@ -270,8 +270,8 @@ def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> 
     n_samples = 0 if scene.run.config.guide == "structured" or validation is None else scene.n_samples
     found = mahalanobis_distances(scene.model, scene.guide, scene.data, n_samples=n_samples)
     if validation is None:
-        shares = {kind: 100 * float(coverage(x, (0.5,)).shares) for kind, x in found.items()}
-        text = "\n".join(f"{kind}: the 50 % regions hold {share:.0f} %" for kind, share in shares.items())
+        shares = {kind: coverage(x, (0.5,)).shares.tolist() for kind, x in found.items()}
+        text = "\n".join(f"{kind}: the 50 % regions hold {_percent(share)} %" for kind, share in shares.items())
         return Answer(plots.plot_reliability(_curves(found)), CALIBRATION, text)
     factors = fit_correction(scene.model, scene.guide, validation, n_samples=n_samples, progress=scene.shows_progress)
     text = f"factors: {factors.position_noise:.2f} on Sigma_A, {factors.measurement_noise:.2f} on R\n"
@@ -283,13 +283,18 @@ def draw_calibration(scene: Scene, validation: ImageSequences | None = None) -> 
             among = torch.ones_like(x.held) if n is None else scene.data.n_objects == n
             cells = [coverage(x, LEVELS, part).shares.tolist() for part in (among, among & x.held)]
             name = "all" if n is None else str(n)
-            rows.append([kind, name, *(" / ".join(f"{100 * share:.0f}" for share in cell) for cell in cells)])
+            rows.append([kind, name, *(_percent(cell) for cell in cells)])
             about = {"every": cells[0], "held": cells[1], "positions": coverage(x, LEVELS, among).n_positions}
             numbers.setdefault(kind, {})[name] = about
     levels = " / ".join(f"{100 * level:.0f}" for level in LEVELS)
     text += markdown(["prediction", "N", f"coverage of {levels} %", "identities held"], rows)
     numbers = {"factors": factors._asdict(), "levels": LEVELS, "coverage": numbers}
     return Answer(plots.plot_reliability(_curves(found)), CALIBRATION, text, numbers)
+
+
+def _percent(shares: list[float]) -> str:
+    """Returns a text such as "50 / 90 / 95", or "-" for the NaN of no positions."""
+    return "-" if any(share != share for share in shares) else " / ".join(f"{100 * share:.0f}" for share in shares)
 
 
 def _curves(found: dict[str, Distances]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -20,7 +20,17 @@ from pyro_pixels._checks import check_number
 from pyro_pixels._checksums import checked_write, read_checked
 from pyro_pixels._lock import locked
 from pyro_pixels.config import RunConfig
-from pyro_pixels.custom import file_of, find, known_names, load_file, load_unchanged, loaded_file
+from pyro_pixels.custom import (
+    check_factory,
+    file_of,
+    find,
+    known_names,
+    load_file,
+    load_unchanged,
+    loaded_file,
+    make,
+    where,
+)
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN, StateNetwork
@@ -30,7 +40,7 @@ from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.guides.tracking_head import TrackingHead
 from pyro_pixels.lgssm.dynamics import Dynamics
-from pyro_pixels.model.likelihoods import LIKELIHOODS
+from pyro_pixels.model.likelihoods import LIKELIHOODS, PixelLikelihood
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer
 from pyro_pixels.training.checkpoints import load_checkpoint, load_weights, write_config
@@ -109,17 +119,20 @@ def named(kind: str, name: str) -> Any:
     """Returns the factory of a guide or a likelihood, or the class of a world, from its registry or a package.
 
     Raises:
-        ValueError: if there is nothing of that name, or what is registered as a world is none or has another name.
+        ValueError: if there is nothing of that name, what is registered as a guide or a likelihood cannot be called, or
+            what is registered as a world is none or has another name.
     """
     found = find(kind, name, REGISTRIES)
     if kind != "world":
+        check_factory(kind, name, REGISTRIES)
         return found
+    what = where(kind, name, REGISTRIES)
     if not isinstance(found, type) or not issubclass(found, WorldConfig) or inspect.isabstract(found):
-        raise ValueError(f"WORLDS['{name}'] is {found!r}; wanted a subclass of WorldConfig with a method move")
+        raise ValueError(f"{what} is {found!r}; wanted a subclass of WorldConfig with a method move")
     own = next(field.default for field in dataclasses.fields(found) if field.name == "world")
     if own != name:
         raise ValueError(
-            f"WORLDS['{name}'] is the class {found.__name__}, whose field world is {own!r}; wanted a frozen dataclass "
+            f"{what} is the class {found.__name__}, whose field world is {own!r}; wanted a frozen dataclass "
             f'with the line world: str = field(default="{name}", init=False)'
         )
     return found
@@ -138,7 +151,7 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
 
     Raises:
         ValueError: if the configuration names a guide or a likelihood that is not in `GUIDES` or `LIKELIHOODS`, or
-            needs more than ``max_weights``.
+            whose factory makes something else, or needs more than ``max_weights``.
     """
     check_config(config, max_weights=max_weights)
     with torch.random.fork_rng(devices=[]):
@@ -150,8 +163,9 @@ def build(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> Run:
             background_logit=config.background_logit,
             input_scale=config.renderer_input_scale,
         )
-        model = PixelModel(Dynamics(config.dynamics), renderer, named("likelihood", config.likelihood)())
-        return Run(config, model, named("guide", config.guide)(config, model), step=0)
+        likelihood = make("likelihood", config.likelihood, REGISTRIES, (), PixelLikelihood)
+        model = PixelModel(Dynamics(config.dynamics), renderer, likelihood)
+        return Run(config, model, make("guide", config.guide, REGISTRIES, (config, model), Guide), step=0)
 
 
 def check_config(config: RunConfig, *, max_weights: int = MAX_WEIGHTS) -> None:

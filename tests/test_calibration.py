@@ -1,5 +1,6 @@
 """Coverage where it is known, and a correction that finds what was spoilt."""
 
+import json
 from dataclasses import replace
 
 import pyro.distributions as dist
@@ -9,6 +10,7 @@ from conftest import SMALL, make_guide, make_model
 from test_queries import Oracle
 from torch import nn
 
+from pyro_pixels._checksums import write_json
 from pyro_pixels.evaluation.calibration import (
     Correction,
     Distances,
@@ -22,6 +24,8 @@ from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.question_figures import Scene, draw_calibration
+from pyro_pixels.runs import load_pretrained
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 
@@ -182,3 +186,20 @@ def test_objects_are_matched(small_data):
         mahalanobis_distances(model, Known(x, std=0.3), small_data, n_seen=3)["forecasting"] for x in (a, reordered)
     )
     torch.testing.assert_close(one.squared, two.squared, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+def test_shares_of_no_positions_are_a_dash_and_null(tmp_path):
+    run = load_pretrained("quick")
+    data, validation = (simulate(replace(run.config.data, n_frames=12), n, seed=n) for n in (6, 5))
+    positions, half = data.positions.clone(), data.positions.shape[2] // 2
+    for b in (data.n_objects > 1).nonzero().squeeze(1):  # identities are wrong from here on
+        N = int(data.n_objects[b])
+        positions[b, :N, half:] = positions[b, :N, half:].roll(1, 0)
+    answer = draw_calibration(Scene(run, replace(data, positions=positions), torch.device("cpu")), validation)
+    rows = [row.split(" | ") for row in answer.text.splitlines() if row.startswith("| smoothing |")]
+    assert {cells[1]: cells[3] == "- |" for cells in rows} == {"all": False, "1": False, "2": True, "3": True}
+    assert "nan" not in answer.text
+    write_json(tmp_path / "calibration.json", answer.numbers)
+    text = (tmp_path / "calibration.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["coverage"]["smoothing"]["2"]["held"] == [None] * 3

@@ -70,6 +70,7 @@ def forget():
         registry.clear()
         registry.update(BUILT_IN[kind])
     custom._loaded.clear()
+    custom._imported.clear()
 
 
 def write(path, name="nowhere", scale=0.1):
@@ -366,3 +367,51 @@ def test_what_is_no_world_is_refused_in_one_line(my_world, content, message):
     with pytest.raises(ValueError, match=message) as error:
         train.configure(train.Arguments(custom=my_world, world="mine"))
     assert "\n" not in str(error.value)
+
+
+WANTED = {
+    "guide": "wanted a function of config and model that returns a Guide",
+    "likelihood": "wanted a class or function without arguments that makes a PixelLikelihood",
+}
+NO_FACTORIES = [
+    ("guide", "lambda config, model: None", "makes a NoneType"),
+    ("guide", "lambda config, model: Guide", "makes a ABCMeta"),
+    ("guide", "lambda config: None", r"fails: TypeError: <lambda>\(\) takes 1 positional argument but 2 were given"),
+    ("guide", "lambda config, model: {}[1]", "fails: KeyError: 1"),
+    ("guide", "nn.Linear", "fails: TypeError"),
+    ("guide", "nn.Linear(1, 1)", "is a Linear"),
+    ("guide", "nn", "is a module"),
+    ("likelihood", "nn.Linear(1, 1)", "is a Linear"),
+    ("likelihood", "lambda: None", "makes a NoneType"),
+    ("likelihood", "lambda logits: None", "fails: TypeError"),
+]
+
+
+@pytest.mark.parametrize("from_package", [False, True])
+@pytest.mark.parametrize("kind, factory, message", NO_FACTORIES)
+def test_what_makes_no_guide_or_likelihood_is_refused_in_one_line(
+    tmp_path, monkeypatch, kind, factory, message, from_package
+):
+    own = tmp_path / "their_factories.py"
+    imports = "from torch import nn\nfrom pyro_pixels.guides.base import Guide\nfrom pyro_pixels.runs import REGISTRIES"
+    own.write_text(f"{imports}\nmine = {factory}\n" + ("" if from_package else f"REGISTRIES['{kind}']['x'] = mine\n"))
+    if from_package:
+        point = EntryPoint("x", f"{own.stem}:mine", f"pyro_pixels.{kind}s")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, own.stem, raising=False)
+        monkeypatch.setattr(custom, "entry_points", lambda group, **_: [point] if group == point.group else [])
+    else:
+        load_file(own, REGISTRIES)
+    origin = f"{own.stem}:mine" if from_package else str(own)
+    with pytest.raises(ValueError, match=f"^the {kind} 'x' of {origin} {message}.*; {WANTED[kind]}$") as error:
+        build(replace(PRESETS["quick"], **{kind: "x"}, state_size=8))
+    assert "\n" not in str(error.value)
+
+
+def test_a_factory_of_the_callers_program_fails_with_its_own_error(monkeypatch):
+    monkeypatch.setitem(GUIDES, "x", lambda config, model: {}[1])
+    with pytest.raises(KeyError):
+        build(replace(PRESETS["quick"], guide="x", state_size=8))
+    monkeypatch.setitem(GUIDES, "x", lambda config, model: None)
+    with pytest.raises(ValueError, match=r"^the guide 'x' makes a NoneType; wanted a function"):
+        build(replace(PRESETS["quick"], guide="x", state_size=8))

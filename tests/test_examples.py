@@ -321,13 +321,13 @@ def test_what_is_refined_is_better(tmp_path):
 
 
 def test_beliefs_are_written_for_arviz(tmp_path):
-    options = ("--n-sequences", 3, "--n-samples", 20, "--out", "out")
+    options = ("--n-sequences", 3, "--n-samples", 40, "--out", "out")
     done = script("to_arviz", "--pretrained", *options, "--n-seen", 10, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     pictures = {"launches", "first_steps", "futures", "white_pixels", "pareto_k", "calibration"}
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == pictures
     inference = xr.open_dataset(tmp_path / "out/posterior.nc", group="predictions", engine="h5netcdf")
-    assert inference.a.shape == (1, 20, 3, 3, 20, 2)
+    assert inference.a.shape == (1, 40, 3, 3, 20, 2)
 
 
 def test_beliefs_of_a_users_own_file_are_written_too(own_file, tmp_path):

@@ -1,11 +1,12 @@
 """The health check, on tracks whose faults are known because they were made so; nothing is trained."""
 
 import math
+from dataclasses import replace
 
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import make_guide, make_model
+from conftest import SMALL, make_guide, make_model
 from torch import nn
 
 from pyro_pixels._batch import object_mask
@@ -19,6 +20,8 @@ from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, dense_components, select_component
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.presets import PRESETS
+from pyro_pixels.runs import build
 from pyro_pixels.training.start_mixture import fit_starts
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
@@ -428,6 +431,44 @@ def test_five_lines_in_the_terms_of_the_interface(world):
     assert "`" not in "".join(script)
     good = format_health(check(*world)).splitlines()
     assert (good[0], good[4]) == ("health check: no sign of failure", "  to do:   nothing")
+
+
+TOLD = {
+    "bound_ratio": "cost 99.00 of",
+    "innovation_mean_square": "9.95 times as large",
+    "innovation_autocorrelation": "neighbouring frames correlate by 99.00 (good: -0.3 to 0.3)",
+    "path_residual": "noise is 9900% of",
+    "unexplained_tracks": "9900% of the tracks lost",
+    "smallest_component": "a component is unused",
+    "component_certainty": "components overlap",
+    "coinciding_objects": "two on one object in 9900% of",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_lines_tell_every_sign(world, name):
+    good = check(*world)
+    x = -1.0 if name in ("smallest_component", "component_certainty") else 99.0
+    bad = good._replace(measures={**good.measures, name: x})
+    text = format_health(bad)
+    assert text.startswith("health check: 1 sign of failure")
+    assert TOLD[name] in text
+    assert TOLD[name] not in format_health(good)
+
+
+@pytest.mark.parametrize("options", [False, True])
+def test_a_structured_guide_is_no_remedy_for_one(world, options):
+    good = check(*world)
+    bad = good._replace(measures={**good.measures, "path_residual": 9.0})
+    assert "structured" in format_health(bad, options=options)
+    for details in (False, True):
+        assert "structured" not in format_health(bad._replace(structured=True), options=options, details=details)
+
+
+@pytest.mark.parametrize("kind", ["structured", "recurrent"])
+def test_health_knows_whether_the_guide_is_structured(small_data, kind):
+    run = build(replace(PRESETS["quick"], data=SMALL, guide=kind, state_size=8))
+    assert check_health(run.model, run.guide, small_data).structured == (kind == "structured")
 
 
 @pytest.mark.parametrize("options", [False, True])

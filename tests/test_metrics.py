@@ -1,5 +1,6 @@
 """Measures with known answers."""
 
+from examples.experiments import switches as switches_script
 from examples.experiments.latent_space import error_of_polynomial
 from examples.experiments.switches import closest, order_changes, switched_by
 
@@ -241,3 +242,10 @@ def test_switches_are_told_by_meeting_and_by_order_of_heights():
     assert found["order of heights kept"] == {"n": 2, "rate": 0.0}
     assert found["order of heights changes"] == found["closest approach 1 to 2 px"] == {"n": 2, "rate": 0.5}
     assert found["closest approach 0 to 1 px"] == {"n": 0, "rate": None}
+
+
+def test_the_script_on_switches_writes_where_it_is_told(tmp_path):
+    options = {"pretrained": True, "n_sequences": 3, "device": "cpu"}
+    switches_script.main(switches_script.Arguments(out=tmp_path / "o", **options))
+    assert {path.suffix for path in (tmp_path / "o").iterdir()} == {".json", ".png"}
+    assert (tmp_path / "o/switches.json").exists()

@@ -93,7 +93,9 @@ def test_the_commands_of_the_page_run(tmp_path):
     printed = follow_the_page(tmp_path, _120="12", _300="6")
     tracks = check_what_there_is(tmp_path, 12)
     assert all(np.isfinite(x).all() for x in tracks.values())
-    table = next(text for line, text in printed.items() if "evaluate" in line)
+    prepared, table = (next(out for line, out in printed.items() if name in line) for name in ("prepare", "evaluate"))
+    assert "  12 films of 40 frames, 96 x 128 pixels, shrunk to 24 x 32\n" in prepared
+    assert "  120 films of 40 frames, 96 x 128 pixels, shrunk to 24 x 32\n" in PAGE.read_text()
     assert "persistence" in table
     assert " - " not in table
 

@@ -1,5 +1,6 @@
 """Options of the scripts: what is refused, what the defaults are, and which sequences a run is asked about."""
 
+import _common
 from examples.experiments import _suites, export_pretrained, latent_space, sweep, sweep_recurrent, train_edlstm
 
 import csv
@@ -27,7 +28,7 @@ from pyro_pixels._options import check_options, refuse_changes, result_file
 from pyro_pixels.data import ImageSequences, load_sequences, save_sequences
 from pyro_pixels.presets import PRESETS
 from pyro_pixels.run_sequences import run_sequences, sequences_to_ask
-from pyro_pixels.runs import load_config
+from pyro_pixels.runs import load_config, load_pretrained
 from pyro_pixels.worlds.base import simulate as draw_sequences
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 from pyro_pixels.worlds.others import DriftConfig
@@ -102,6 +103,22 @@ def test_plain_options_describe_a_world_and_its_configuration_still_does():
     assert simulate.configure(simulate.Arguments(config=drift, width=40)) == replace(drift, width=40)
     with pytest.raises(ValueError, match="--world bouncing contradicts"):
         simulate.configure(simulate.Arguments(config=drift, world="bouncing"))
+
+
+@pytest.mark.parametrize("world", ["cannonball", "drift", "bouncing"])
+def test_images_are_as_large_whether_a_world_is_configured_or_not(world, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["simulate.py", f"config:{world}-config", "--config.radius", "1.5"])
+    config = simulate.configure(_common.parse(simulate.Arguments, None))
+    assert (config.height, config.width, config.radius) == (32, 32, 1.5)
+
+
+def test_errors_that_need_a_single_object_are_explained(tmp_path, capsys):
+    data = draw_sequences(replace(load_pretrained().config.data, n_frames=8), 6, seed=0)
+    for name, some, wanted in (("two", data.n_objects > 1, True), ("all", data.n_objects > 0, False)):
+        save_sequences(tmp_path / f"{name}.npz", data[some.nonzero().squeeze(1)])
+        arguments = evaluate.Arguments(pretrained=True, data=tmp_path / f"{name}.npz", out=tmp_path / "m.json")
+        evaluate.main(arguments)
+        assert ("errors in pixels need sequences with N = 1" in capsys.readouterr().out) == wanted
 
 
 def test_contradicting_options_of_training_are_refused(file, tmp_path):

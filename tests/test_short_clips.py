@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import ask
 import evaluate
@@ -158,6 +159,25 @@ def test_the_gallery_and_arviz(clips, tmp_path):
     run(gallery, clips, tmp_path / "g", pictures=pictures, n_samples=2)
     run(to_arviz, clips, tmp_path / "a", n_samples=10)
     assert (tmp_path / "a/posterior.nc").exists()
+
+
+def test_arviz_counts_as_the_file_does_and_promises_no_more_than_there_is(clips, tmp_path, monkeypatch, capsys):
+    figures, opened = {}, to_arviz.open_sequences(to_arviz.Arguments(pretrained=True, data=clips[0], device="cpu"))
+    monkeypatch.setattr(to_arviz, "open_sequences", lambda args: (opened[0], opened[1]._replace(first=5)))
+    monkeypatch.setattr(
+        to_arviz, "save_figure", lambda figure, path, title: figures.update({path.stem: (figure, title)})
+    )
+    run(to_arviz, clips, tmp_path, n_samples=20)
+    assert "pareto_k: not drawn, as 20 draws are too few" in capsys.readouterr().out
+    assert "pareto_k" not in figures
+    assert not any("tru" in title for _, title in figures.values())
+    assert {ax.get_title() for ax in figures["futures"][0].axes} >= {"sequence 5: x", "sequence 6: y"}
+    labels = [label.get_text() for label in figures["first_steps"][0].axes[0].get_yticklabels()]
+    assert any("sequence 5, ball 1" in label for label in labels)
+    assert not any("sequence 0" in label for label in labels)
+    for group in ("posterior", "prior", "observed_data", "constant_data"):
+        with xr.open_dataset(tmp_path / "posterior.nc", group=group, engine="h5netcdf") as found:
+            assert found.sequence.values.tolist() == [5, 6, 7, 8, 9, 10]
 
 
 def test_training(clips, tmp_path):

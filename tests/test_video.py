@@ -215,8 +215,21 @@ def test_numbers_of_objects_beside_the_images_are_kept(tmp_path):
 def test_films_of_unequal_length_are_padded(tmp_path):
     np.save(tmp_path / "a.npy", film())
     np.save(tmp_path / "b.npy", film()[:9])
-    data = load_video([tmp_path / "a.npy", tmp_path / "b.npy"], n_objects=1)
-    assert data.seen.sum(1).tolist() == [12, 9]
+    prepared = prepare_video([tmp_path / "a.npy", tmp_path / "b.npy"], n_objects=1)
+    assert prepared.data.seen.sum(1).tolist() == [12, 9]
+    assert any(note.startswith("2 films of 9 to 12 frames, ") for note in prepared.notes)
+    assert prepared.notes[-1] == "2 sequences of 9 to 12 frames, padded to 12 with unobserved frames; N: {1: 2}"
+
+
+@pytest.mark.parametrize(
+    "options, films, sequences",
+    [({}, "1 film of 12 frames", "1 sequence of 12 frames; "), ({"frames": 6}, "1 film of 12", "3 sequences of 6 fr")],
+)
+def test_lengths_are_said(tmp_path, options, films, sequences):
+    np.save(tmp_path / "a.npy", film())
+    notes = prepare_video(tmp_path / "a.npy", n_objects=1, **options).notes
+    assert any(note.startswith(films) for note in notes)
+    assert notes[-1].startswith(sequences)
 
 
 def test_grey_values_are_kept_where_they_are_asked_for(tmp_path):

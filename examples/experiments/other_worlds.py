@@ -110,12 +110,12 @@ def measure(folder: Path, data: ImageSequences, device: torch.device) -> dict[st
     """Returns the results of `evaluate` and of the health check, and the last metrics of training."""
     run = load_run(folder, device)
     judges = simulate(run.config.data, JUDGES, seed=VALIDATION_SEED)
-    measures, problems, causes = check_health(run.model, run.guide, judges)
+    health = check_health(run.model, run.guide, judges)
     lines = read_lines(folder)
     likelihood = {name: p.tolist() for name, p in run.model.likelihood.named_parameters()}
     return {
         "evaluation": evaluate(run.model, run.guide, data),
-        "health": {"measures": measures, "problems": problems, "causes": causes},
+        "health": {"measures": health.measures, "problems": health.problems, "causes": health.causes},
         "likelihood": likelihood,
         "training": lines[-1],
     }

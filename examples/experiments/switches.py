@@ -5,7 +5,7 @@ loses them in a meeting switches them where they meet. True positions are needed
 `untangle` leaves switched.
 """
 
-from examples._common import QueryArguments, open_run, say_where, start, write_json
+from examples._common import QueryArguments, new_folder, open_run, say_where, start, write_json
 
 import itertools
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ class Arguments(QueryArguments):
     n_sequences: Sequences = 900
     """Number of sequences to query."""
     json: Path | None = field(default=None)
-    """File for the numbers, with the picture next to it. By default switches.json in the run's folder."""
+    """File for the numbers, with the picture next to it. By default switches.json in --out."""
 
 
 def order_changes(positions: Tensor, n: int) -> Tensor:
@@ -121,7 +121,8 @@ def draw(tracks: dict[str, Tensor], data: ImageSequences) -> Figure:
 
 
 def main(args: Arguments) -> None:
-    out = result_file(args.json or args.home / "switches.json", ".json")
+    out = result_file(args.json or (args.out or args.home) / "switches.json", ".json")
+    new_folder(out.parent)
     picture = figure_beside(out)
     run, data, device = open_run(args, as_trained=True)
     if data.positions is None or not bool((data.n_objects > 1).any()):

@@ -25,6 +25,7 @@ from pyro_pixels.evaluation.film import START_FRAMES, standardised_innovations
 from pyro_pixels.evaluation.health_words import CAUSES, DIVERGED, SIGNS, TOO_LARGE, TOO_SMALL, five_lines, sentence
 from pyro_pixels.evaluation.metrics import constant_image_nll, pairwise_distances
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.lgssm.marginal import response
 from pyro_pixels.model.pixel_model import PixelModel
@@ -63,6 +64,8 @@ class Health(NamedTuple):
     """One sentence per problem: the finding, what it usually means, and a remedy. Empty if all is well."""
     causes: tuple[str, ...] = ()
     """The names of likely causes, if there are problems: white, noise, background, come and go, walls."""
+    structured: bool = False
+    """Whether the guide is structured, so that a structured one is no remedy."""
 
     @property
     def ok(self) -> bool:
@@ -146,7 +149,8 @@ def check_health(
     }
     found = signs(measures)
     causes = likely_causes(guide, data, inferred.mean[present]) if found and found != ["diverged"] else ()
-    return Health(measures, _sentences(measures, found, options=False), causes)
+    structured = isinstance(guide, StructuredGuide)
+    return Health(measures, _sentences(measures, found, options=False, structured=structured), causes, structured)
 
 
 def format_health(health: Health, *, options: bool = False, details: bool = False) -> str:
@@ -157,7 +161,7 @@ def format_health(health: Health, *, options: bool = False, details: bool = Fals
         details: add all measures with the range in which they should lie, and a sentence for each sign of failure.
     """
     found = signs(health.measures)
-    lines = five_lines(health.measures, found, health.causes, options=options)
+    lines = five_lines(health.measures, found, health.causes, options=options, structured=health.structured)
     if not details:
         return "\n".join(lines)
     for name, value in health.measures.items():
@@ -166,7 +170,8 @@ def format_health(health: Health, *, options: bool = False, details: bool = Fals
         lines.append(f"  {name:<27}{value:>9.3f}   {' '.join(bounds)}".rstrip())
     causes = [CAUSES[name] for name in health.causes]
     lines += [f"  ? {c.words}; {c.advice.options if options else c.advice.fields}" for c in causes]
-    sentences = _sentences(health.measures, found, options=True) if options else health.problems
+    in_options = _sentences(health.measures, found, options=True, structured=health.structured)
+    sentences = in_options if options else health.problems
     return "\n".join([*lines, *(f"  ! {sentence}" for sentence in sentences)])
 
 
@@ -231,9 +236,10 @@ def signs(measures: dict[str, float]) -> list[str]:
     return found
 
 
-def _sentences(measures: dict[str, float], found: list[str], *, options: bool) -> list[str]:
+def _sentences(measures: dict[str, float], found: list[str], *, options: bool, structured: bool) -> list[str]:
     if found == ["diverged"]:
         broken = [name for name, x in measures.items() if not math.isfinite(x)]
         advice = DIVERGED.options if options else DIVERGED.fields
         return [f"{', '.join(broken)} are not finite: training has diverged; {advice}"]
-    return [sentence(sign, measures.get(sign, measures["innovation_mean_square"]), options=options) for sign in found]
+    values = [measures.get(sign, measures["innovation_mean_square"]) for sign in found]
+    return [sentence(sign, x, options=options, structured=structured) for sign, x in zip(found, values)]

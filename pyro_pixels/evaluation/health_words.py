@@ -62,10 +62,11 @@ _LONGER = Advice(
     "train for more steps after the noises are freed (`Schedule.learn_from`)",
     "train longer (train.py --steps): noises are learned in the last third of the schedule",
 )
+_STRUCTURED = Advice("with a structured guide, ", "with --guide structured, ")  # left out if the guide is one
 _STIFFEN = Advice(
-    "start again with a smaller `state_noise` and `position_noise` that are held longer (`Schedule.learn_from`), with "
-    "a structured guide, or from another seed",
-    "train with another --seed or --starts 4, with --guide structured, or longer (--steps)",
+    "start again with a smaller `state_noise` and `position_noise` that are held longer (`Schedule.learn_from`), "
+    f"{_STRUCTURED.fields}or from another seed",
+    f"train with another --seed or --starts 4, {_STRUCTURED.options}or longer (--steps)",
 )
 _STARTS = Advice(
     "fit the starts to inferred tracks (`Schedule.fit_starts_at`), or use fewer components if objects start in fewer "
@@ -133,14 +134,16 @@ DIVERGED = Advice(
 )
 
 
-def sentence(sign: str, x: float, *, options: bool) -> str:
-    """Returns one sentence about a sign, with its remedy."""
+def sentence(sign: str, x: float, *, options: bool, structured: bool) -> str:
+    """Returns one sentence about a sign, with its remedy for a run whose guide is structured or not."""
     words, advice = SIGNS[sign]
-    return f"{words.format(x=x)}; {advice.options if options else advice.fields}"
+    return f"{words.format(x=x)}; {_in_terms_of(advice, options, structured)}"
 
 
-def five_lines(measures: Mapping[str, float], signs: list[str], causes: tuple[str, ...], *, options: bool) -> list[str]:
-    """Returns the verdict, a line each on images, motion and objects, and the remedy."""
+def five_lines(
+    measures: Mapping[str, float], signs: list[str], causes: tuple[str, ...], *, options: bool, structured: bool
+) -> list[str]:
+    """Returns the verdict, a line each on images, motion and objects, which tell every sign, and the remedy."""
     n = len(signs)
     verdict = "no sign of failure" if not n else f"{n} sign{'s' if n > 1 else ''} of failure"
     if causes:
@@ -151,15 +154,18 @@ def five_lines(measures: Mapping[str, float], signs: list[str], causes: tuple[st
         if ratio is None
         else f"cost {ratio:.2f} of what one grey value everywhere would (good: below 0.5)"
     )
-    told = "" if measures["component_certainty"] >= 0.8 else ", components overlap"
+    together = measures["innovation_autocorrelation"]
+    motion = f"; errors of neighbouring frames correlate by {together:.2f} (good: -0.3 to 0.3)"
+    components = {"component_certainty": ", components overlap", "smallest_component": ", a component is unused"}
     return [
         f"health check: {verdict}",
         f"  images:  {images}",
         f"  motion:  {_errors(measures['innovation_mean_square'])}; noise is {measures['path_residual']:.0%} of the "
-        "extent of tracks (good: below 20%)",
+        f"extent of tracks (good: below 20%){motion if 'innovation_autocorrelation' in signs else ''}",
         f"  objects: {measures['unexplained_tracks']:.0%} of the tracks lost or exchanged, two on one object in "
-        f"{measures['coinciding_objects']:.0%} of the sequences{told}",
-        f"  to do:   {_to_do(signs, causes, options)}",
+        f"{measures['coinciding_objects']:.0%} of the sequences"
+        + "".join(words for sign, words in components.items() if sign in signs),
+        f"  to do:   {_to_do(signs, causes, options, structured)}",
     ]
 
 
@@ -168,8 +174,13 @@ def _errors(mean_square: float) -> str:
     return f"prediction errors are {ratio:.2f} times as large as expected (good: 0.7 to 1.4)"
 
 
-def _to_do(signs: list[str], causes: tuple[str, ...], options: bool) -> str:
+def _to_do(signs: list[str], causes: tuple[str, ...], options: bool, structured: bool) -> str:
     if not signs:
         return "nothing"
     advice = DIVERGED if signs == ["diverged"] else CAUSES[causes[0]].advice if causes else SIGNS[signs[0]][1]
-    return advice.options if options else advice.fields
+    return _in_terms_of(advice, options, structured)
+
+
+def _in_terms_of(advice: Advice, options: bool, structured: bool) -> str:
+    text, guide = (x.options if options else x.fields for x in (advice, _STRUCTURED))
+    return text.replace(guide, "") if structured else text

@@ -7,7 +7,7 @@ form a single chain, so their effective sample size is their number.
 Dimensions and their coordinates:
 
     chain, draw     0;  0 .. S - 1
-    sequence        0 .. B - 1, the index in ``images``
+    sequence        0 .. B - 1, the index in ``images``, or counted from ``first``
     object, time    1 .. N;  1 .. T, as in the paper; in ``predictions`` time starts at T + 1
     axis, state     "x", "y";  "x", "y", "vx", "vy", in latent units
     component       0 .. K - 1, the values of z
@@ -81,6 +81,7 @@ def to_inference_data(
     positions: Tensor | None = None,
     seed: int = 0,
     progress: bool = False,
+    first: int = 0,
 ) -> Any:
     """Collects posterior, predictions, prior and data with labelled dimensions for ``arviz``.
 
@@ -112,6 +113,7 @@ def to_inference_data(
         positions: (B, N, T, 2), true positions in pixels in the order of the model's objects, stored unchanged.
         seed: seeds all samples; the caller's random state is not changed.
         progress: show a progress bar on a terminal.
+        first: the number of the first sequence, where they are part of a file.
 
     Returns:
         An ``arviz.InferenceData``, which ``arviz.from_netcdf`` reads back, or, with arviz 1 or later, an
@@ -143,7 +145,7 @@ def to_inference_data(
     binary = bool(((images == 0) | (images == 1)).all())  # False if frames are NaN
     groups["observed_data"] = {"v": images.to(torch.uint8 if binary else torch.float32)}
     groups["constant_data"] = _constants(model, n_objects, positions)
-    return _labelled(groups, _coordinates(groups))
+    return _labelled(groups, _coordinates(groups, first))
 
 
 def _posterior(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, n: int) -> Groups:
@@ -231,16 +233,17 @@ def _constants(model: PixelModel, n_objects: Tensor, positions: Tensor | None) -
     return constants if positions is None else constants | {"positions": positions}
 
 
-def _coordinates(groups: Groups) -> dict[str, Sequence[Any]]:
+def _coordinates(groups: Groups, first: int) -> dict[str, Sequence[Any]]:
     """Returns the coordinate of every dimension."""
     _, S, _, N, T, _ = groups["posterior"]["a"].shape
     B, _, H, W = groups["observed_data"]["v"].shape
     axis = ["x", "y"]
     state = [*axis, "vx", "vy"]
-    counted = {"draw": S, "sequence": B, "row": H, "column": W, "component": len(groups["constant_data"]["pi"])}
+    counted = {"draw": S, "row": H, "column": W, "component": len(groups["constant_data"]["pi"])}
     return {
         "chain": [0],
         **{name: range(size) for name, size in counted.items()},
+        "sequence": range(first, first + B),
         "object": range(1, N + 1),
         "time": range(1, T + 1),
         "axis": axis,

@@ -101,7 +101,7 @@ def prepare_video(
         raise ValueError("a film has 1 frame, which shows no motion; give frames in one file, a folder or a glob")
     top, bottom, left, right = view.box(shape)
     scale = (films[0].shape[2] / (right - left), films[0].shape[1] / (bottom - top))
-    notes.append(f"{len(films)} film(s) of {[len(f) for f in films][:6]} frames, {shape[0]} x {shape[1]} pixels, "
+    notes.append(f"{_lengths('film', [len(f) for f in films])}, {shape[0]} x {shape[1]} pixels, "
                  f"shrunk to {films[0].shape[1]} x {films[0].shape[2]}")  # fmt: skip
     if min(scale) < COARSE:
         notes.append(
@@ -148,7 +148,9 @@ def prepare_video(
     padded = np.full((len(first), data.images.shape[1]), -1)
     for row, c in zip(padded, [c for c, k in zip(counts, keep) if k]):
         row[: len(c)] = c
-    notes.append(f"{len(data)} sequences of {data.images.shape[1]} frames; N: "
+    lengths = [min(len(films[film]) - t, T) for film, t in first]
+    short = "" if len({*lengths, T}) == 1 else f", padded to {T} with unobserved frames"
+    notes.append(f"{_lengths('sequence', lengths)}{short}; N: "
                  f"{dict(zip(*[v.tolist() for v in data.n_objects.unique(return_counts=True)]))}")  # fmt: skip
     return Prepared(data, notes, source, None if grey else chosen, padded)
 
@@ -267,6 +269,13 @@ def _cuts(
     if left:
         notes.append(f"{left} frames at the ends of films are in no sequence; to keep them, choose another --stride")
     return [(i, t) for i, L in enumerate(lengths) for t in range(0, max(L - T, 0) + 1, stride)], T
+
+
+def _lengths(what: str, lengths: list[int]) -> str:
+    """Returns a text such as "12 films of 12 to 40 frames"."""
+    low, high = min(lengths), max(lengths)
+    many = f"{len(lengths)} {what}" + ("" if len(lengths) == 1 else "s")
+    return f"{many} of {high if low == high else f'{low} to {high}'} frames"
 
 
 def _whole(name: str, values: ArrayLike) -> int | list[int]:
