@@ -58,13 +58,15 @@ class BlobTracker:
         Args:
             images: (B, T, H, W), 0 or 1; unobserved frames are ignored.
             n_objects: (B,).
-            observed: (T,) bool, such as the first 5 for generation, or these and the last 5 for interpolation.
+            observed: bool, (T,) or (B, T), such as the first 5 frames, or these and the last 5 for interpolation.
 
         Raises:
             ValueError: if these do not fit together.
         """
-        if observed.dtype != torch.bool or observed.shape != images.shape[1:2]:
-            raise ValueError(f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,), one per frame")
+        if observed.dtype != torch.bool or observed.shape not in (images.shape[1:2], images.shape[:2]):
+            raise ValueError(
+                f"observed is {observed.dtype} {tuple(observed.shape)}; wanted bool (T,) or (B, T), one per frame"
+            )
         measured, _ = self._follow(images, n_objects, observed)
         path = metrics.floor_predictions(self.dynamics, measured, observed)
         return path.masked_fill(~object_mask(n_objects, path.shape[1])[:, :, None, None], torch.nan)
@@ -72,7 +74,7 @@ class BlobTracker:
     def _follow(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
         """Returns measured centres, NaN where there is none, and one-step forecasts, each (B, N, T, 2)."""
         check_batch(images, n_objects)
-        centres = find_disks((images > 0.5) & observed[:, None, None], n_objects, self.radius)  # (B, N, T, 2)
+        centres = find_disks((images > 0.5) & observed[..., None, None], n_objects, self.radius)  # (B, N, T, 2)
         lgssm, batch = self.dynamics.lgssm, centres.shape[:2]
         state = Gaussians(lgssm.mu.expand(*batch, -1, -1), lgssm.Sigma.expand(*batch, -1, -1, -1))  # (B, N, K, ...)
         log_w = self.dynamics.pi.log().expand(*batch, -1)
@@ -134,8 +136,8 @@ def evaluate_tracker(data: ImageSequences, *, n_seen: int = N_SEEN, radius: floa
         raise ValueError(
             f"sequences have {T} frames; observing {n_seen} (at least 1) at either end needs more than {2 * n_seen}"
         )
-    tracker, frame = BlobTracker(data.dynamics, radius), torch.arange(T)
-    both = frame < n_seen, (frame < n_seen) | (frame >= T - n_seen)
+    tracker = BlobTracker(data.dynamics, radius)
+    both = torch.arange(T) < n_seen, data.ends(n_seen)
     generated, interpolated = (tracker.predict(data.images, data.n_objects, seen) for seen in both)
     tracked = tracker.track(data.images, data.n_objects)
     values = errors_in_pixels(data, tracked, generated, interpolated, n_seen)
