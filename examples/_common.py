@@ -54,7 +54,7 @@ from pyro_pixels._checksums import read_json, write_json
 from pyro_pixels._files import CannotWrite, atomic_write
 from pyro_pixels._options import Positive, Seed, Sequences, check_options
 from pyro_pixels.config import RunConfig
-from pyro_pixels.custom import CustomFile, file_of, load_file
+from pyro_pixels.custom import CustomFile, file_of, load_file, where
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.refining import RefinedGuide
 from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled
@@ -70,10 +70,11 @@ from pyro_pixels.runs import (
     names_in,
     recorded_file,
 )
+from pyro_pixels.worlds.base import WorldConfig
 
 __all__ = [
-    "Opened", "QueryArguments", "TableArguments", "choose", "device_of", "improved", "new_folder", "one_job",
-    "open_run", "open_sequences", "parse", "progress", "read_config", "read_json", "read_run", "save_arrays",
+    "Opened", "QueryArguments", "TableArguments", "choose", "device_of", "improved", "make_world", "new_folder",
+    "one_job", "open_run", "open_sequences", "parse", "progress", "read_config", "read_json", "read_run", "save_arrays",
     "say_where", "start", "with_named", "write_json",
 ]  # fmt: skip
 
@@ -318,6 +319,22 @@ def choose(file: CustomFile | None, kind: str, name: str | None) -> str | None:
     return own[0] if name is None and own else name
 
 
+def make_world(name: str, **size: Any) -> WorldConfig:
+    """Returns the world of that name, with images of that size.
+
+    Raises:
+        ValueError: if there is none, or it cannot be made without further values.
+    """
+    world: type[WorldConfig] = named("world", name)
+    try:
+        return world(**size)
+    except Exception as error:
+        raise ValueError(
+            f"{where('world', name, REGISTRIES)} cannot be made of {', '.join(size)} alone "
+            f"({type(error).__name__}: {' '.join(str(error).split())}); give its other fields defaults"
+        ) from error
+
+
 def with_named(config: RunConfig, custom: Path | None, **names: str | None) -> RunConfig:
     """Returns the configuration with what is named, or else with what a custom file adds.
 
@@ -334,8 +351,9 @@ def with_named(config: RunConfig, custom: Path | None, **names: str | None) -> R
     for kind, given in names.items():
         name = choose(file, kind, given)
         if name is not None:
-            found, size = named(kind, name), {key: getattr(config.data, key) for key in ("n_frames", "height", "width")}
-            config = replace(config, **({"data": found(**size)} if kind == "world" else {kind: name}))
+            named(kind, name)  # exists
+            size = {key: getattr(config.data, key) for key in ("n_frames", "height", "width")}
+            config = replace(config, **({"data": make_world(name, **size)} if kind == "world" else {kind: name}))
     if file is None:
         return config
     elsewhere = [(kind, name) for kind, name in names_in(config).items() if name not in file.names[kind]]

@@ -4,7 +4,7 @@ All other settings of a world can be changed by adding its configuration after t
 `python examples/simulate.py --out drift.npz config:drift-config --config.look.salt-and-pepper 0.02`.
 """
 
-from _common import choose, say_where, start
+from _common import choose, make_world, say_where, start
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from pyro_pixels.custom import load_file
 from pyro_pixels.data import save_sequences
 from pyro_pixels.plots.paper import figure_beside
 from pyro_pixels.run_figures import draw_sequences
-from pyro_pixels.runs import REGISTRIES, named
+from pyro_pixels.runs import REGISTRIES
 from pyro_pixels.worlds.base import WorldConfig, simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
 from pyro_pixels.worlds.others import BouncingConfig, DriftConfig
@@ -74,7 +74,7 @@ def configure(args: Arguments) -> WorldConfig:
     names = ("height", "width", "n_frames", "n_objects", "radius")
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.config is None:
-        return replace(named("world", world or "cannonballs")(height=SIZE, width=SIZE), **given)
+        return replace(make_world(world or "cannonballs", height=SIZE, width=SIZE), **given)
     if world not in (None, args.config.world):
         option = f"--custom {args.custom}" if args.world is None else f"--world {args.world}"
         raise ValueError(f"{option} contradicts the configuration of {args.config.world}; leave one out")

@@ -350,6 +350,13 @@ def test_a_world_of_a_file_is_simulated(my_world, tmp_path):
         draw.configure(draw.Arguments(custom=write(tmp_path / "guide.py")))
 
 
+MINE = """
+@dataclass(frozen=True)
+class Mine(FrictionConfig):
+    world: str = field(default="mine", init=False)
+"""
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -360,13 +367,22 @@ def test_a_world_of_a_file_is_simulated(my_world, tmp_path):
             "class Mine(FrictionConfig):\n    world = 'mine'\nWORLDS['mine'] = Mine",
             "wanted a frozen dataclass",
         ),
+        (
+            f"{MINE}    pull: float = field(kw_only=True)\nWORLDS['mine'] = Mine",
+            "the world 'mine' of .*my_world.py cannot be made of .*height, width alone .TypeError: .*'pull'.*defaults",
+        ),
+        (
+            f"{MINE}    def __post_init__(self):\n        {{}}[1]\nWORLDS['mine'] = Mine",
+            "the world 'mine' of .*my_world.py cannot be made of .* alone .KeyError: 1.; give its other fields",
+        ),
     ],
 )
 def test_what_is_no_world_is_refused_in_one_line(my_world, content, message):
     my_world.write_text(f"{my_world.read_text()}\n{content}\n")
-    with pytest.raises(ValueError, match=message) as error:
-        train.configure(train.Arguments(custom=my_world, world="mine"))
-    assert "\n" not in str(error.value)
+    for script in (train, draw):
+        with pytest.raises(ValueError, match=message) as error:
+            script.configure(script.Arguments(custom=my_world, world="mine"))
+        assert "\n" not in str(error.value)
 
 
 WANTED = {
