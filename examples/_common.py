@@ -320,11 +320,7 @@ def choose(file: CustomFile | None, kind: str, name: str | None) -> str | None:
 
 
 def make_world(name: str, **size: Any) -> WorldConfig:
-    """Returns the world of that name, with images of that size.
-
-    Raises:
-        ValueError: if there is none, or it cannot be made without further values.
-    """
+    """Returns the world of that name, with images of that size; raises ValueError if it cannot be made so."""
     world: type[WorldConfig] = named("world", name)
     try:
         return world(**size)
