@@ -325,10 +325,9 @@ def make_world(name: str, **size: Any) -> WorldConfig:
     try:
         return world(**size)
     except Exception as error:
-        raise ValueError(
-            f"{where('world', name, REGISTRIES)} cannot be made of {', '.join(size)} alone "
-            f"({type(error).__name__}: {' '.join(str(error).split())}); give its other fields defaults"
-        ) from error
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        what = f"{where('world', name, REGISTRIES)} cannot be made of {', '.join(size)} alone"
+        raise ValueError(f"{what} ({why}); give its other fields defaults") from error
 
 
 def with_named(config: RunConfig, custom: Path | None, **names: str | None) -> RunConfig:
@@ -346,10 +345,12 @@ def with_named(config: RunConfig, custom: Path | None, **names: str | None) -> R
     file = None if custom is None else load_file(custom, REGISTRIES)
     for kind, given in names.items():
         name = choose(file, kind, given)
-        if name is not None:
-            named(kind, name)  # exists
+        if name is not None and kind == "world":
             size = {key: getattr(config.data, key) for key in ("n_frames", "height", "width")}
-            config = replace(config, **({"data": make_world(name, **size)} if kind == "world" else {kind: name}))
+            config = replace(config, data=make_world(name, **size))
+        elif name is not None:
+            named(kind, name)  # refuses what there is none of
+            config = replace(config, **{kind: name})
     if file is None:
         return config
     elsewhere = [(kind, name) for kind, name in names_in(config).items() if name not in file.names[kind]]

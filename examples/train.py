@@ -206,13 +206,14 @@ def main(args: Arguments) -> int:
             results = [jobs[0].train(args.starts, progress)]
         else:
             results = fit_together([job.beside_others() for job in jobs], resume=args.resume, progress=progress)
+        stopped = [result for result in results if result.interrupted]  # all but those that had diverged
         if not first:
-            return 130 if results[0].interrupted else 0
-        if results[0].interrupted and not (jobs[0].folder / "checkpoint.pt").exists():
+            return 130 if stopped else 0
+        if len(jobs) == 1 and stopped and not (jobs[0].folder / "checkpoint.pt").exists():
             print("stopped while comparing starts; nothing was saved: repeat the same command to begin again")
             return 130
-        if results[0].interrupted:
-            print(f"stopped and saved at step {results[0].step:,}; repeat the same command with --resume to continue")
+        if stopped:
+            print(f"stopped and saved at step {stopped[0].step:,}; repeat the same command with --resume to continue")
             return 130
         for job, result in zip(jobs, results):
             if not result.diverged:

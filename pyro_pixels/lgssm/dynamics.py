@@ -189,7 +189,7 @@ class Dynamics(nn.Module):
 
     def _lgssm(self) -> LGSSM:
         """Returns the parameters of Eq (3) in float64: A = [I, delta I; 0, I], B = [I, 0], and a batch of K starts."""
-        dtype, device = kalman.exact_dtype_beside("the dynamics' parameters", self.mu), self.mu.device
+        dtype, device = kalman.exact_dtype_of("the dynamics' parameters", self.mu), self.mu.device
         I = torch.eye(4, dtype=dtype, device=device)
         delta = self.log_delta.to(dtype).exp()
         roots = once("roots", self._roots, self)

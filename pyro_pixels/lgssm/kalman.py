@@ -249,7 +249,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def exact_dtype_beside(what: str, x: Tensor) -> torch.dtype:
+def exact_dtype_of(what: str, x: Tensor) -> torch.dtype:
     """Returns `exact_dtype` on the device of parameters x, after `check_precision`."""
     check_precision(what, x)
     return exact_dtype(x.device)

@@ -22,7 +22,7 @@ from pyro_pixels.video.formats import (
     View,
     join,
     read_file,
-)  # fmt: skip
+)
 
 HOT = 4  # an isolated pixel is clipped if it is this many times as bright as any two neighbours
 
