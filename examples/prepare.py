@@ -27,8 +27,11 @@ class Arguments:
     """The file to write; the contact sheet has the same name, with .png."""
     n_objects: tuple[Objects, ...] = ()
     """Number of objects: one for all, or one per film or per sequence; default: counted."""
-    size: Pixels = 32
-    """Pixels of the longer side; larger films are shrunk."""
+    size: Pixels | None = None
+    """Pixels of the longer side; larger films are shrunk. Default: 32, or with --window the film's own."""
+    window: Pixels | None = None
+    """For films with many objects: side of the square windows, each with one to three objects, that are cut from the
+    shrunk film. Default: sequences show the whole film."""
     frames: Frames | None = None
     """Frames per sequence, to cut long films; default: films of up to 60 frames are kept whole."""
     stride: Frames | None = None
@@ -58,8 +61,9 @@ def main(args: Arguments) -> None:
     print(f"reading {', '.join(args.films)}")
     n = args.n_objects[0] if len(args.n_objects) == 1 else (args.n_objects or None)
     prepared = prepare_video(
-        args.films, n_objects=n, size=args.size, frames=args.frames, stride=args.stride, crop=args.crop,
-        invert=args.invert, background=args.background, threshold=args.threshold, grey=args.grey, axes=args.axes,
+        args.films, n_objects=n, size=args.size, window=args.window, frames=args.frames, stride=args.stride,
+        crop=args.crop, invert=args.invert, background=args.background, threshold=args.threshold, grey=args.grey,
+        axes=args.axes,
     )  # fmt: skip
     data, source = prepared.data, prepared.source
     for note in prepared.notes:
@@ -73,7 +77,12 @@ def main(args: Arguments) -> None:
             f"{out} is written, but {args.films[0]} changed meanwhile, so there is no contact sheet; repeat"
         )
     figure = plot_contact_sheet(
-        film, data.images, prepared.counts, data.n_objects, threshold=prepared.threshold, notes=prepared.notes
+        source.of_window(film, 0, data.images.shape[-1]),
+        data.images,
+        prepared.counts,
+        data.n_objects,
+        threshold=prepared.threshold,
+        notes=prepared.notes,
     )
     save_figure(figure, sheet)
     say_where([out, sheet])

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.queries.predict import Prediction
 from pyro_pixels.run_figures import RunView
+from pyro_pixels.video.linking import Links, link_tracks
 from pyro_pixels.video.source import Source, load_source
 from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
 
@@ -41,7 +43,8 @@ def write_tracks(
     """
     source, found = _source_of(view, data_file), view.inference
     tracks = _in_pixels(view, found.mean, torch.diag_embed(found.std.square()), view.states.p_z.argmax(-1))
-    table = track_rows(*tracks, view.data.n_objects, source=source, scale=scale, fps=fps)
+    links = _link(view, *tracks[:2], source)
+    table = track_rows(*tracks, view.data.n_objects, source=source, links=links, scale=scale, fps=fps)
     write_csv(out / "tracks.csv", *_in_file(view, source, view.lengths, *table))
     _draw(view, tracks[0], source, out / "tracks.gif")
     return [out / "tracks.csv", out / "tracks.gif"]
@@ -80,7 +83,16 @@ def _source_of(view: RunView, data_file: Path | None) -> Source | None:
     source = None if data_file is None else load_source(data_file)
     if source is None:
         return None
-    return source._replace(first_frames=source.first_frames[view.first : view.first + len(view.data)])
+    return source.part(view.first, len(view.data))
+
+
+def _link(view: RunView, mean: Tensor, cov: Tensor, source: Source | None) -> Links | None:
+    """Returns the particles of the films if sequences of one film may overlap, else None."""
+    if source is None or len({film for film, _ in source.first_frames}) == len(source.first_frames):
+        return None
+    variances = cov.diagonal(dim1=-2, dim2=-1).sum(-1)
+    places = source.in_shrunk_film(mean)
+    return link_tracks(places, variances, view.data.n_objects, source.first_frames, view.lengths)
 
 
 def _in_pixels(view: RunView, mean: Tensor, cov: Tensor, component: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,11 +133,15 @@ def film_names(source: Source) -> list[str]:
 def _draw(view: RunView, mean: Tensor, source: Source | None, path: Path) -> None:
     """Writes the GIF over the film itself, or, if that is no longer available, over the images that the model saw."""
     row = int(view.pick(1)[0])
-    T, tracks = int(view.lengths[row]), mean[row, : int(view.data.n_objects[row])]
+    T, n = int(view.lengths[row]), view.data.n_objects
     frames = None if source is None else source.frames(row, T)
     if frames is not None and source is not None:
-        draw_tracks_gif(path, frames, source.to_source(tracks[:, : len(frames)]))
+        first = source.first_frames[row]
+        rows = [b for b, start in enumerate(source.first_frames) if start == first] if source.windows else [row]
+        places = source.to_source(mean)[:, :, : len(frames)]
+        draw_tracks_gif(path, frames, np.concatenate([places[b, : n[b]] for b in rows]))
         return
+    tracks = mean[row, : int(n[row])]
     if source is not None:
         warnings.warn(
             "the original film was not found; tracks.gif is drawn over the images that the model saw", stacklevel=3

@@ -60,6 +60,21 @@ def test_the_table_can_be_joined_with_the_films(drawn, tmp_path):
     assert list(rows[0])[-1] == "film"
 
 
+@pytest.mark.filterwarnings("ignore:the original film was not found")
+def test_overlapping_sequences_of_a_film_show_the_same_particles(tmp_path):
+    whole = simulate(load_pretrained().config.data, 20, seed=2)
+    whole = whole[whole.n_objects == 2][:4]
+    cut = ImageSequences(torch.cat([whole.images[:, :20], whole.images[:, 10:]]), torch.cat([whole.n_objects] * 2))
+    starts = tuple((film, frame) for frame in (0, 10) for film in range(4))
+    films = tuple(Origin(f"/films/{i}.mp4", 0) for i in range(4))
+    rows = table(cut, tmp_path, SOURCE._replace(first_frames=starts, films=films), first=0)
+    keys = [(row["film"], int(row["frame"]), int(row["particle"])) for row in rows]
+    assert sorted(keys) == [(f"{i}.mp4", t, 2 * i + n) for i in range(4) for t in range(30) for n in range(2)]
+    sequences = {(row["film"], int(row["frame"])): int(row["sequence"]) for row in rows}
+    assert {sequences["1.mp4", t] for t in range(10)} == {1}
+    assert {sequences["1.mp4", t] for t in range(20, 30)} == {5}
+
+
 def test_sequences_without_a_film_have_no_column_for_it(drawn, tmp_path):
     rows = table(drawn, tmp_path, None, first=2)
     assert "film" not in rows[0]

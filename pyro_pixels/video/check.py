@@ -22,6 +22,11 @@ def count_components(white: NDArray[np.bool_], least: int = SMALLEST) -> tuple[N
     return np.bincount(frame[large], minlength=len(white)), sizes[large]
 
 
+def number_of_objects(counts: NDArray[np.int64]) -> int:
+    """Returns N of a sequence from the number of components in each of its frames; objects that touch count as one."""
+    return int(np.quantile(counts, 0.75, method="nearest"))
+
+
 def still_share(white: NDArray[np.bool_], seen: NDArray[np.bool_]) -> float:
     """Returns the share of the white pixels (n, T, H, W) that are white in four of five frames of their sequence."""
     long = seen.sum(1) >= 6

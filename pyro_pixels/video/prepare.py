@@ -6,23 +6,31 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
-import scipy
 from numpy.typing import ArrayLike, NDArray
 
 from pyro_pixels._arrays import read_arrays
 from pyro_pixels._checks import Bounds, check_number, check_value
 from pyro_pixels._files import atomic_write
 from pyro_pixels.data import ImageSequences
-from pyro_pixels.video.check import STILL, count_components, still_share
+from pyro_pixels.video.check import SMALLEST, count_components, number_of_objects
+from pyro_pixels.video.contrast import (
+    Background,
+    are_darker,
+    brightness,
+    choose_threshold,
+    pixels_of,
+    without_background,
+)
 from pyro_pixels.video.formats import optional
-from pyro_pixels.video.read import Film, Origin, read_with_origins
+from pyro_pixels.video.read import Origin, read_with_origins
 from pyro_pixels.video.source import Source
+from pyro_pixels.video.windows import MOST, find_windows, without_dust
 
-Background = Literal["keep", "median", "local"]
 COARSE = 1 / 8  # fraction of the film's resolution below which a note warns
+WHOLE = 2**31  # size of films that are not shrunk
 LONG, CUT = 60, 30  # films of more than LONG frames are cut into sequences of CUT, half overlapping
 
 
@@ -47,7 +55,8 @@ def prepare_video(
     paths: str | Path | Sequence[str | Path],
     *,
     n_objects: ArrayLike | None = None,
-    size: int = 32,
+    size: int | None = None,
+    window: int | None = None,
     frames: int | None = None,
     stride: int | None = None,
     crop: tuple[int, int, int, int] | None = None,
@@ -64,8 +73,12 @@ def prepare_video(
         n_objects: one number for all sequences, or one per film or per sequence; default: those stored with the images
             in an .npz, else connected components are counted.
         size: films are shrunk, by area averaging and with their aspect ratio kept, until the longer side is ``size``
-            pixels, and padded to a square with black. Smaller films are not enlarged.
-        frames: T of the sequences into which each film is cut; default: films of up to 60 frames are kept whole.
+            pixels, and padded to a square with black. Smaller films are not enlarged. Default: 32, or with ``window``
+            the film's own size.
+        window: for crowded films: the side of square windows, in pixels of the shrunk film. Sequences are then windows
+            with one to three objects each, as `find_windows` places them.
+        frames: T of the sequences into which each film is cut; default: films of up to 60 frames are kept whole, of up
+            to 30 with ``window``.
         stride: frames between the starts of successive sequences; default: half of ``frames``.
         crop: (top, bottom, left, right), in the film's pixels.
         invert: whether objects are darker than the background; default: detected.
@@ -77,10 +90,16 @@ def prepare_video(
         grey: keep grey values, for the likelihoods "gaussian" and "continuous_bernoulli".
 
     Raises:
-        ValueError: if a film cannot be read, an option is out of range, or no sequence shows an object.
+        ValueError: if a film cannot be read, an option is out of range, no sequence shows an object, or no window
+            holds one.
     """
     given = None if n_objects is None else _whole("n_objects", n_objects)
-    size = check_number("size", size, 8)
+    window = None if window is None else check_number("window", window, 8)
+    if window is not None and given is not None:
+        raise ValueError(
+            f"n_objects is {n_objects} and window is {window}; objects are counted in each window: leave one out"
+        )
+    size = (32 if window is None else WHOLE) if size is None else check_number("size", size, 8)
     frames = None if frames is None else check_number("frames", frames, 2)
     stride = None if stride is None else check_number("stride", stride, 1)
     threshold = check_value("threshold", threshold, float | None, Bounds(0, 1))
@@ -89,7 +108,7 @@ def prepare_video(
     view = _View(size, None if crop is None else _box(crop))
     read, notes = read_with_origins(paths, axes=axes, view=view), []
     films = [film.frames for film in read]
-    if given is None:
+    if given is None and window is None:
         given = _numbers_beside([film.origin for film in read])
         notes += [] if given is None else ["n_objects is read from the file; override it with --n-objects"]
     shape = read[0].size
@@ -101,26 +120,29 @@ def prepare_video(
         raise ValueError("a film has 1 frame, which shows no motion; give frames in one file, a folder or a glob")
     top, bottom, left, right = view.box(shape)
     scale = (films[0].shape[2] / (right - left), films[0].shape[1] / (bottom - top))
-    notes.append(f"{_lengths('film', [len(f) for f in films])}, {shape[0]} x {shape[1]} pixels, "
-                 f"shrunk to {films[0].shape[1]} x {films[0].shape[2]}")  # fmt: skip
+    seen_as = films[0].shape[1:]
+    if window is not None and min(seen_as) < window:
+        raise ValueError(f"window is {window} for films of {seen_as[0]} x {seen_as[1]} pixels; wanted at most the less")
+    notes.append(f"{_lengths('film', [len(f) for f in films])}, {shape[0]} x {shape[1]} pixels"
+                 + ("" if size == WHOLE and crop is None else f", shrunk to {seen_as[0]} x {seen_as[1]}"))  # fmt: skip
     if min(scale) < COARSE:
         notes.append(
             f"a pixel stands for {1 / scale[1]:.0f} x {1 / scale[0]:.0f} of the film's, so smaller objects are lost: "
             "crop to where objects are (--crop), or keep more pixels (--size)"
         )
     excess = [f - np.median(f) for f in films]
-    invert = _are_darker(films, excess) if invert is None else invert
+    invert = are_darker(films, excess, window) if invert is None else invert
     notes.append(
         f"objects are {'darker' if invert else 'brighter'} than the background{', inverted' if invert else ''}"
     )
     excess = [-x if invert else x for x in excess]
-    excess, said = _without_background(excess, background, given)
+    excess, said = without_background(excess, background, given, window)
     notes.append(said)
-    top_value = float(np.quantile(np.concatenate([x.ravel() for x in excess]), 0.998))
+    top_value = brightness(excess, window)
     if top_value <= 0:
         raise ValueError("nothing moves or stands out in these films; look at them, or change --crop or --background")
     values = [np.clip(x / top_value, 0, 1).astype(np.float32) for x in excess]
-    chosen = _threshold(values) if threshold is None else threshold
+    chosen = choose_threshold(pixels_of(values, window)) if threshold is None else threshold
     white = [x > chosen for x in values]
     if not grey:
         notes.append(
@@ -131,20 +153,29 @@ def prepare_video(
             "grey values are kept; train with --likelihood gaussian"
             + ("" if threshold is None else f"; the threshold {threshold:.2f} only serves to count objects")
         )
-    square = max(values[0].shape[1:])
-    offset = ((square - values[0].shape[2]) // 2, (square - values[0].shape[1]) // 2)
-    kept = [_letterbox(v if grey else w.astype(np.uint8), square, offset) for v, w in zip(values, white)]
+    if window is not None and frames is None and max(map(len, films)) > CUT:
+        frames = CUT
     starts, T = _cuts([len(f) for f in films], frames, stride, notes)
-    images = [kept[film][t : t + T] for film, t in starts]
-    of_film = [count_components(w)[0] for w in white]
-    counts = [of_film[film][t : t + T] for film, t in starts]
+    kept = values if grey else [w.astype(np.uint8) for w in white]
+    corners: list[tuple[int, int]] = []
+    if window is None:
+        square = max(seen_as)
+        offset = ((square - seen_as[1]) // 2, (square - seen_as[0]) // 2)
+        images = [_letterbox(kept[film][t : t + T], square, offset) for film, t in starts]
+        of_film = [count_components(w)[0] for w in white]
+        counts = [of_film[film][t : t + T] for film, t in starts]
+    else:
+        offset = (0, 0)
+        starts, corners, counts = _windows(white, starts, T, window, notes)
+        images = [_in_window(kept[film][t : t + T], c, window) for (film, t), c in zip(starts, corners)]
     n, keep = _numbers(given, counts, [film for film, _ in starts], len(films), notes)
     if not any(keep):
         raise ValueError("no sequence shows an object; lower the threshold, or look at the contact sheet")
     chosen_images = [x for x, k in zip(images, keep) if k]
     first = tuple(s for s, k in zip(starts, keep) if k)
     data = ImageSequences(chosen_images, [x for x, k in zip(n, keep) if k])  # type: ignore[arg-type]
-    source = Source(scale, offset, (left, top), shape, first, tuple(film.origin for film in read), axes)
+    origins, windows = tuple(film.origin for film in read), tuple(c for c, k in zip(corners, keep) if k)
+    source = Source(scale, offset, (left, top), shape, first, origins, axes, windows)
     padded = np.full((len(first), data.images.shape[1]), -1)
     for row, c in zip(padded, [c for c, k in zip(counts, keep) if k]):
         row[: len(c)] = c
@@ -196,54 +227,27 @@ def _box(crop: ArrayLike) -> tuple[int, int, int, int]:
     return top, bottom, left, right
 
 
-def _are_darker(films: list[Film], excess: list[Film]) -> bool:
-    """Tells whether objects are darker than the background: by what changes over time if that is clear, else by all."""
-    low, high = np.quantile(np.concatenate([(f - np.median(f, 0)).ravel() for f in films]), (0.002, 0.998))
-    if max(-low, high) > 1.5 * min(-low, high):
-        return bool(-low > high)
-    low, high = np.quantile(np.concatenate([x.ravel() for x in excess]), (0.002, 0.998))
-    return bool(-low > 1.2 * high)
+def _in_window(film: NDArray[Any], corner: tuple[int, int], side: int) -> NDArray[Any]:
+    left, top = corner
+    return film[:, top : top + side, left : left + side]
 
 
-def _without_background(
-    excess: list[Film], background: Background | None, n_objects: int | Sequence[int] | None
-) -> tuple[list[Film], str]:
-    """Returns the films without their background, as `prepare_video` defines it, and a note."""
-    if background == "local":
-        return [x - _local(x) for x in excess], "what is larger than a quarter of the image was subtracted (local)"
-    without = [x - np.median(x, 0) for x in excess]
-    if background is None:
-        scores = []
-        for films in (excess, without):
-            top = np.quantile(np.concatenate([x.ravel() for x in films]), 0.998)
-            counts = [count_components(x > 0.5 * top)[0] for x in films]
-            wanted = _per_film(n_objects, len(films)) or [float(np.median(c)) for c in counts]
-            off = np.concatenate([np.abs(c - n) for c, n in zip(counts, wanted)])
-            empty = np.concatenate([c == 0 for c in counts])
-            scores.append(float(off.mean() + 3 * empty.mean()))
-            if n_objects is None:  # a still background agrees with its own number of components
-                shares = [still_share(x[None] > 0.5 * top, np.ones((1, len(x)), bool)) for x in films]
-                scores[-1] += float(np.mean(shares) > STILL)
-        structure = max(float(np.ptp(np.median(x, 0))) for x in excess) > 0.02
-        background = "median" if structure and scores[1] <= scores[0] + 0.02 else "keep"
-    if background == "median":
-        return without, "the median over time was subtracted"
-    return excess, "no background was subtracted"
-
-
-def _local(film: Film) -> Film:
-    """Returns a background per frame: its grey opening by a window larger than objects, smoothed before and after."""
-    width = max(film.shape[1:]) // 4 | 1  # odd
-    smooth = scipy.ndimage.gaussian_filter(film, (0, 0.7, 0.7))
-    opened = scipy.ndimage.grey_opening(smooth, (1, width, width))
-    return np.asarray(scipy.ndimage.gaussian_filter(opened, (0, width / 4, width / 4)), np.float32)
-
-
-def _threshold(values: list[Film]) -> float:
-    pixels = np.concatenate([v.ravel() for v in values])
-    noise = 1.4826 * float(np.median(np.abs(pixels[pixels > 0]))) if (pixels > 0).mean() > 0.3 else 0.0
-    otsu = float(optional("skimage.filters").threshold_otsu(pixels))
-    return float(np.clip(max(otsu, 4 * noise), 0.1, 0.6))
+def _windows(
+    white: list[NDArray[np.bool_]], starts: list[tuple[int, int]], T: int, side: int, notes: list[str]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[NDArray[np.int64]]]:
+    """Returns the start, the corner and the component counts of each window."""
+    objects = [without_dust(w, SMALLEST) for w in white]
+    clips = [objects[film][t : t + T] for film, t in starts]
+    placed = [(start, window) for start, clip in zip(starts, clips) for window in find_windows(clip, side)]
+    if not placed:
+        raise ValueError(
+            f"no window of {side} pixels holds 1 to {MOST} objects for {T} frames; wanted larger or smaller windows "
+            "(--window), fewer frames (--frames), or a higher threshold (--threshold)"
+        )
+    share = sum(w.area for _, w in placed) / sum(int(clip.sum()) for clip in clips)
+    notes.append(f"{len(placed)} windows of {side} x {side} pixels hold {share:.0%} of what the objects cover; others "
+                 "reach the film's edge, move too far, or are too many")  # fmt: skip
+    return [start for start, _ in placed], [w.corner for _, w in placed], [w.counts for _, w in placed]
 
 
 def _letterbox(film: NDArray[Any], square: int, offset: tuple[int, int]) -> NDArray[Any]:
@@ -290,14 +294,6 @@ def _whole(name: str, values: ArrayLike) -> int | list[int]:
     return found.astype(np.int64).tolist()
 
 
-def _per_film(n_objects: int | Sequence[int] | None, n_films: int) -> list[float] | None:
-    if n_objects is None:
-        return None
-    if isinstance(n_objects, int):
-        return [float(n_objects)] * n_films
-    return [float(x) for x in n_objects] if len(n_objects) == n_films else None
-
-
 def _numbers_beside(origins: list[Origin]) -> list[int] | None:
     """Returns N of each film if all are from .npz files that store ``n_objects``, as files for ``--data`` do."""
     in_file: dict[str, NDArray[Any] | None] = {}
@@ -334,7 +330,7 @@ def _numbers(
         if min(n) < 1:
             raise ValueError(f"n_objects has the value {min(n)}; every sequence needs at least 1 object")
         return n, [True] * len(n)
-    n = [int(np.quantile(c, 0.75, method="nearest")) for c in counts]  # objects that touch count as one
+    n = [number_of_objects(c) for c in counts]
     agree = float(np.mean([np.mean(c == k) for c, k in zip(counts, n)]))
     notes.append(f"n_objects was counted: {agree:.0%} of the frames show that many components"
                  + ("; check the contact sheet, or give --n-objects" if agree < 0.8 else ""))  # fmt: skip

@@ -12,7 +12,7 @@ from pyro_pixels.video.read import Film, Origin, read_part
 
 
 class Source(NamedTuple):
-    """The origin of the sequences: source pixels = (pixels + 0.5 - offset) / scale - 0.5 + corner."""
+    """The origin of the sequences: source pixels = (pixels + window + 0.5 - offset) / scale - 0.5 + corner."""
 
     scale: tuple[float, float]
     """Pixels of the sequences per pixel of the film, (horizontal, vertical): sides are rounded to whole pixels."""
@@ -28,6 +28,13 @@ class Source(NamedTuple):
     """The origin of each film."""
     axes: str | None = None
     """The ``axes`` with which films that are arrays were read."""
+    windows: tuple[tuple[int, int], ...] = ()
+    """(column, row) of each sequence's window in the shrunk film; none if sequences show all of it."""
+
+    def part(self, first: int, n: int) -> "Source":
+        """Returns the origin of ``n`` sequences from ``first`` on."""
+        rows = slice(first, first + n)
+        return self._replace(first_frames=self.first_frames[rows], windows=self.windows[rows])
 
     def frames(self, row: int, n_frames: int) -> Film | None:
         """Reads the film's own frames (T, H, W) of a sequence again; returns None if they are no longer available."""
@@ -41,9 +48,30 @@ class Source(NamedTuple):
         return frames if len(frames) and frames.shape[1:] == self.size else None
 
     def to_source(self, positions: Any) -> NDArray[np.float64]:
-        """Maps positions (..., 2), (column, row), to the film's own pixels."""
-        inside = np.asarray(positions, np.float64) + 0.5 - np.asarray(self.offset)
+        """Maps positions (..., 2), (column, row), to the film's own pixels.
+
+        If the sequences are windows, the first axis of the positions is that of the sequences.
+        """
+        inside = self.in_shrunk_film(positions) + 0.5
         return inside / np.asarray(self.scale) - 0.5 + np.asarray(self.corner)
+
+    def in_shrunk_film(self, positions: Any) -> NDArray[np.float64]:
+        """Maps positions as `to_source` does to pixels of the cropped and shrunk film, which have the same size as
+        those of the sequences."""
+        inside = np.asarray(positions, np.float64) - np.asarray(self.offset)
+        if not self.windows:
+            return inside
+        if len(inside) != len(self.windows):
+            raise ValueError(f"positions are of {len(inside)} sequences; wanted those of all {len(self.windows)}")
+        return inside + np.reshape(self.windows, (len(inside), *[1] * (inside.ndim - 2), 2))
+
+    def of_window(self, frames: Film, row: int, side: int) -> Film:
+        """Returns what a sequence's window of ``side`` pixels shows of the film's own frames (T, H, W)."""
+        if not self.windows:
+            return frames
+        corners = np.array([[0, 0], [side, side]]) - 0.5  # the outer edges
+        (left, top), (right, bottom) = np.round(self.part(row, 1).to_source(corners[None])[0] + 0.5).astype(int)
+        return frames[:, top:bottom, left:right]
 
     def to_source_covariances(self, covariances: Any) -> NDArray[np.float64]:
         """Maps covariances (..., 2, 2) to square pixels of the film."""
@@ -68,6 +96,9 @@ def load_source(path: str | Path) -> Source | None:
         films = tuple(Origin(str(path), int(i)) for path, i in values.get("films", ()))
         scale = values["scale"]
         x, y = scale if isinstance(scale, list) else (scale, scale)
-        return Source((float(x), float(y)), offset, corner, size, first, films, values.get("axes"))
+        windows = tuple((int(a), int(b)) for a, b in values.get("windows", ()))
+        if windows and len(windows) != len(first):
+            raise ValueError(f"{len(windows)} windows for {len(first)} sequences")
+        return Source((float(x), float(y)), offset, corner, size, first, films, values.get("axes"), windows)
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: its map to the film is damaged ({error}); create it again with prepare.py") from None

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
 from pyro_pixels._files import atomic_write
+from pyro_pixels.video.linking import Links
 from pyro_pixels.video.source import Source
 
 Floats = NDArray[np.float64]
@@ -19,7 +20,8 @@ COLUMNS = ("sequence", "frame", "particle", "x", "y", "var_x", "cov_xy", "var_y"
 
 def track_rows(
     positions: ArrayLike, covariances: ArrayLike, components: ArrayLike, n_objects: ArrayLike, *,
-    seen: ArrayLike | None = None, source: Source | None = None, scale: float | None = None, fps: float | None = None,
+    seen: ArrayLike | None = None, source: Source | None = None, links: Links | None = None,
+    scale: float | None = None, fps: float | None = None,
 ) -> tuple[list[str], Iterator[list[Any]]]:  # fmt: skip
     """Returns the header, and one row per sequence, frame and object.
 
@@ -33,6 +35,7 @@ def track_rows(
         n_objects: (n,).
         seen: (n, N, T), whether each object was observed in each frame; if given, a column ``seen``, 1 or 0, is added.
         source: maps positions to the film's own pixels.
+        links: the particles of a film whose sequences overlap; there is then one row for each in each frame.
         scale: metres per pixel of the film; if given, x and y are in metres.
         fps: frames per second; if given, a column ``time`` in seconds is added.
 
@@ -57,11 +60,14 @@ def track_rows(
             first = source.first_frames[b][1] if source is not None and source.first_frames else 0
             for t in range(a.shape[2]):
                 for i in range(int(n[b])):
+                    if links is not None and not links.best[b, i, t]:
+                        continue
                     (x, y), S = a[b, i, t], C[b, i, t]
                     time = [f"{(first + t) / fps:.6g}"] if fps else []
                     numbers = (x, y, S[0, 0], S[0, 1], S[1, 1])
                     rest = [int(k[b, i]), *([] if known is None else [known[b, i, t]])]
-                    yield [b, first + t, *time, particle + i, *(f"{v:.6g}" for v in numbers), *rest]
+                    which = particle + i if links is None else int(links.particles[b, i])
+                    yield [b, first + t, *time, which, *(f"{v:.6g}" for v in numbers), *rest]
             particle += int(n[b])
 
     return header, rows()

@@ -1,0 +1,102 @@
+"""Linking: which tracks of overlapping sequences show the same object of a film.
+
+A long film is cut into sequences that overlap in time, and a crowded one also into windows, which may overlap in space.
+Objects of different sequences are the same particle if they are near each other in the frames that both show.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linear_sum_assignment
+
+WITHIN = 2.0  # the largest mean distance between two tracks of one particle, in pixels of the sequences
+
+
+class Links(NamedTuple):
+    """The particles of all films, and the best estimate of each in each frame."""
+
+    particles: NDArray[np.int64]
+    """(n, N), the particle that each object of each sequence is, counted over all films; -1 for absent objects."""
+    best: NDArray[np.bool_]
+    """(n, N, T), whether no other sequence has an estimate of that particle in that frame with a smaller variance."""
+
+
+class _Particles:
+    """The particles of one film: their tracks (P, F, 2) so far, NaN where there is no estimate."""
+
+    def __init__(self, most: int, n_frames: int) -> None:
+        self.tracks = np.full((most, n_frames, 2), np.nan)
+        self.variances = np.full((most, n_frames), np.inf)
+        self.objects = np.full((most, n_frames), -1)  # whose estimate it is
+        self.count = 0
+
+    def match(self, tracks: NDArray[np.float64], frames: slice, within: float) -> list[int]:
+        """Returns the particle of each track (N, L, 2) of one sequence: those so far, or else new ones."""
+        there = self.tracks[: self.count, frames]
+        shared = np.flatnonzero(np.isfinite(there[..., 0]).any(1))
+        found = np.full(len(tracks), -1)
+        if len(shared):
+            apart = np.linalg.norm(tracks[:, None] - there[shared], axis=-1)
+            mean = np.nanmean(apart, -1)
+            chosen = linear_sum_assignment(np.minimum(mean, within))
+            near = mean[chosen] < within
+            found[chosen[0][near]] = shared[chosen[1][near]]
+        new = found < 0
+        found[new] = self.count + np.arange(new.sum())
+        self.count += int(new.sum())
+        return found.tolist()
+
+    def add(self, particle: int, track: NDArray[np.float64], variance: NDArray[np.float64], frames: slice, which: int):
+        """Takes over the estimates of a track (L, 2) where no other has a smaller variance."""
+        better = variance < self.variances[particle, frames]
+        self.tracks[particle, frames][better] = track[better]
+        self.variances[particle, frames][better] = variance[better]
+        self.objects[particle, frames][better] = which
+
+
+def link_tracks(
+    positions: ArrayLike,
+    variances: ArrayLike,
+    n_objects: ArrayLike,
+    starts: Sequence[tuple[int, int]],
+    lengths: ArrayLike,
+    *,
+    within: float = WITHIN,
+) -> Links:
+    """Links the tracks of sequences that share frames of a film.
+
+    Sequences are taken in the order of their first frames. The objects of each are matched to the particles so far, one
+    to one, so that the sum of the mean distances over shared frames is smallest; pairs farther apart than ``within``
+    are not matched. An object without a match is a new particle.
+
+    Args:
+        positions: (n, N, T, 2), in one system of coordinates for all sequences of a film.
+        variances: (n, N, T), of each position, the sum over both axes.
+        n_objects: (n,).
+        starts: the film of each sequence, and the frame in it at which the sequence begins.
+        lengths: (n,), the number of frames of each sequence that belong to the film.
+        within: in the units of the positions.
+    """
+    a, S = np.asarray(positions, np.float64), np.asarray(variances, np.float64)
+    N, L = np.asarray(n_objects, np.int64), np.asarray(lengths, np.int64)
+    particles, best, total = np.full(a.shape[:2], -1), np.zeros(a.shape[:3], bool), 0
+    rows_of: dict[int, list[int]] = {}
+    for b in sorted(range(len(a)), key=lambda b: starts[b]):
+        rows_of.setdefault(starts[b][0], []).append(b)
+    for rows in rows_of.values():
+        frames = {b: slice(starts[b][1], starts[b][1] + int(L[b])) for b in rows}
+        film = _Particles(int(N[rows].sum()), max(f.stop for f in frames.values()))
+        for b in rows:
+            tracks = a[b, : N[b], : L[b]]
+            found = film.match(tracks, frames[b], within)
+            for i, p in enumerate(found):
+                film.add(p, tracks[i], S[b, i, : L[b]], frames[b], b * a.shape[1] + i)
+            particles[b, : N[b]] = found
+        for b in rows:
+            of_row = b * a.shape[1] + np.arange(N[b])
+            best[b, : N[b], : L[b]] = film.objects[particles[b, : N[b]], frames[b]] == of_row[:, None]
+            particles[b, : N[b]] += total
+        total += film.count
+    return Links(particles, best)
