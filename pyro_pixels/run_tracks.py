@@ -30,8 +30,9 @@ def write_tracks(
     """Writes tracks.csv, of all the view's sequences, and tracks.gif, of the first with the largest N; returns both.
 
     The table counts sequences from ``view.first``, as their file does, and has a row for each object in each frame up
-    to the last observed one. If prepare.py made ``data_file``, it also names the film of each row, positions are in
-    pixels of the film, and the GIF is drawn over it; otherwise they are in pixels of the sequences.
+    to the last observed one. If prepare.py made ``data_file``, it also names the film of each row, objects of sequences
+    that overlap are linked to particles with one row in each frame, positions are in pixels of the film, and the GIF
+    is drawn over it, with all windows of a clip; otherwise positions are in pixels of the sequences.
 
     Args:
         data_file: the file of the view's sequences, if any.

@@ -125,6 +125,24 @@ def test_bad_windows_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("grey", [0.0, 0.5])
+def test_a_film_without_objects_is_refused(tmp_path, grey):
+    np.save(tmp_path / "a.npy", np.full((12, 64, 64), grey))
+    with pytest.raises(ValueError, match="nothing moves or stands out"):
+        prepare_video(tmp_path / "a.npy", window=SIDE)
+
+
+def test_few_objects_in_a_large_film_are_found(tmp_path):
+    """They cover less than 0.2 % of the pixels."""
+    film = np.full((12, 400, 400), 0.2)
+    film[:, 200:206, 100:106] = film[:, 50:56, 300:306] = 0.8
+    film += np.random.default_rng(0).normal(0, 0.03, film.shape)
+    np.save(tmp_path / "a.npy", film.clip(0, 1))
+    prepared = prepare_video(tmp_path / "a.npy", window=SIDE, background="keep")
+    assert prepared.data.n_objects.tolist() == [1, 1]
+    assert prepared.source.windows == ((303 - 16, 53 - 16), (103 - 16, 203 - 16))
+
+
 def test_damaged_windows_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", film_of(crowd(5)))
     prepared = prepare_video(tmp_path / "a.npy", window=SIDE, frames=10)

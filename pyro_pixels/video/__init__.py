@@ -1,8 +1,9 @@
 """Your own films: from files to image sequences, and from tracks back to the film's pixels."""
 
 from pyro_pixels.video.check import check_film, count_components
+from pyro_pixels.video.contrast import Background
+from pyro_pixels.video.linking import Links, link_tracks
 from pyro_pixels.video.prepare import (
-    Background,
     Prepared,
     load_video,
     prepare_video,
@@ -14,11 +15,13 @@ from pyro_pixels.video.tracks import draw_tracks_gif, track_rows, write_csv
 
 __all__ = [
     "Background",
+    "Links",
     "Prepared",
     "Source",
     "check_film",
     "count_components",
     "draw_tracks_gif",
+    "link_tracks",
     "load_source",
     "load_video",
     "prepare_video",

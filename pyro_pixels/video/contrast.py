@@ -19,7 +19,11 @@ Background = Literal["keep", "median", "local"]
 
 
 def are_darker(films: list[Film], excess: list[Film], window: int | None) -> bool:
-    """Tells whether objects are darker than the background: by what changes over time if that is clear, else by all."""
+    """Tells whether objects are darker than the background: by what changes over time if that is clear, else by all.
+
+    Args:
+        excess: the films without their median grey.
+    """
     moving = [f - np.median(f, 0) for f in films]
     low, high = (brightness([sign * f for f in moving], window) for sign in (-1, 1))
     if max(low, high) > 1.5 * min(low, high):
@@ -64,13 +68,14 @@ def _local(film: Film, window: int | None) -> Film:
 
 
 def choose_threshold(pixels: NDArray[np.float32]) -> float:
+    """Returns Otsu's threshold, or a higher one above noise, within limits."""
     noise = 1.4826 * float(np.median(np.abs(pixels[pixels > 0]))) if (pixels > 0).mean() > 0.3 else 0.0
     otsu = float(optional("skimage.filters").threshold_otsu(pixels))
     return float(np.clip(max(otsu, 4 * noise), 0.1, 0.6))
 
 
 def brightness(films: list[Film], window: int | None) -> float:
-    """Returns the brightness of objects."""
+    """Returns the brightness of objects: a high quantile of the pixels."""
     return float(np.quantile(pixels_of(films, window), 0.998))
 
 
@@ -88,10 +93,11 @@ def _near_objects(film: NDArray[np.float32], side: int) -> NDArray[np.float32]:
     tiles = film[:, : rows * side, : columns * side].reshape(T, rows, side, columns, side)
     tiles = tiles.swapaxes(2, 3).reshape(-1, side * side)
     bright = np.partition(tiles, -3, axis=1)[:, -3]  # two outliers in a tile do not count
-    return tiles[bright > optional("skimage.filters").threshold_otsu(bright)].ravel()
+    return tiles[bright >= optional("skimage.filters").threshold_otsu(bright)].ravel()
 
 
 def per_film(n_objects: int | Sequence[int] | None, n_films: int) -> list[float] | None:
+    """Returns N of each film, None if it is not known or given by sequence."""
     if n_objects is None:
         return None
     if isinstance(n_objects, int):

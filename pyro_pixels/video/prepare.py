@@ -122,7 +122,9 @@ def prepare_video(
     scale = (films[0].shape[2] / (right - left), films[0].shape[1] / (bottom - top))
     seen_as = films[0].shape[1:]
     if window is not None and min(seen_as) < window:
-        raise ValueError(f"window is {window} for films of {seen_as[0]} x {seen_as[1]} pixels; wanted at most the less")
+        raise ValueError(
+            f"window is {window} for films of {seen_as[0]} x {seen_as[1]} pixels; wanted at most {min(seen_as)}"
+        )
     notes.append(f"{_lengths('film', [len(f) for f in films])}, {shape[0]} x {shape[1]} pixels"
                  + ("" if size == WHOLE and crop is None else f", shrunk to {seen_as[0]} x {seen_as[1]}"))  # fmt: skip
     if min(scale) < COARSE:
