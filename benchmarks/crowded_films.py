@@ -2,7 +2,7 @@
 
 The film shows 40 soft discs in uneven light, 240 x 320 pixels and 200 frames; the discs keep inside, and their
 velocities change a little in every frame. The commands of the page are run on it: prepare.py with ``--window 32
---frames 15``, train.py with 300 steps, infer.py on all windows.
+--frames 10``, train.py with 300 steps, infer.py on all windows.
 
     pip install trackpy
     python benchmarks/crowded_films.py --seeds 0 1 2
@@ -40,7 +40,7 @@ from pyro_pixels.video import load_source, read_films
 HERE = Path(__file__).absolute().parent.parent
 OUT, FIGURE = Path("docs/results/crowded_films.json"), Path("docs/figures/crowded_film.png")
 F, H, W, DISCS, RADIUS = 200, 240, 320, 40, 3.0
-T, SIDE, STEPS = 15, 32, 300
+T, SIDE, STEPS = 10, 32, 300
 NEAR = 2.0  # pixels; a position farther from every true one is wrong
 Tracks = NDArray[np.float64]  # (rows, 4): frame, particle, x, y
 

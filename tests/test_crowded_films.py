@@ -208,8 +208,20 @@ def test_far_tracks_other_films_and_sequences_that_share_no_frame_are_other_part
     assert links.best[:, 0].all(1).tolist() == [True, True, False, True, True]
 
 
+@pytest.mark.parametrize("gap", [1, 2, 5, 6])
+def test_a_track_that_goes_on_after_a_gap_is_the_same_particle(gap):
+    """Two objects that meet in the gap and cross: only their velocities tell which is which."""
+    t = np.arange(40.0)
+    truth = np.stack([np.stack([t, 0 * t], -1), np.stack([t, 2 * (t - 12 - gap / 2)], -1)])  # they meet in the gap
+    a = np.stack([truth[:, :13], truth[::-1, 12 + gap : 25 + gap]])
+    links = link_tracks(a, np.ones(a.shape[:3]), [2, 2], [(0, 0), (0, 12 + gap)], [13, 13])
+    assert links.particles.tolist() == ([[0, 1], [1, 0]] if gap <= 5 else [[0, 1], [2, 3]])
+    assert links.best.all()
+
+
 def test_frames_beyond_a_films_end_link_nothing():
     a = np.zeros((2, 1, 6, 2))
+    a[0, :, :4] = 9
     links = link_tracks(a, np.ones((2, 1, 6)), [1, 1], [(0, 0), (0, 4)], [4, 6])
     assert links.particles[:, 0].tolist() == [0, 1]
     assert links.best.sum((1, 2)).tolist() == [4, 6]

@@ -1,7 +1,8 @@
 """Linking: which tracks of overlapping sequences show the same object of a film.
 
 A long film is cut into sequences that overlap in time, and a crowded one also into windows, which may overlap in space.
-Objects of different sequences are the same particle if they are near each other in the frames that both show.
+Objects of different sequences are the same particle if they are near each other in the frames that both show, or if one
+begins, soon after the other has ended, where that would be if it had moved on.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 
 WITHIN = 2.0  # the largest mean distance between two tracks of one particle, in pixels of the sequences
+GAP = 5  # the largest number of frames from a particle's last frame to the first of a track that continues it
+RECENT = 4  # frames at the end of a track that tell its velocity
+Floats, Indices = NDArray[np.float64], NDArray[np.int64]
 
 
 class Links(NamedTuple):
@@ -30,30 +34,52 @@ class _Particles:
         self.tracks = np.full((most, n_frames, 2), np.nan)
         self.variances = np.full((most, n_frames), np.inf)
         self.objects = np.full((most, n_frames), -1)  # whose estimate it is
+        self.last = np.full(most, -1)  # frame
         self.count = 0
 
-    def match(self, tracks: NDArray[np.float64], frames: slice, within: float) -> list[int]:
+    def match(self, tracks: Floats, frames: slice, within: float) -> list[int]:
         """Returns the particle of each track (N, L, 2) of one sequence: those so far, or else new ones."""
-        there = self.tracks[: self.count, frames]
-        shared = np.flatnonzero(np.isfinite(there[..., 0]).any(1))
+        recent = np.flatnonzero(self.last[: self.count] >= frames.start - GAP)
         found = np.full(len(tracks), -1)
-        if len(shared):
-            apart = np.linalg.norm(tracks[:, None] - there[shared], axis=-1)
-            mean = np.nanmean(apart, -1)
-            chosen = linear_sum_assignment(np.minimum(mean, within))
-            near = mean[chosen] < within
-            found[chosen[0][near]] = shared[chosen[1][near]]
+        if len(recent):
+            apart = np.where(
+                self.last[recent] >= frames.start,
+                _mean_distances(tracks, self.tracks[recent, frames]),
+                np.linalg.norm(tracks[:, :1] - self._forecasts(recent, frames.start), axis=-1),
+            )
+            chosen = linear_sum_assignment(np.minimum(apart, within))
+            near = apart[chosen] < within
+            found[chosen[0][near]] = recent[chosen[1][near]]
         new = found < 0
         found[new] = self.count + np.arange(new.sum())
         self.count += int(new.sum())
         return found.tolist()
 
-    def add(self, particle: int, track: NDArray[np.float64], variance: NDArray[np.float64], frames: slice, which: int):
+    def _forecasts(self, particles: Indices, frame: int) -> Floats:
+        """Returns the positions (P, 2) of particles that go on at their recent velocity until a frame."""
+        last = self.last[particles]
+        frames = last[:, None] - np.arange(RECENT)
+        steps = np.diff(self.tracks[particles[:, None], np.maximum(0, frames)], axis=1)
+        together = (np.isfinite(steps[..., 0]) & (frames[:, 1:] >= 0)).cumprod(1, dtype=bool)[
+            ..., None
+        ]  # without a gap
+        velocity = -np.where(together, steps, 0).sum(1) / np.maximum(1, together.sum(1))
+        return self.tracks[particles, last] + velocity * (frame - last)[:, None]
+
+    def add(self, particle: int, track: Floats, variance: Floats, frames: slice, which: int) -> None:
         """Takes over the estimates of a track (L, 2) where no other has a smaller variance."""
         better = variance < self.variances[particle, frames]
         self.tracks[particle, frames][better] = track[better]
         self.variances[particle, frames][better] = variance[better]
         self.objects[particle, frames][better] = which
+        self.last[particle] = max(self.last[particle], frames.stop - 1)
+
+
+def _mean_distances(tracks: Floats, others: Floats) -> Floats:
+    """Returns the mean distances (N, P) of tracks (N, L, 2) and (P, L, 2) in shared frames, 0 if there are none."""
+    apart = np.linalg.norm(tracks[:, None] - others, axis=-1)
+    shared = np.isfinite(apart)
+    return np.where(shared, apart, 0).sum(-1) / np.maximum(1, shared.sum(-1))
 
 
 def link_tracks(
@@ -68,8 +94,9 @@ def link_tracks(
     """Links the tracks of sequences that share frames of a film.
 
     Sequences are taken in the order of their first frames. The objects of each are matched to the particles so far, one
-    to one, so that the sum of the mean distances over shared frames is smallest; pairs farther apart than ``within``
-    are not matched. An object without a match is a new particle.
+    to one, so that the sum of their distances is smallest: means over shared frames or, for a particle that ended up to
+    `GAP` frames before, the distance of the object's first position from where the particle's velocity leads. Pairs
+    farther apart than ``within`` are not matched. An object without a match is a new particle.
 
     Args:
         positions: (n, N, T, 2), in one system of coordinates for all sequences of a film.
