@@ -30,12 +30,19 @@ class Links(NamedTuple):
 class _Particles:
     """The particles of one film: their tracks (P, F, 2) so far, NaN where there is no estimate."""
 
-    def __init__(self, most: int, n_frames: int) -> None:
-        self.tracks = np.full((most, n_frames, 2), np.nan)
-        self.variances = np.full((most, n_frames), np.inf)
-        self.objects = np.full((most, n_frames), -1)  # whose estimate it is
-        self.last = np.full(most, -1)  # frame
+    def __init__(self, n_frames: int) -> None:
+        self.tracks = np.zeros((0, n_frames, 2))
+        self.variances = np.zeros((0, n_frames))
+        self.objects = np.zeros((0, n_frames), np.int64)  # whose estimate it is
+        self.last = np.zeros(0, np.int64)  # frame
         self.count = 0
+
+    def _make_room(self) -> None:
+        """Doubles the number of rows."""
+        more = max(64, len(self.last))
+        for name, empty in (("tracks", np.nan), ("variances", np.inf), ("objects", -1), ("last", -1)):
+            x = getattr(self, name)
+            setattr(self, name, np.concatenate([x, np.full((more, *x.shape[1:]), empty, x.dtype)]))
 
     def match(self, tracks: Floats, frames: slice, within: float) -> list[int]:
         """Returns the particle of each track (N, L, 2) of one sequence: those so far, or else new ones."""
@@ -53,6 +60,8 @@ class _Particles:
         new = found < 0
         found[new] = self.count + np.arange(new.sum())
         self.count += int(new.sum())
+        while self.count > len(self.last):
+            self._make_room()
         return found.tolist()
 
     def _forecasts(self, particles: Indices, frame: int) -> Floats:
@@ -60,10 +69,8 @@ class _Particles:
         last = self.last[particles]
         frames = last[:, None] - np.arange(RECENT)
         steps = np.diff(self.tracks[particles[:, None], np.maximum(0, frames)], axis=1)
-        together = (np.isfinite(steps[..., 0]) & (frames[:, 1:] >= 0)).cumprod(1, dtype=bool)[
-            ..., None
-        ]  # without a gap
-        velocity = -np.where(together, steps, 0).sum(1) / np.maximum(1, together.sum(1))
+        together = (np.isfinite(steps[..., 0]) & (frames[:, 1:] >= 0)).cumprod(1, dtype=bool)  # without a gap
+        velocity = -np.where(together[..., None], steps, 0).sum(1) / np.maximum(1, together.sum(1))[:, None]
         return self.tracks[particles, last] + velocity * (frame - last)[:, None]
 
     def add(self, particle: int, track: Floats, variance: Floats, frames: slice, which: int) -> None:
@@ -76,10 +83,12 @@ class _Particles:
 
 
 def _mean_distances(tracks: Floats, others: Floats) -> Floats:
-    """Returns the mean distances (N, P) of tracks (N, L, 2) and (P, L, 2) in shared frames, 0 if there are none."""
+    """Returns the mean distances (N, P) of tracks (N, L, 2) and (P, L, 2) in shared frames, inf if there are none."""
     apart = np.linalg.norm(tracks[:, None] - others, axis=-1)
     shared = np.isfinite(apart)
-    return np.where(shared, apart, 0).sum(-1) / np.maximum(1, shared.sum(-1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.where(shared, apart, 0).sum(-1) / shared.sum(-1)
+    return np.where(shared.any(-1), mean, np.inf)
 
 
 def link_tracks(
@@ -114,7 +123,7 @@ def link_tracks(
         rows_of.setdefault(starts[b][0], []).append(b)
     for rows in rows_of.values():
         frames = {b: slice(starts[b][1], starts[b][1] + int(L[b])) for b in rows}
-        film = _Particles(int(N[rows].sum()), max(f.stop for f in frames.values()))
+        film = _Particles(max(f.stop for f in frames.values()))
         for b in rows:
             tracks = a[b, : N[b], : L[b]]
             found = film.match(tracks, frames[b], within)
