@@ -61,12 +61,16 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
 
 
 def _check_precision(prefix: str, module: nn.Module) -> None:
-    parameter = next(module.parameters(), None)
     if torch._C._get_tracing_state() is not None or _called_from("pyro.ops.jit"):
         raise ValueError("torch.jit is not supported; use Trace_ELBO instead of JitTrace_ELBO")
-    if parameter is None:
-        return
-    check_precision(f"the {prefix}'s weights", parameter)
+    check_precision_of(prefix, module)
+
+
+def check_precision_of(prefix: str, module: nn.Module) -> None:
+    """Raises the ValueErrors of `kalman.check_precision` for a model or a guide, whose first parameter counts."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        check_precision(f"the {prefix}'s weights", parameter)
 
 
 def _called_from(module: str) -> bool:

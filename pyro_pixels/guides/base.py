@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_pixels._batch import check_batch, counts, most_objects, object_mask, require_images
-from pyro_pixels._pyro import announce_parameters, check_precision, of_objects
+from pyro_pixels._pyro import announce_parameters, check_precision_of, of_objects
 from pyro_pixels.guides.pixel_evidence import FilmStatistics, PixelEvidence
 
 
@@ -103,9 +103,7 @@ class Guide(nn.Module, ABC):
         Raises:
             ValueError: in half precision, or under autocast.
         """
-        for p in self.parameters():
-            check_precision("the guide's weights", p)
-            break
+        check_precision_of("guide", self)
         if images.is_floating_point():
             images = images.nan_to_num()
         return self.pixel_evidence(images.to(self.dtype))
