@@ -146,7 +146,8 @@ def _in_one_line(framed: str) -> str:
 
 
 def _end(code: int, error: object) -> None:
-    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    message = str(error).partition("\nTrace Shapes:")[0]  # which Pyro adds to errors in a program
+    print(f"error: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
     sys.exit(code)
 
 

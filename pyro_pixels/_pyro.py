@@ -80,6 +80,20 @@ def _called_from(module: str) -> bool:
     return frame is not None
 
 
+def check_encoded(what: str, q_a: Any, batch: tuple[int, int], event: tuple[int, int]) -> None:
+    """Raises ValueError unless ``q_a``, which ``what`` returned, is a distribution over positions of these shapes."""
+    if not isinstance(q_a, torch.distributions.Distribution):
+        raise ValueError(
+            f"{what} returned a {type(q_a).__name__}; wanted a distribution, such as dist.Normal(mean, std).to_event(2)"
+        )
+    if q_a.batch_shape != batch or q_a.event_shape != event:
+        raise ValueError(
+            f"{what} returned batch shape {tuple(q_a.batch_shape)} and event shape {tuple(q_a.event_shape)}; wanted "
+            f"(B, N) = {batch} and (T, 2) = {event}; `.to_event(2)` moves the last two dimensions of a distribution "
+            "into its event"
+        )
+
+
 def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:
     """Returns p(v) and v (B, T, H, W) with NaN frames masked out; integer images unchanged.
 

@@ -71,8 +71,8 @@ def drawn_centroids(model: PixelModel, a: Tensor) -> tuple[Tensor, Tensor]:
     check_precision_of("model", model)
     device = next(model.parameters()).device
     present = torch.ones(1, dtype=torch.bool, device=device)
-    image = model.likelihood.mean(model.renderer(a[None].to(device), present))  # (M, H, W)
-    empty = model.likelihood.mean(model.renderer(a[None, :1].to(device), ~present))
+    image = model.likelihood.checked_mean(model.renderer(a[None].to(device), present))  # (M, H, W)
+    empty = model.likelihood.checked_mean(model.renderer(a[None, :1].to(device), ~present))
     drawn = (image - empty).clamp(min=0).double().cpu()
     H, W = drawn.shape[-2:]
     rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")

@@ -118,7 +118,8 @@ def render(model: PixelModel, a: Tensor, n_objects: Tensor | int | Sequence[int]
         raise ValueError(f"positions have shape {tuple(getattr(a, 'shape', ()))}; wanted (..., B, N, T, 2)")
     present = object_mask(counts(n_objects, a.shape[-4], a), a.shape[-3])
     rows = rows_of_parts(a.shape[-4], a[..., :1, :1, :, 0].numel() * model.renderer.height * model.renderer.width)
-    return join((model.likelihood.mean(model.renderer(a[..., row, :, :, :], present[row])) for row in rows), rows, -4)
+    logits = (model.renderer(a[..., row, :, :, :], present[row]) for row in rows)
+    return join((model.likelihood.checked_mean(x) for x in logits), rows, -4)
 
 
 @torch.no_grad()
