@@ -6,7 +6,6 @@ Times are processor seconds, as others may use the machine. The time of Python's
 query can reduce it. Writes docs/results/commands.json.
 """
 
-import json
 import os
 import platform
 import resource
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pyro_pixels._files import atomic_write
+from pyro_pixels._checksums import write_json
 
 COMMANDS = {
     "import": ["infer.py", "--help"],
@@ -71,8 +70,7 @@ def main(before: Path, rounds: int) -> None:
         "share_without_imports": {name: x["now"] / x["before"] for name, x in work.items()},
         "environment": {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()},
     }
-    with atomic_write(OUT) as file:
-        file.write(json.dumps(result, indent=1).encode() + b"\n")
+    write_json(OUT, result)
     for name, x in middle.items():
         print(f"{name:<10}{x['before']:>8.2f} s before{x['now']:>8.2f} s now")
 

@@ -92,7 +92,7 @@ def learning(results: dict[str, Found]) -> str:
         by_n = evaluation.get("by_n_objects", {})
         cells = [" / ".join(f"{row[key]:{form}}" for row in by_n.values() if row.get(key) is not None) or "-"
                  for key, form in (("position_error_px", ".2f"), ("switch_rate", ".0%"))]  # fmt: skip
-        bound = f"{last['bound_per_frame']:.1f}" if "bound_per_frame" in last else "-"
+        bound = f"{last['bound_per_frame']:.1f}" if last.get("bound_per_frame") is not None else "-"
         state = "" if results[name]["state"] == "done" else f" ({results[name]['state']})"
         rows.append([name + state, f"{last['step']:,}", f"{last['seconds']:.0f}", bound, *cells])
     header = ["training", "steps", "seconds", "bound, nats per frame", "error, px, N = 1 / 2 / 3", "switches"]

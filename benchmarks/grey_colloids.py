@@ -12,7 +12,6 @@ writes docs/results/grey_colloids.json and docs/figures/grey_colloids.png.
 """
 
 import argparse
-import json
 import platform
 import time
 from dataclasses import replace
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pyro_pixels import PRESETS, build, evaluate, fit
-from pyro_pixels._files import atomic_write
+from pyro_pixels._checksums import write_json
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.pixel_map import map_to_pixels
 from pyro_pixels.plots.paper import save_figure
@@ -168,8 +167,7 @@ def main() -> None:
             found, figure = measure(windows, background, seed)
             results.setdefault(background, {})[str(seed)] = found
             print(background, seed, found, flush=True)
-            with atomic_write(OUT) as file:
-                file.write(json.dumps(results, indent=1).encode() + b"\n")
+            write_json(OUT, results)
     save_figure(figure, FIGURE, f"Grey colloids, background {background}, first frames of test windows")
 
 

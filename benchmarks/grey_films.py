@@ -17,7 +17,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from pyro_pixels import PRESETS, build, evaluate, fit, simulate
-from pyro_pixels._files import atomic_write
+from pyro_pixels._checksums import write_json
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.worlds.drawing import Look
 from pyro_pixels.worlds.others import DriftConfig
@@ -72,8 +72,7 @@ def main() -> None:
             }
             results = json.loads(OUT.read_text()) if OUT.exists() else {}
             results.setdefault(kind, {})[str(seed)] = found
-            with atomic_write(OUT) as file:
-                file.write(json.dumps(results, indent=1).encode() + b"\n")
+            write_json(OUT, results)
             print(kind, seed, found["by_n_objects"], flush=True)
 
 

@@ -37,7 +37,7 @@ import io
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,10 +49,9 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from pyro_pixels._checks import SEED, check_value
 from pyro_pixels._checksums import read_json, write_json
 from pyro_pixels._files import CannotWrite, atomic_write
-from pyro_pixels._options import Positive, Seed, Sequences, check_options
+from pyro_pixels._options import Positive, Seed, Sequences, check_options, refuse_with_pretrained
 from pyro_pixels.config import RunConfig
 from pyro_pixels.custom import CustomFile, file_of, load_file, where
 from pyro_pixels.data import ImageSequences
@@ -74,7 +73,7 @@ from pyro_pixels.worlds.base import WorldConfig
 
 __all__ = [
     "Opened", "QueryArguments", "TableArguments", "choose", "device_of", "improved", "make_world", "new_folder",
-    "one_job", "open_run", "open_sequences", "parse", "progress", "read_config", "read_json", "read_run", "save_arrays",
+    "open_run", "open_sequences", "parse", "progress", "read_config", "read_json", "read_run", "save_arrays",
     "say_where", "start", "with_named", "write_json",
 ]  # fmt: skip
 
@@ -147,16 +146,9 @@ def _in_one_line(framed: str) -> str:
 
 
 def _end(code: int, error: object) -> None:
-    print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+    message = str(error).partition("\nTrace Shapes:")[0]  # which Pyro adds to errors in a program
+    print(f"error: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
     sys.exit(code)
-
-
-def one_job(job: str, names: Collection[str]) -> tuple[str, int]:
-    """Returns the name and the seed of VARIANT/SEED, or raises a ValueError."""
-    name, _, seed = job.rpartition("/")
-    if name not in names or not seed.isdecimal():
-        raise ValueError(f"--job is {job!r}; wanted VARIANT/SEED, with a variant of {sorted(names)}")
-    return name, check_value("the seed of --job", int(seed), int, SEED)
 
 
 def progress(items: Iterable[Item], what: str, total: int | None = None) -> Iterable[Item]:
@@ -252,9 +244,11 @@ def open_sequences(
         as_trained: keep the guide as it was trained, regardless of --untangle and --refine.
 
     Raises:
-        ValueError: if --weights is given without --pretrained, or --simulated with --data; or if --untangle or
-            --refine is given for a guide whose frames cannot be exchanged.
+        ValueError: if --weights is given without --pretrained, --run or --custom with it, or --simulated with --data;
+            or if --untangle or --refine is given for a guide whose frames cannot be exchanged.
     """
+    if args.pretrained:
+        refuse_with_pretrained(args, ("custom", "run"))
     if args.weights != QueryArguments.weights and not args.pretrained:
         raise ValueError(
             f"--weights {args.weights} needs --pretrained, but {args.run} was given; "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pyro_pixels._options import Count, Seed, Size, Threads, refuse_changes
+from pyro_pixels._options import Count, Seed, Size, Threads, refuse_changes, refuse_with_pretrained
 from pyro_pixels.config import RunConfig
 from pyro_pixels.custom import file_of
 from pyro_pixels.data import load_sequences
@@ -80,6 +80,8 @@ def main(args: Arguments) -> int:
         named("guide", args.guide)
     if not args.resume and (args.out / "checkpoint.pt").exists():
         raise ValueError(f"{args.out} holds a trained run; give --resume to continue it, or another folder with --out")
+    if args.pretrained:
+        refuse_with_pretrained(args, ("teacher", "teacher_custom"))
     device, folder = device_of(args.device), new_folder(args.out)
     torch.set_num_threads(args.threads)
     teacher = load_pretrained(device=device) if args.pretrained else read_run(args.teacher, device, args.teacher_custom)

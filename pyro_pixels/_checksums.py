@@ -69,7 +69,12 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
     In a run's folder the checksum is recorded.
     """
     with (checked_write if _is_of_a_run(path) else atomic_write)(path) as file:
-        file.write(json.dumps(_with_null(content), indent=indent, allow_nan=False).encode() + b"\n")
+        file.write(to_json(content, indent))
+
+
+def to_json(content: Any, indent: int | None = None) -> bytes:
+    """Returns JSON, with null for what is not finite, and a line break at the end."""
+    return json.dumps(_with_null(content), indent=indent, allow_nan=False).encode() + b"\n"
 
 
 def _with_null(content: Any) -> Any:

@@ -1,6 +1,7 @@
 """Options of scripts: bounds of numbers, options that contradict a run, and output files."""
 
 import os
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +58,29 @@ def refuse_changes(args: Any, there: dict[str, Any], folder: Path) -> None:
                 f"{option_of(field.name)} is {value}, but the run in {folder} was trained with {there[field.name]}; "
                 "leave the option out to continue, or choose another folder"
             )
+
+
+def refuse_with_pretrained(args: Any, names: Collection[str]) -> None:
+    """Raises ValueError if one of the named options, which only concern a run of the user's own, is given.
+
+    To be called where the weights that come with the package are used. Options with their default value count as not
+    given.
+    """
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in names and value != field.default:
+            raise ValueError(
+                f"{option_of(field.name)} {value} is for a run of your own, but the weights that come with the package "
+                f"are used (--pretrained); leave {option_of(field.name)} out, or give --no-pretrained"
+            )
+
+
+def one_job(job: str, names: Collection[str]) -> tuple[str, int]:
+    """Returns the name and the seed of VARIANT/SEED, or raises a ValueError."""
+    name, _, seed = job.rpartition("/")
+    if name not in names or not seed.isdecimal():
+        raise ValueError(f"--job is {job!r}; wanted VARIANT/SEED, with a variant of {sorted(names)}")
+    return name, check_value("the seed of --job", int(seed), int, SEED)
 
 
 def result_file(path: Path, suffix: str, data: Path | None = None) -> Path:

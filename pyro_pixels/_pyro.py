@@ -61,12 +61,16 @@ def announce_parameters(prefix: str, module: nn.Module) -> None:
 
 
 def _check_precision(prefix: str, module: nn.Module) -> None:
-    parameter = next(module.parameters(), None)
     if torch._C._get_tracing_state() is not None or _called_from("pyro.ops.jit"):
         raise ValueError("torch.jit is not supported; use Trace_ELBO instead of JitTrace_ELBO")
-    if parameter is None:
-        return
-    check_precision(f"the {prefix}'s weights", parameter)
+    check_precision_of(prefix, module)
+
+
+def check_precision_of(prefix: str, module: nn.Module) -> None:
+    """Raises the ValueErrors of `kalman.check_precision` for a model or a guide, whose first parameter counts."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None:
+        check_precision(f"the {prefix}'s weights", parameter)
 
 
 def _called_from(module: str) -> bool:
@@ -74,6 +78,20 @@ def _called_from(module: str) -> bool:
     while frame is not None and frame.f_globals.get("__name__") != module:
         frame = frame.f_back  # type: ignore[assignment]
     return frame is not None
+
+
+def check_encoded(what: str, q_a: Any, batch: tuple[int, int], event: tuple[int, int]) -> None:
+    """Raises ValueError unless ``q_a``, which ``what`` returned, is a distribution over positions of these shapes."""
+    if not isinstance(q_a, torch.distributions.Distribution):
+        raise ValueError(
+            f"{what} returned a {type(q_a).__name__}; wanted a distribution, such as dist.Normal(mean, std).to_event(2)"
+        )
+    if q_a.batch_shape != batch or q_a.event_shape != event:
+        raise ValueError(
+            f"{what} returned batch shape {tuple(q_a.batch_shape)} and event shape {tuple(q_a.event_shape)}; wanted "
+            f"(B, N) = {batch} and (T, 2) = {event}; `.to_event(2)` moves the last two dimensions of a distribution "
+            "into its event"
+        )
 
 
 def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from pyro_pixels._arrays import MAX_BYTES, read_arrays
 from pyro_pixels._checks import check_number
-from pyro_pixels._checksums import checked_write, read_checked
+from pyro_pixels._checksums import checked_write, read_checked, write_json
 from pyro_pixels._lock import locked
 from pyro_pixels.config import RunConfig
 from pyro_pixels.custom import (
@@ -352,8 +352,7 @@ def export_weights(run: Run, folder: str | Path, about: Mapping[str, Any]) -> No
     write_config(folder, run.config)
     with checked_write(Path(folder) / "weights.npz") as file:
         np.savez_compressed(file, **weights)  # type: ignore[arg-type]
-    with checked_write(Path(folder) / "about.json") as file:
-        file.write(json.dumps({"step": run.step, **about}, indent=2).encode() + b"\n")
+    write_json(Path(folder) / "about.json", {"step": run.step, **about}, indent=2)
 
 
 def _from_dict(kind: type, values: Any, where: str) -> Any:

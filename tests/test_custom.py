@@ -1,5 +1,7 @@
 """Guides, worlds and likelihoods from a file or a package: used by name, and refused when they have changed."""
 
+from examples.experiments import export_pretrained, reproduce_paper
+
 import json
 import re
 import sys
@@ -341,6 +343,41 @@ def test_a_taught_run_keeps_the_file_of_its_teachers_world(my_world, tmp_path):
         out = tmp_path / f"t_{expected.stem}"
         assert teach.main(replace(taught, out=out, custom=own)) == 0
         assert json.loads((out / "config.json").read_text())["custom_file"] == str(expected)
+
+
+def test_the_paper_is_reproduced_with_a_guide_from_a_file(my_world, tmp_path):
+    own, folder = write(tmp_path / "own.py"), tmp_path / "r"
+    assert train.main(train.Arguments(run=folder, custom=own, **SMALL)) == 0
+    assert train.main(train.Arguments(run=tmp_path / "w", custom=my_world, **SMALL)) == 0
+    args = reproduce_paper.Arguments(run=folder, recurrent=folder, device="cpu")
+    for moved in (False, True):
+        forget()
+        if moved:
+            own = own.rename(tmp_path / "moved.py")
+            for options, missing in (({}, "own.py"), ({"custom": own}, "own.py")):
+                with pytest.raises(ValueError, match=rf"{missing}, which is gone; pass its new location with --custom"):
+                    reproduce_paper.Reproduction(replace(args, **options))
+            args = replace(args, custom=own, recurrent_custom=own)
+        work = reproduce_paper.Reproduction(args)
+        assert type(work.run.guide).__name__ == type(work.recurrent.guide).__name__ == "Nowhere"
+    for name, option in (("custom", "run"), ("recurrent_custom", "recurrent")):
+        with pytest.raises(ValueError, match=f"is for the run of --{option}, which is not given"):
+            reproduce_paper.Reproduction(reproduce_paper.Arguments(**{name: own}, device="cpu"))
+    with pytest.raises(ValueError, match=r"w was trained in the world 'friction', but .* cannonballs; give") as error:
+        reproduce_paper.Reproduction(reproduce_paper.Arguments(run=tmp_path / "w", device="cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_with_a_guide_from_a_file_is_not_exported(trained, tmp_path):
+    """`load_pretrained`, which executes no file, could not open it."""
+    folder, own = trained
+    for there in (True, False):
+        with pytest.raises(ValueError, match=f"{folder} needs the definitions in {own}, which do not come") as error:
+            export_pretrained.main(export_pretrained.Arguments(run=folder, folder=tmp_path / "weights", name="mine"))
+        assert "\n" not in str(error.value)
+        if there:
+            own.unlink()
+    assert not (tmp_path / "weights").exists()
 
 
 def test_a_world_of_a_file_is_simulated(my_world, tmp_path):

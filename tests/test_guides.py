@@ -246,6 +246,13 @@ def test_an_encode_of_a_wrong_shape_raises_and_names_the_wanted_shapes(shape, ev
         guide(make_images(2, 3), torch.tensor([2, 1]))
 
 
+@pytest.mark.parametrize("wrong, kind", [(None, "NoneType"), (torch.zeros(2, 2, 3, 2), "Tensor"), ((1, 2), "tuple")])
+def test_what_is_no_distribution_is_refused_in_one_line(wrong, kind):
+    with pytest.raises(ValueError, match=f"ShapedGuide.encode returned a {kind}; wanted a distribution") as error:
+        ShapedGuide(wrong).q(make_images(2, 3), 2)
+    assert "\n" not in str(error.value)
+
+
 def test_guide_site_masks_objects_that_are_not_there():
     q_a = dist.Normal(torch.randn(2, 3, 4, 2), 1.0).to_event(2)
     trace = poutine.trace(ShapedGuide(q_a)).get_trace(make_images(2, 4), torch.tensor([3, 1]))

@@ -1,6 +1,7 @@
 """The health check, on tracks whose faults are known because they were made so; nothing is trained."""
 
 import math
+import re
 from dataclasses import replace
 
 import pyro.distributions as dist
@@ -14,7 +15,7 @@ from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.causes import film_causes, has_walls
 from pyro_pixels.evaluation.film import standardised_innovations
 from pyro_pixels.evaluation.health import EXPECTED, Health, check_health, format_health
-from pyro_pixels.evaluation.health_words import CAUSES
+from pyro_pixels.evaluation.health_words import CAUSES, SIGNS, Either, Way
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig, dense_components, select_component
@@ -463,6 +464,22 @@ def test_a_structured_guide_is_no_remedy_for_one(world, options):
     assert "structured" in format_health(bad, options=options)
     for details in (False, True):
         assert "structured" not in format_health(bad._replace(structured=True), options=options, details=details)
+
+
+@pytest.mark.parametrize("options, to_do", [
+    (False, "`position_noise` that are held longer (`Schedule.learn_from`){}, or from another seed"),
+    (True, "train with another --seed or --starts 4{}, or longer (--steps)"),
+])  # fmt: skip
+def test_of_several_ways_those_that_are_left_are_told(options, to_do):
+    other = ", with --guide structured" if options else ", with a structured guide"
+    for structured in (False, True):
+        told = SIGNS["path_residual"][1].words(options=options, structured=structured)
+        assert told.endswith(to_do.format("" if structured else other))
+        told = SIGNS["bound_ratio"][1].words(options=options, structured=structured)
+        assert re.fullmatch(r"train \w+.*; if that does not help, train .*, or pick the best of .*", told)
+    ways = Way("a", "A"), Way("b", "B", only_unstructured=True)
+    assert Either(ways).words(options=options, structured=True) == ("A" if options else "a")
+    assert Either(ways).words(options=options, structured=False) == ("A, or B" if options else "a, or b")
 
 
 @pytest.mark.parametrize("kind", ["structured", "recurrent"])

@@ -21,7 +21,8 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.likelihoods import GaussianPixels
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.presets import PRESETS
-from pyro_pixels.training.checkpoints import load_checkpoint, save_checkpoint
+from pyro_pixels.run_figures import draw_training
+from pyro_pixels.training.checkpoints import load_checkpoint, read_lines, save_checkpoint
 from pyro_pixels.training.distillation import GivenTracks
 from pyro_pixels.training.elbo import AnnealedELBO, bound
 from pyro_pixels.training.fitting import fit, fit_together
@@ -252,6 +253,48 @@ def test_a_stopped_and_resumed_run_is_an_uninterrupted_one(small_data, tmp_path,
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "parts")
     states = [load_checkpoint(tmp_path / x / "checkpoint.pt")["optimizer"]["state"] for x in ("whole", "parts")]
     assert all(torch.equal(states[0][i][k], states[1][i][k]) for i in states[0] for k in states[0][i])
+
+
+class NotFiniteForFive(Guide):
+    """Says nothing sensible of five sequences at once, as the validation ones are; the weights are finite."""
+
+    def __init__(self, guide):
+        super().__init__()
+        self.guide = guide
+
+    def encode(self, images, n_objects):
+        q_a = self.guide.encode(images, n_objects)
+        return dist.Normal(q_a.mean * math.nan, 1.0, validate_args=False).to_event(2) if len(images) == 5 else q_a
+
+
+def test_what_is_not_finite_is_null_in_the_metrics_which_are_resumed_and_drawn(small_data, tmp_path):
+    """NaN and Infinity are no JSON. Older versions wrote them: such lines are read, and null when written again."""
+    folder, model, guide = tmp_path / "r", make_model(), NotFiniteForFive(make_guide())
+    options = {"seed": 1, "run_dir": folder, "validation": small_data[:5], "progress": False}
+    fit(model, guide, small_data, replace(QUICK, steps=4), **options)
+    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+    old = [{**lines[0], "validation_kl_per_frame": -math.inf}, *lines[1:]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line).replace("null", "NaN") + "\n" for line in old))
+    (folder / "checksums.json").unlink()
+    with pytest.warns(UserWarning, match="no checksum"):
+        result = fit(model, guide, small_data, QUICK, resume=True, **options)
+    assert math.isnan(result.metrics["validation_bound_per_frame"])
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (folder / "metrics.jsonl").read_text()
+    lines = [json.loads(x, parse_constant=refuse) for x in text.splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert all(line["validation_bound_per_frame"] is None for line in lines)
+    assert all(line["validation_kl_per_frame"] is None for line in lines)
+    assert all(math.isfinite(line["bound_per_frame"]) for line in lines)
+    assert all(math.isnan(line["validation_bound_per_frame"]) for line in read_lines(folder))
+    again = fit(model, guide, small_data, QUICK, resume=True, **options)  # nothing is left to do
+    assert math.isnan(again.metrics["validation_bound_per_frame"])
+    assert (folder / "metrics.jsonl").read_text() == text
+    draw_training(folder)
+    assert (folder / "training.png").exists()
 
 
 def hopeless():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pyro.distributions as dist
 import pytest
@@ -13,6 +14,7 @@ from torch.distributions.transforms import ReshapeTransform, SigmoidTransform
 
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
+from pyro_pixels.evaluation.film import forecast_nll_per_frame
 from pyro_pixels.evaluation.health import check_health
 from pyro_pixels.evaluation.table import evaluate
 from pyro_pixels.model.likelihoods import (
@@ -23,6 +25,7 @@ from pyro_pixels.model.likelihoods import (
     PixelLikelihood,
 )
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.evidence import log_evidence
 from pyro_pixels.queries.predict import reconstruct, render
 from pyro_pixels.runs import build, load_run, save_config
 from pyro_pixels.training.elbo import bound
@@ -204,6 +207,76 @@ def test_pixels_that_are_not_independent_need_whole_films_and_have_no_forecast_l
     data.images[0, 3] = torch.nan
     with pytest.raises(ValueError, match="cannot be split into pixels"):
         fit(model, guide, data, schedule, progress=False)
+
+
+class Wrong(PixelLikelihood):
+    """Returns what it is made with."""
+
+    def __init__(self, make, mean=torch.sigmoid):
+        super().__init__()
+        self.make, self.expected = make, mean
+
+    def forward(self, logits):
+        return self.make(logits)
+
+    def mean(self, logits):
+        return self.expected(logits)
+
+
+def of_pixels(logits):
+    return dist.Normal(logits.sigmoid(), 0.1, validate_args=False)
+
+
+def one_for_all(logits):
+    return dist.Normal(logits.sigmoid().mean((0, 1)), 0.1).to_event(2)
+
+
+WRONG = {
+    "pixels": (of_pixels, r"a distribution of batch shape \(\d+, 11, 12, 12\) and event shape \(\)"),
+    "frames": (lambda x: of_pixels(x).to_event(2), r"a .* batch shape \(\d+, 11\) and event shape \(12, 12\)"),
+    "sequences": (lambda x: of_pixels(x).to_event(4), r"a .* batch shape \(\) and event shape \(\d+, 11, 12, 12\)"),
+    "one for all": (one_for_all, r"a distribution of batch shape \(\) and event shape \(12, 12\)"),
+    "torch": (
+        lambda x: torch.distributions.Independent(torch.distributions.Normal(x, 1.0), 3),
+        r"a torch\.distributions\.independent\.Independent; wanted one of pyro\.distributions",
+    ),
+    "a tensor": (torch.sigmoid, r"a torch\.Tensor; wanted one of pyro\.distributions"),
+    "nothing": (lambda x: None, r"a NoneType; wanted one of pyro\.distributions"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_likelihood_with_a_distribution_of_another_shape_is_named_in_one_line(small_data, name, grey):
+    make, words = WRONG[name]
+    model, guide = with_likelihood(Wrong(make)), make_guide()
+    images = 0.5 * small_data.images.float() if grey else small_data.images
+    data = ImageSequences(images, small_data.n_objects)
+    for use in (
+        lambda: fit(model, guide, data, Schedule(steps=1, batch_size=6), progress=False),
+        lambda: log_evidence(model, guide, data.images, data.n_objects, n_samples=2),
+        lambda: forecast_nll_per_frame(model, torch.zeros(2, len(images), 3, 11, 2), images, data.n_objects),
+        lambda: model(None, [1, 2, 3, 1, 2, 3], 11),
+    ):
+        with pytest.raises(ValueError, match=f"the likelihood Wrong returned {words}") as error:
+            use()
+        line = str(error.value).splitlines()[0]  # Pyro adds shapes of sites in further lines
+        assert line.endswith(("into its event", "wanted one of pyro.distributions"))
+
+
+@pytest.mark.parametrize("shape", [(), (12, 12)])
+def test_a_likelihood_with_a_mean_of_another_shape_is_named_in_one_line(shape):
+    model = with_likelihood(Wrong(BernoulliPixels(), lambda logits: torch.zeros(shape)))
+    with pytest.raises(ValueError, match=rf"the mean of the likelihood Wrong is .* {re.escape(str(shape))}; wanted"):
+        render(model, torch.zeros(1, 1, 11, 2), 1)
+
+
+def test_shapes_of_likelihoods_are_checked_without_reading_values():
+    """On the meta device, where there are no values."""
+    logits = torch.empty(2, 3, 4, 5, device="meta")
+    assert GaussianPixels().to("meta")(logits).event_shape == (3, 4, 5)
+    with pytest.raises(ValueError, match=r"wanted \(2,\) and \(T, H, W\) = \(3, 4, 5\)"):
+        Wrong(of_pixels)(logits)
 
 
 def test_wrong_arguments_raise():

@@ -1,5 +1,7 @@
 """Figures and GIFs: what is drawn and what is refused, without comparing pictures."""
 
+import math
+
 import matplotlib
 import numpy as np
 import pytest
@@ -123,6 +125,22 @@ def test_the_other_figures_draw_what_they_are_given(data):
     metrics[1]["validation_bound_per_frame"] = 0.5
     assert [len(ax.lines) for ax in plotting.plot_training(metrics).axes] == [3, 1, 1]
     assert [len(ax.lines) for ax in plotting.plot_training(metrics[:1]).axes] == [2, 1, 1]
+
+
+@pytest.mark.parametrize("unknown", [None, math.nan, -math.inf])
+def test_curves_have_gaps_where_values_are_not_known(unknown):
+    keys = ("bound_per_frame", "validation_bound_per_frame", "log_likelihood_per_frame", "kl_per_frame", "kl_weight")
+    metrics = [{"step": step, **dict.fromkeys(keys, float(step))} for step in (1, 10, 20, 30)]
+    metrics[1] |= {"validation_bound_per_frame": unknown, "kl_per_frame": unknown}
+    ax = plotting.plot_training(metrics).axes
+    assert np.isnan(ax[0].lines[1].get_ydata()).tolist() == [False, True, False, False]
+    assert np.isnan(ax[1].lines[0].get_ydata()).tolist() == [False, True, False, False]
+    assert np.allclose(ax[0].get_ylim(), (10 - 1 - 1e-3, 30 + 1 + 1e-3))  # without the first step
+    for line in metrics:
+        line |= dict.fromkeys(keys, unknown)
+    assert len(plotting.plot_training(metrics).axes) == 3
+    [curve] = plotting.plot_learning_curves({"a": [[(1.0, 2.0), (2.0, unknown)]]}).axes[0].lines
+    assert np.isfinite(curve.get_ydata()).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("seen", [3, slice(3), [0, 1, 2], torch.arange(3), np.arange(T) < 3])

@@ -24,8 +24,9 @@ from pyro_pixels import (
     simulate,
     smooth,
 )
+from pyro_pixels.evaluation.pixel_map import drawn_centroids
 from pyro_pixels.guides import Guide, JointGuide
-from pyro_pixels.queries import log_evidence
+from pyro_pixels.queries import log_evidence, reconstruct, render
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_what_is_not_supported_is_said_in_one_line(run, data):
         copy.deepcopy(run.model).half()(data.images, data.n_objects)
 
 
-@pytest.mark.parametrize("question", ["forecast", "evidence", "states"])
+@pytest.mark.parametrize("question", ["forecast", "evidence", "states", "reconstruct", "render", "pixel map"])
 def test_queries_refuse_half_precision(run, data, question):
     model, guide = copy.deepcopy((run.model, run.guide))  # with the same dynamics
     model.bfloat16()
@@ -132,9 +133,29 @@ def test_queries_refuse_half_precision(run, data, question):
         "forecast": lambda: generate(model, guide, data.images[:, :5], data.n_objects, n_frames=9),
         "evidence": lambda: log_evidence(model, guide, data.images, data.n_objects, n_samples=2),
         "states": lambda: smooth(model.dynamics, torch.zeros(3, 3, 30, 2)),
+        "reconstruct": lambda: reconstruct(model, run.guide, data.images, data.n_objects),
+        "render": lambda: render(model, torch.zeros(3, 3, 30, 2), data.n_objects),
+        "pixel map": lambda: drawn_centroids(model, torch.zeros(4, 2)),
     }
     with pytest.raises(ValueError, match=r"are torch\.bfloat16; wanted float32 or float64"):
         ask[question]()
+    if question in ("reconstruct", "render", "pixel map"):
+        model.float()
+        with pytest.raises(ValueError, match=r"torch\.autocast is on"), torch.autocast("cpu", dtype=torch.bfloat16):
+            ask[question]()
+
+
+def test_half_precision_images_are_converted_by_every_query(run, data):
+    """They are exact for binary images, unlike half precision weights."""
+    half = data.images.half()
+    for ask in (
+        lambda v: infer(run.guide, v, data.n_objects).mean,
+        lambda v: reconstruct(run.model, run.guide, v, data.n_objects),
+        lambda v: generate(run.model, run.guide, v[:, :5], data.n_objects, n_frames=9).images,
+    ):
+        found = ask(half)
+        assert found.dtype in (torch.float32, torch.float64)
+        torch.testing.assert_close(found, ask(data.images))
 
 
 def test_distributions_of_torch_are_named_in_training(data):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ def test_evaluate_says_what_it_cannot_do(options, message):
 
 def test_exported_weights_come_back(tmp_path, monkeypatch):
     run = build(dataclasses.replace(PRESETS["quick"], seed=5, state_size=8, guide_state_size=4))
-    export_weights(run, tmp_path / "mine", {"command": "none"})
+    export_weights(run, tmp_path / "mine", {"command": "none", "metrics": {"error": math.nan}})
+    assert '"error": null' in (tmp_path / "mine/about.json").read_text()
     monkeypatch.setattr("pyro_pixels.runs.PRETRAINED", tmp_path)
     back = load_pretrained("mine")
     for own, loaded in ((run.model, back.model), (run.guide, back.guide)):

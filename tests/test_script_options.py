@@ -1,7 +1,15 @@
 """Options of the scripts: what is refused, what the defaults are, and which sequences a run is asked about."""
 
 import _common
-from examples.experiments import _suites, export_pretrained, latent_space, sweep, sweep_recurrent, train_edlstm
+from examples.experiments import (
+    _suites,
+    export_pretrained,
+    latent_space,
+    sweep,
+    sweep_recurrent,
+    switches,
+    train_edlstm,
+)
 
 import csv
 import dataclasses
@@ -14,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import ask
 import evaluate
 import gallery
 import generate
@@ -82,6 +91,25 @@ def test_options_of_another_run_are_refused(tmp_path):
     refuse_changes(args, {"guide": "attentive", "seed": 7}, tmp_path)  # the default is no option that is given
     with pytest.raises(ValueError, match=r"--guide is attentive, but the run in .* was trained with structured"):
         refuse_changes(args, {"guide": "structured"}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "script", [ask, evaluate, gallery, generate, infer, interpolate, latent_space, switches, teach, to_arviz],
+    ids=lambda module: module.__name__,
+)  # fmt: skip
+def test_options_of_a_run_are_refused_with_the_weights_of_the_package(script, tmp_path):
+    of_run = {"custom": "own.py", "run": "mine"}
+    options = {"teacher_custom": "own.py", "teacher": "mine"} if script is teach else of_run
+    if script is gallery:  # which takes the run if one is named
+        del options["run"]
+    for name, value in options.items():
+        out = {} if script in (evaluate, latent_space) else {"out": tmp_path / "o"}
+        args = script.Arguments(pretrained=True, device="cpu", **{name: Path(value)}, **out)
+        option = f"--{name.replace('_', '-')}"
+        with pytest.raises(ValueError, match=rf"^{option} {value} is for a run .*; leave {option} out") as error:
+            script.main(args)
+        assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_overwrite_neither_their_input_nor_each_other(tmp_path):

@@ -1,6 +1,7 @@
 """Films of every kind that people have, to sequences and back to their own pixels."""
 
 import csv
+import io
 import re
 import struct
 import weakref
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from PIL import Image
+from PIL import Image, ImageFile
 
 import prepare
 import simulate
@@ -399,6 +400,120 @@ def gif_of_two_sizes(path):
 def damaged(path):
     path.write_bytes(b"junk")
     return path.parent
+
+
+PALETTE = np.array([0, 255, 128, 200], np.uint8)
+BALL = np.array([[0, 1, 1, 0], [1, 1, 1, 1], [0, 1, 1, 0]], np.uint8)
+EMPTY = np.full((12, 20), 2, np.uint8)
+KEEP, BACKGROUND, PREVIOUS = 1, 2, 3  # what a GIF does with a frame before the next
+
+
+def write_gif(path, frames, background):
+    """A GIF of 20 x 12 pixels: (column, row, indices into `PALETTE`, what happens to it, transparent index or None)."""
+    head = struct.pack("<HHBBB", 20, 12, 0xF1, background, 0) + np.repeat(PALETTE, 3).tobytes()
+    blocks = [b"GIF89a", head]
+    for column, row, indices, then, transparent in frames:
+        picture, compressed = Image.fromarray(indices), io.BytesIO()
+        picture.encoderconfig = (8, False)
+        ImageFile._save(picture, compressed, [ImageFile._Tile("gif", (0, 0, *picture.size), 0, "L")])
+        flags = then << 2 | (transparent is not None)
+        blocks += [b"\x21\xf9\x04", struct.pack("<BHBB", flags, 5, transparent or 0, 0)]
+        blocks += [b"\x2c", struct.pack("<HHHHB", column, row, *picture.size, 0), b"\x08", compressed.getvalue(), b"\0"]
+    path.write_bytes(b"".join([*blocks, b";"]))
+
+
+def shown_of(frames, nothing):
+    """What a viewer shows, with the grey value ``nothing`` where there is none."""
+    canvas, shown = np.full((12, 20), -1), []
+    for column, row, indices, then, transparent in frames:
+        before, at = canvas.copy(), np.s_[row : row + len(indices), column : column + indices.shape[1]]
+        canvas[at] = np.where(indices == (-1 if transparent is None else transparent), canvas[at], indices)
+        shown.append(np.where(canvas < 0, nothing, PALETTE[canvas]))
+        if then == BACKGROUND:
+            canvas[at] = -1
+        canvas = before if then == PREVIOUS else canvas
+    return np.stack(shown)
+
+
+@pytest.mark.parametrize("background", [0, 1, 2])
+@pytest.mark.parametrize("transparent", [None, 0])
+@pytest.mark.parametrize("then", [KEEP, BACKGROUND, PREVIOUS])
+@pytest.mark.parametrize("whole", [False, True])
+def test_gifs_of_partial_frames_are_read_as_they_are_shown(tmp_path, whole, then, transparent, background):
+    """The first frame fills the canvas, or is partial itself, with nothing around it."""
+    balls = [(2 + 3 * t, 4, BALL, then, transparent) for t in range(5)]
+    frames = [(0, 0, EMPTY, KEEP, None), *balls] if whole else balls
+    write_gif(tmp_path / "a.gif", frames, background)
+    (found,) = read_films(tmp_path / "a.gif")
+    nothing = PALETTE[background] if transparent is None else 0
+    if whole and transparent is not None and then == BACKGROUND:
+        nothing = np.round(255 * found[-1, 5, 3]).astype(int)  # any value, but the same everywhere
+    assert np.array_equal(np.round(255 * found), shown_of(frames, nothing))
+
+
+def test_a_gif_whose_end_is_missing_is_refused_where_its_first_frame_is_partial(tmp_path):
+    write_gif(tmp_path / "a.gif", [(2 + 3 * t, 4, BALL, KEEP, None) for t in range(5)], 0)
+    content = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(content[: content.rindex(b"\x2c") + 14])
+    with pytest.raises(ValueError, match=r"a\.gif cannot be read .*; is it complete") as error:
+        read_films(tmp_path / "a.gif")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".apng", ".webp", ".gif"])
+def test_what_is_transparent_has_one_value_whichever_colours_are_hidden(tmp_path, suffix):
+    """The hidden colours change from frame to frame; what shows is a disc."""
+    frames = np.zeros((T, H, W, 4), np.uint8)
+    for t in range(T):
+        there = np.hypot(X - centre(t)[0], Y - centre(t)[1]) < 5
+        frames[t] = np.where(there[..., None], [220, 220, 220, 255], [90 if t == 0 else 20 * t, 0, 0, 0])
+    pictures = [Image.fromarray(frame) for frame in frames]
+    options = {".webp": {"lossless": True, "exact": True}, ".gif": {"disposal": 2}}.get(suffix, {"disposal": 1})
+    kind = "PNG" if suffix == ".apng" else None
+    pictures[0].save(tmp_path / f"a{suffix}", kind, save_all=True, append_images=pictures[1:], **options)
+    (found,) = read_films(tmp_path / f"a{suffix}")
+    there = frames[..., 3] > 0
+    assert found.shape == (T, H, W)
+    assert np.allclose(found[there], 220 / 255, atol=0.01)
+    assert len(np.unique(found[~there])) == 1
+
+
+@pytest.mark.parametrize("blend", [0, 1])
+def test_apngs_of_partial_frames_are_read_as_they_are_shown(tmp_path, blend):
+    pictures = [Image.fromarray(frame) for frame in BYTES.clip(40)]
+    pictures[0].save(tmp_path / "a.apng", "PNG", save_all=True, append_images=pictures[1:], blend=blend)
+    (found,) = read_films(tmp_path / "a.apng")
+    assert np.array_equal(np.round(255 * found), BYTES.clip(40))
+
+
+TURNED = {
+    1: lambda x: x, 2: lambda x: x[..., ::-1], 3: lambda x: x[..., ::-1, ::-1], 4: lambda x: x[..., ::-1, :],
+    5: lambda x: x.swapaxes(-1, -2), 6: lambda x: x.swapaxes(-1, -2)[..., ::-1],
+    7: lambda x: x[..., ::-1, ::-1].swapaxes(-1, -2), 8: lambda x: x.swapaxes(-1, -2)[..., ::-1, :],
+}  # fmt: skip
+"""The eight values of the tag, by what the stored rows and columns are in the picture."""
+
+
+@pytest.mark.parametrize("tag", TURNED)
+@pytest.mark.parametrize("kind", ["jpg", "png", "palette", "webp", "apng", "tif", "colour tif", "stack"])
+def test_every_orientation_is_turned(tmp_path, kind, tag):
+    grey, colour, exif = [Image.fromarray(x) for x in BYTES[:2]], Image.fromarray(COLOUR[0]), Image.Exif()
+    exif[0x0112] = tag
+    suffix = {"palette": "png", "stack": "tif"}.get(kind, kind.split()[-1])
+    path = tmp_path / f"a.{suffix}"
+    if kind == "stack":
+        tifffile.imwrite(path, BYTES, photometric="minisblack", extratags=[(274, "H", 1, tag, True)])
+    elif "tif" in kind:
+        (colour if "colour" in kind else grey[0]).save(path, tiffinfo={274: tag})
+    elif kind == "apng":
+        grey[0].save(path, "PNG", save_all=True, append_images=grey[1:], exif=exif)
+    else:
+        picture = grey[0].convert("P") if kind == "palette" else grey[0]
+        picture.save(path, exif=exif, **({"lossless": True} if kind == "webp" else {"quality": 97}))
+    (found,) = read_films(path)
+    wanted = TURNED[tag](BYTES[: {"stack": T, "apng": 2}.get(kind, 1)]) / 255
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() < (0.05 if kind == "jpg" else 0.005)
 
 
 def test_films_are_turned_as_a_phone_was_held(tmp_path):

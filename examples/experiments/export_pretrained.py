@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyro_pixels._checks import check_name
-from pyro_pixels.runs import PRETRAINED, export_weights
+from pyro_pixels.runs import PRETRAINED, export_weights, recorded_file
 
 
 @dataclass
@@ -25,6 +25,12 @@ def main(args: Arguments) -> None:
     check_name("--name", args.name)
     if args.run.resolve() == (args.folder / args.name).resolve():
         raise ValueError(f"{args.run} would be overwritten by its own weights; choose another --folder or --name")
+    file = recorded_file(args.run)
+    if file is not None:  # `load_pretrained` executes no file
+        raise ValueError(
+            f"{args.run} needs the definitions in {file}, which do not come with the package; export a run with a "
+            "guide, a world and a likelihood of the library or of an installed package"
+        )
     run = read_run(args.run)
     measured = args.run / "metrics.json"
     if not measured.exists():

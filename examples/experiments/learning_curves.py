@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from pyro_pixels._options import result_file
 from pyro_pixels.plots.paper import figure_beside, save_figure
@@ -53,7 +54,7 @@ def main(args: Arguments) -> None:
             for curve in curves:
                 steps = [point["step"] for point in curve]
                 for prefix, width in (("", 0.7), ("untangled_", 1.8)):
-                    y = [factor * point[f"{prefix}{key}"][i] for point in curve]
+                    y = factor * np.array([point[f"{prefix}{key}"][i] for point in curve], dtype=float)  # None: NaN
                     label = f"N = {first + i}" if prefix and curve is curves[0] else None
                     axis.plot(steps, y, color=colour, lw=width, label=label)
         axis.set(title=title, xlabel="training step", ylim=(0, None), xlim=(0, None))

@@ -32,6 +32,7 @@ from pyro_pixels.run_sequences import TEST_SEED
 from pyro_pixels.runs import Run, load_pretrained
 from pyro_pixels.training.checkpoints import read_lines
 from pyro_pixels.worlds.base import simulate
+from pyro_pixels.worlds.cannonballs import CannonballConfig
 
 SHOWN_SEED = TEST_SEED + 1  # the sequences of the figures, as in quickstart.py
 
@@ -40,8 +41,12 @@ SHOWN_SEED = TEST_SEED + 1  # the sequences of the figures, as in quickstart.py
 class Arguments:
     run: Path | None = None
     """Folder of a trained run. By default the weights that come with the package are used."""
+    custom: Path | None = None
+    """The Python file with that run's own guide or likelihood, if the run does not name it or it has moved since."""
     recurrent: Path | None = None
     """Folder of a run with the paper's guide, for Fig 5(b). By default the worst sequences of --run are shown."""
+    recurrent_custom: Path | None = None
+    """The same file as --custom, for the run of --recurrent."""
     edlstm: Path | None = None
     """Folder of an ED-LSTM trained on true frames (examples/experiments/train_edlstm.py)."""
     edlstm_own: Path | None = None
@@ -67,10 +72,24 @@ class Reproduction:
 
     def __init__(self, args: Arguments) -> None:
         self.args, self.device = args, device_of(args.device)
-        self.run = load_pretrained(device=self.device) if args.run is None else read_run(args.run, self.device)
+        self.run = self._read("--run", args.run, args.custom) or load_pretrained(device=self.device)
+        self.recurrent = self._read("--recurrent", args.recurrent, args.recurrent_custom) or self.run
         self.config = self.run.config.data
+        if not isinstance(self.config, CannonballConfig):
+            raise ValueError(
+                f"{args.run} was trained in the world '{self.config.world}', but the paper's figures and floors are of "
+                "cannonballs; give a --run that was trained in that world"
+            )
         self.figures = args.docs / "figures" / "paper"
         self._shown: RunView | None = None
+
+    def _read(self, option: str, folder: Path | None, custom: Path | None) -> Run | None:
+        """Returns the run of an option, None if it is not given."""
+        if folder is not None:
+            return read_run(folder, self.device, custom)
+        if custom is not None:
+            raise ValueError(f"{custom} is for the run of {option}, which is not given; give both, or leave it out")
+        return None
 
     def test(self, **changes: Any) -> ImageSequences:
         return simulate(replace(self.config, **changes), self.args.n_test, seed=self.args.seed)
@@ -86,9 +105,8 @@ class Reproduction:
         draw_model_figures(self.shown, self.figures)
         if self.args.run is not None:
             draw_stages(self.args.run / "snapshots.npz", self.figures / "fig5a.png")
-        run = self.run if self.args.recurrent is None else read_run(self.args.recurrent, self.device)
-        many = simulate(run.config.data, min(300, self.args.n_test), seed=SHOWN_SEED)
-        draw_worst(RunView(run, many, self.device), self.figures / "fig5b.png")
+        many = simulate(self.recurrent.config.data, min(300, self.args.n_test), seed=SHOWN_SEED)
+        draw_worst(RunView(self.recurrent, many, self.device), self.figures / "fig5b.png")
         return self._measure(self.run, self.test())
 
     def network(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ checkpoint, at most twice. The summary, a JSON file and a table per suite, count
 switch rate are within the bars.
 """
 
-from examples._common import device_of, new_folder, one_job, read_json, say_where, start, write_json
+from examples._common import device_of, new_folder, read_json, say_where, start, write_json
 from examples.experiments._suites import configurations
 
 import math
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from pyro_pixels._options import Count, Seed, Seeds, Sequences, Workers, result_file
+from pyro_pixels._options import Count, Seed, Seeds, Sequences, Workers, one_job, result_file
 from pyro_pixels.config import RunConfig
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.blob_tracker import evaluate_tracker

@@ -4,7 +4,7 @@ Every run is a separate process with its own folder under --out. Repeat the same
 kept, interrupted ones resume. Each suite is summarised in a JSON file and in tables.
 """
 
-from examples._common import device_of, new_folder, one_job, read_json, start, write_json
+from examples._common import device_of, new_folder, read_json, start, write_json
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_pixels._options import Count, Seed, Seeds, Sequences, Workers, result_file
+from pyro_pixels._options import Count, Seed, Seeds, Sequences, Workers, one_job, result_file
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics

@@ -169,9 +169,9 @@ def format_health(health: Health, *, options: bool = False, details: bool = Fals
         bounds = [word.format(x) for word, x in (("from {:g}", low), ("to {:g}", high)) if math.isfinite(x)]
         lines.append(f"  {name:<27}{value:>9.3f}   {' '.join(bounds)}".rstrip())
     causes = [CAUSES[name] for name in health.causes]
-    lines += [f"  ? {c.words}; {c.advice.options if options else c.advice.fields}" for c in causes]
-    in_options = _sentences(health.measures, found, options=True, structured=health.structured)
-    sentences = in_options if options else health.problems
+    who = {"options": options, "structured": health.structured}
+    lines += [f"  ? {cause.words}; {cause.advice.words(**who)}" for cause in causes]
+    sentences = _sentences(health.measures, found, **who) if options else health.problems
     return "\n".join([*lines, *(f"  ! {sentence}" for sentence in sentences)])
 
 
@@ -239,7 +239,7 @@ def signs(measures: dict[str, float]) -> list[str]:
 def _sentences(measures: dict[str, float], found: list[str], *, options: bool, structured: bool) -> list[str]:
     if found == ["diverged"]:
         broken = [name for name, x in measures.items() if not math.isfinite(x)]
-        advice = DIVERGED.options if options else DIVERGED.fields
+        advice = DIVERGED.words(options=options, structured=structured)
         return [f"{', '.join(broken)} are not finite: training has diverged; {advice}"]
     values = [measures.get(sign, measures["innovation_mean_square"]) for sign in found]
     return [sentence(sign, x, options=options, structured=structured) for sign, x in zip(found, values)]

@@ -5,11 +5,45 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class Advice(NamedTuple):
-    """A remedy, in terms of the library's fields and of the scripts' options."""
+class Way(NamedTuple):
+    """Something to do, in terms of the library's fields and of the scripts' options."""
 
     fields: str
     options: str
+    only_unstructured: bool = False
+    """Whether it helps only where the guide is not structured; to be used within `Either`, beside others."""
+
+    def words(self, *, options: bool, structured: bool) -> str:
+        """Returns the words for users of the scripts, or of the library."""
+        return self.options if options else self.fields
+
+
+class Either(NamedTuple):
+    """Several ways, of which any may help."""
+
+    ways: tuple[Way, ...]
+
+    def words(self, *, options: bool, structured: bool) -> str:
+        """Returns the ways that are left for a run whose guide is structured or not: "a, b, or c"."""
+        ways = [way for way in self.ways if not (structured and way.only_unstructured)]
+        *others, last = [way.words(options=options, structured=structured) for way in ways]
+        return f"{', '.join(others)}, or {last}" if others else last
+
+
+class InTurn(NamedTuple):
+    """A way to be tried first, and what to do if it does not help."""
+
+    first: Way
+    then: Either
+
+    def words(self, *, options: bool, structured: bool) -> str:
+        """Returns both."""
+        first, then = (x.words(options=options, structured=structured) for x in self)
+        return f"{first}; if that does not help, {then}"
+
+
+Advice = Way | Either | InTurn
+"""A remedy."""
 
 
 class Cause(NamedTuple):
@@ -22,53 +56,54 @@ class Cause(NamedTuple):
 CAUSES: dict[str, Cause] = {
     "white": Cause(
         "images are mostly white, and objects are taken to be bright",
-        Advice("invert the images: 1 - images", "invert the film (prepare.py --invert)"),
+        Way("invert the images: 1 - images", "invert the film (prepare.py --invert)"),
     ),
     "noise": Cause(
         "noise in the images",
-        Advice(
+        Way(
             "train on these images, for which `fit` estimates it (`Guide.look_at`), or threshold them",
             "train on this film, for which the noise is estimated, or threshold it (prepare.py without --grey)",
         ),
     ),
     "background": Cause(
         "a background that shows",
-        Advice(
+        Way(
             'subtract it: `load_video(background="median")`, or "local" where it moves',
             "subtract it: prepare.py --background median, or local where it moves",
         ),
     ),
     "come and go": Cause(
         "objects that come and go, or wrong numbers of objects",
-        Advice(
+        Way(
             "correct `n_objects`, or leave out frames in which objects are missing (`load_video(frames=...)`)",
             "correct their number (prepare.py --n-objects), or cut where they enter and leave (--frames, --crop)",
         ),
     ),
     "walls": Cause(
         "objects that bounce off walls, so their motion is not linear",
-        Advice(
+        Way(
             "cut sequences shorter than the time between bounces (`load_video(frames=...)`)",
             "cut sequences shorter than the time between bounces (prepare.py --frames)",
         ),
     ),
 }
 
-_RESTART = Advice(
-    "train from another seed, or pick the best of several starts (`fit(candidates=...)`)",
-    "train with another --seed, or pick the best of several starts (train.py --starts 4)",
-)
-_LONGER = Advice(
+_RESTART = Either((
+    Way("train from another seed", "train with another --seed"),
+    Way("pick the best of several starts (`fit(candidates=...)`)",
+        "pick the best of several starts (train.py --starts 4)"),
+))  # fmt: skip
+_LONGER = Way(
     "train for more steps after the noises are freed (`Schedule.learn_from`)",
     "train longer (train.py --steps): noises are learned in the last third of the schedule",
 )
-_STRUCTURED = Advice("with a structured guide, ", "with --guide structured, ")  # left out if the guide is one
-_STIFFEN = Advice(
-    "start again with a smaller `state_noise` and `position_noise` that are held longer (`Schedule.learn_from`), "
-    f"{_STRUCTURED.fields}or from another seed",
-    f"train with another --seed or --starts 4, {_STRUCTURED.options}or longer (--steps)",
-)
-_STARTS = Advice(
+_STIFFEN = Either((
+    Way("start again with a smaller `state_noise` and `position_noise` that are held longer (`Schedule.learn_from`)",
+        "train with another --seed or --starts 4"),
+    Way("with a structured guide", "with --guide structured", only_unstructured=True),
+    Way("from another seed", "longer (--steps)"),
+))  # fmt: skip
+_STARTS = Way(
     "fit the starts to inferred tracks (`Schedule.fit_starts_at`), or use fewer components if objects start in fewer "
     "ways (`DynamicsConfig.n_components`)",
     "train longer (train.py --steps); this is no fault if objects start in only one way",
@@ -79,10 +114,7 @@ SIGNS: dict[str, tuple[str, Advice]] = {
     "bound_ratio": (
         "images cost {x:.2f} of what one grey value everywhere would cost (a good run: about 0.2): the renderer does "
         "not draw the images from the inferred positions, unless the pixels are noisy",
-        Advice(
-            f"train for more steps; if that does not help, {_RESTART.fields}",
-            f"train longer (train.py --steps); if that does not help, {_RESTART.options}",
-        ),
+        InTurn(Way("train for more steps", "train longer (train.py --steps)"), _RESTART),
     ),
     "innovation_autocorrelation": (
         "innovations of neighbouring frames correlate by {x:.2f} (0 if the dynamics fit): tracks do not follow the "
@@ -122,14 +154,14 @@ SIGNS: dict[str, tuple[str, Advice]] = {
     TOO_LARGE: (
         "innovations have a mean square of {x:.2f} (1 if calibrated): the tracks move less regularly than the dynamics "
         "allow, so that predictions are too certain",
-        Advice(
+        Way(
             "free the noises earlier (`Schedule.learn_from`) or train for more steps; fix other problems first, if any",
             "train longer (train.py --steps); fix other signs first, if any",
         ),
     ),
 }
 """Sign of failure -> the words for it, with x for the measure's value, and the remedy."""
-DIVERGED = Advice(
+DIVERGED = Way(
     "train again with a smaller learning rate or `Schedule.clip_norm`", "train again with another --seed or --preset"
 )
 
@@ -137,7 +169,7 @@ DIVERGED = Advice(
 def sentence(sign: str, x: float, *, options: bool, structured: bool) -> str:
     """Returns one sentence about a sign, with its remedy for a run whose guide is structured or not."""
     words, advice = SIGNS[sign]
-    return f"{words.format(x=x)}; {_in_terms_of(advice, options, structured)}"
+    return f"{words.format(x=x)}; {advice.words(options=options, structured=structured)}"
 
 
 def five_lines(
@@ -178,9 +210,4 @@ def _to_do(signs: list[str], causes: tuple[str, ...], options: bool, structured:
     if not signs:
         return "nothing"
     advice = DIVERGED if signs == ["diverged"] else CAUSES[causes[0]].advice if causes else SIGNS[signs[0]][1]
-    return _in_terms_of(advice, options, structured)
-
-
-def _in_terms_of(advice: Advice, options: bool, structured: bool) -> str:
-    text, guide = (x.options if options else x.fields for x in (advice, _STRUCTURED))
-    return text.replace(guide, "") if structured else text
+    return advice.words(options=options, structured=structured)

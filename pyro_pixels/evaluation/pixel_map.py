@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_pixels._pyro import check_precision_of
 from pyro_pixels.evaluation.metrics import Affine
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
@@ -67,10 +68,11 @@ def map_to_pixels(model: PixelModel, guide: Guide, inferred: Tensor | None = Non
 @torch.no_grad()
 def drawn_centroids(model: PixelModel, a: Tensor) -> tuple[Tensor, Tensor]:
     """Returns centroid (M, 2), (column, row), and mass (M,) of one object drawn at latent a (M, 2), in pixels."""
+    check_precision_of("model", model)
     device = next(model.parameters()).device
     present = torch.ones(1, dtype=torch.bool, device=device)
-    image = model.likelihood.mean(model.renderer(a[None].to(device), present))  # (M, H, W)
-    empty = model.likelihood.mean(model.renderer(a[None, :1].to(device), ~present))
+    image = model.likelihood.checked_mean(model.renderer(a[None].to(device), present))  # (M, H, W)
+    empty = model.likelihood.checked_mean(model.renderer(a[None, :1].to(device), ~present))
     drawn = (image - empty).clamp(min=0).double().cpu()
     H, W = drawn.shape[-2:]
     rows, columns = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_pixels._batch import check_batch, counts, most_objects, object_mask, require_images
-from pyro_pixels._pyro import announce_parameters, check_precision, of_objects
+from pyro_pixels._pyro import announce_parameters, check_encoded, check_precision_of, of_objects
 from pyro_pixels.guides.pixel_evidence import FilmStatistics, PixelEvidence
 
 
@@ -70,19 +70,14 @@ class Guide(nn.Module, ABC):
             n_objects: (B,), or one number for all sequences.
 
         Raises:
-            ValueError: if the arguments do not fit together, or `encode` returns a distribution of another shape.
+            ValueError: if the arguments do not fit together, or `encode` returns no distribution of these shapes.
         """
         require_images(images)
         n_objects = counts(n_objects, len(images), images)
         check_batch(images, n_objects)
         q_a = self.encode(self.see(images), n_objects)
         batch, event = (len(images), most_objects(n_objects)), (images.shape[1], 2)
-        if q_a.batch_shape != batch or q_a.event_shape != event:
-            raise ValueError(
-                f"{type(self).__name__}.encode returned batch shape {tuple(q_a.batch_shape)} and event shape "
-                f"{tuple(q_a.event_shape)}; wanted (B, N) = {batch} and (T, 2) = {event}; "
-                "`.to_event(2)` moves the last two dimensions of a distribution into its event"
-            )
+        check_encoded(f"{type(self).__name__}.encode", q_a, batch, event)
         return q_a
 
     def q_observed(self, images: Tensor, n_objects: Tensor, observed: Tensor) -> dist.TorchDistribution:
@@ -103,9 +98,7 @@ class Guide(nn.Module, ABC):
         Raises:
             ValueError: in half precision, or under autocast.
         """
-        for p in self.parameters():
-            check_precision("the guide's weights", p)
-            break
+        check_precision_of("guide", self)
         if images.is_floating_point():
             images = images.nan_to_num()
         return self.pixel_evidence(images.to(self.dtype))

@@ -15,6 +15,7 @@ from typing import ClassVar
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 
@@ -23,6 +24,26 @@ class PixelLikelihood(nn.Module, ABC):
 
     is_density: ClassVar[bool] = True
     """Whether log-likelihoods are log densities, for which zero nats have no special meaning."""
+
+    def __call__(self, logits: Tensor) -> dist.TorchDistribution:
+        """Returns `forward` of logits (..., T, H, W) after a check of the shapes, which reads no values.
+
+        Raises:
+            ValueError: if `forward` returns something else than a distribution of Pyro's with batch shape (...) and
+                event shape (T, H, W).
+        """
+        p_v, name = super().__call__(logits), type(self).__name__
+        if not isinstance(p_v, TorchDistributionMixin):
+            kind = f"{type(p_v).__module__}.{type(p_v).__qualname__}".removeprefix("builtins.")
+            raise ValueError(f"the likelihood {name} returned a {kind}; wanted one of pyro.distributions")
+        batch, event = logits.shape[:-3], logits.shape[-3:]
+        if p_v.batch_shape != batch or p_v.event_shape != event:
+            raise ValueError(
+                f"the likelihood {name} returned a distribution of batch shape {tuple(p_v.batch_shape)} and event "
+                f"shape {tuple(p_v.event_shape)}; wanted {tuple(batch)} and (T, H, W) = {tuple(event)}; "
+                "`.to_event(3)` moves the last three dimensions of a distribution of pixels into its event"
+            )
+        return p_v
 
     @abstractmethod
     def forward(self, logits: Tensor) -> dist.TorchDistribution:
@@ -35,6 +56,17 @@ class PixelLikelihood(nn.Module, ABC):
     def mean(self, logits: Tensor) -> Tensor:
         """Returns the expected image, of the shape of the logits and within [0, 1]."""
         return logits.sigmoid()
+
+    def checked_mean(self, logits: Tensor) -> Tensor:
+        """Returns `mean` after a check of its shape, for queries; raises ValueError if it is not that of the logits."""
+        mean = self.mean(logits)
+        if getattr(mean, "shape", None) != logits.shape:
+            shape = tuple(getattr(mean, "shape", ()))
+            raise ValueError(
+                f"the mean of the likelihood {type(self).__name__} is a {type(mean).__name__} of shape {shape}; "
+                f"wanted a tensor of the shape of the logits, {tuple(logits.shape)}"
+            )
+        return mean
 
 
 class FastBernoulli(dist.Bernoulli):

@@ -219,8 +219,11 @@ def plot_error_over_time(
     return add_legend(figure, solid, [*floor, *shades])
 
 
-def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
-    """Draws the ELBO of Eq (7), the KL and the KL weight from the lines of metrics.jsonl; early lows are cut off."""
+def plot_training(metrics: Sequence[Mapping[str, float | None]]) -> Figure:
+    """Draws the ELBO of Eq (7), the KL and the KL weight from the lines of metrics.jsonl; early lows are cut off.
+
+    Curves have gaps where values are None or not finite.
+    """
     names = {"bound_per_frame": "bound", "validation_bound_per_frame": "validation bound",
              "log_likelihood_per_frame": "log p(v|a)", "kl_per_frame": "KL", "kl_weight": "KL weight"}  # fmt: skip
     needed = {"step", *names} - {"validation_bound_per_frame"}
@@ -228,12 +231,16 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
         raise ValueError(f"metrics have {len(metrics)} lines; wanted at least one, each with {sorted(needed)}")
     figure, [axes] = grid(1, 1, 4.8, [2.4, 1.1, 1.1], sharex=True)
     for i, (key, name) in enumerate(names.items()):
-        points = np.array([(line["step"], line[key]) for line in metrics if key in line])
+        points = np.array([(line["step"], line[key]) for line in metrics if key in line], dtype=float)  # None: NaN
         if len(points):
+            points[~np.isfinite(points)] = np.nan
             axes[max(0, i - 2)].plot(*points.T, color=OBJECTS[i], linewidth=1.3, label=name)
     step, bound = np.concatenate([line.get_xydata() for line in axes[0].lines]).T
-    low, high = bound[step >= step.max() / 10].min(), bound.max()
-    axes[0].set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
+    known = np.isfinite(bound)
+    if known.any():
+        late = known & (step >= step[known].max() / 10)
+        low, high = bound[late].min(), bound[known].max()
+        axes[0].set_ylim(low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3)
     axes[2].set_yscale("log", subs=[])
     axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for ax, label in zip(axes, ("nats per frame", "KL per frame", "KL weight")):
@@ -244,12 +251,12 @@ def plot_training(metrics: Sequence[Mapping[str, float]]) -> Figure:
 
 
 def plot_learning_curves(
-    curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], marks: Named | None = None
+    curves: Mapping[str, Sequence[Sequence[tuple[float, float | None]]]], marks: Named | None = None
 ) -> Figure:
     """Draws errors in pixels against seconds of training on logarithmic axes, one line per seed.
 
     Args:
-        curves: name -> for each seed, the (seconds, error) pairs of its evaluations.
+        curves: name -> for each seed, the (seconds, error) pairs of its evaluations; gaps where an error is None.
         marks: name -> (seconds, error), points for comparison, in the colour of the curve whose name begins theirs.
     """
     if not any(len(seed) for seeds in curves.values() for seed in seeds):
@@ -258,7 +265,7 @@ def plot_learning_curves(
     names = [*curves]
     for i, seeds in enumerate(curves.values()):
         for seed in seeds:
-            ax.plot(*np.array(seed).reshape(-1, 2).T, color=colour_of("", i), linewidth=1.0, alpha=0.7)
+            ax.plot(*np.array(seed, dtype=float).reshape(-1, 2).T, color=colour_of("", i), linewidth=1.0, alpha=0.7)
     crosses = []
     for name, point in (marks or {}).items():
         i = next((i for i, curve in enumerate(names) if name.startswith(curve)), len(names))

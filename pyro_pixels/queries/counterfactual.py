@@ -174,7 +174,7 @@ def what_if(
     after = Gaussians(ahead.mean.masked_fill(gone, torch.nan), ahead.cov.masked_fill(gone.unsqueeze(-1), torch.nan))
 
     def drawn_images(a_before: Tensor, a_after: Tensor) -> Tensor:
-        images_after = model.likelihood.mean(model.renderer(a_after, present & ~gone[..., 0, 0]))
+        images_after = model.likelihood.checked_mean(model.renderer(a_after, present & ~gone[..., 0, 0]))
         return torch.cat([render(model, a_before, n_objects), images_after], -3)
 
     samples_before = found.samples[..., :frame, :]

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_pixels._batch import counts, object_mask
 from pyro_pixels._checks import check_number
 from pyro_pixels._convert import as_batch, checked_batch
+from pyro_pixels._pyro import check_precision_of
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.missing import q_where_known
 from pyro_pixels.lgssm import kalman
@@ -107,12 +108,18 @@ def reconstruct(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tens
 
 @torch.no_grad()
 def render(model: PixelModel, a: Tensor, n_objects: Tensor | int | Sequence[int]) -> Tensor:
-    """Renders positions (..., B, N, T, 2) as expected images (..., B, T, H, W), Eqs (1)-(2)."""
+    """Renders positions (..., B, N, T, 2) as expected images (..., B, T, H, W), Eqs (1)-(2).
+
+    Raises:
+        ValueError: if the positions have another shape, or the model is in half precision or under autocast.
+    """
+    check_precision_of("model", model)
     if not isinstance(a, Tensor) or a.dim() < 4 or a.shape[-1] != 2:
         raise ValueError(f"positions have shape {tuple(getattr(a, 'shape', ()))}; wanted (..., B, N, T, 2)")
     present = object_mask(counts(n_objects, a.shape[-4], a), a.shape[-3])
     rows = rows_of_parts(a.shape[-4], a[..., :1, :1, :, 0].numel() * model.renderer.height * model.renderer.width)
-    return join((model.likelihood.mean(model.renderer(a[..., row, :, :, :], present[row])) for row in rows), rows, -4)
+    logits = (model.renderer(a[..., row, :, :, :], present[row]) for row in rows)
+    return join((model.likelihood.checked_mean(x) for x in logits), rows, -4)
 
 
 @torch.no_grad()

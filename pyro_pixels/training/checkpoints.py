@@ -7,6 +7,7 @@ contain, and no part of a checkpoint is used before all of it has been checked (
 import dataclasses
 import io
 import json
+import math
 import pickle
 import signal
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from pyro_pixels._checksums import checked_write, damaged, digest, noted, read_checked, warn_unchecked
+from pyro_pixels._checksums import checked_write, damaged, digest, noted, read_checked, to_json, warn_unchecked
 from pyro_pixels.training.states import check_weights
 
 FORMAT = 1
@@ -101,7 +102,7 @@ def write_config(run_dir: str | Path, config: Any) -> None:
 
 
 def read_lines(run_dir: Path) -> list[dict[str, float]]:
-    """Returns the lines of a run's metrics.jsonl; none if there is no such file.
+    """Returns the lines of a run's metrics.jsonl, with NaN for null; none if there is no such file.
 
     An incomplete last line, which a crash may leave behind, is dropped with a warning.
 
@@ -136,14 +137,14 @@ def read_lines(run_dir: Path) -> list[dict[str, float]]:
             raise ValueError(
                 f"line {i + 1} of {path} is not a line of metrics ({_first_line(error)}); restore a copy, or delete it"
             ) from None
-        lines.append(line)
+        lines.append({key: math.nan if value is None else value for key, value in line.items()})
     return lines
 
 
 def write_lines(run_dir: Path, lines: Sequence[dict[str, float]]) -> None:
-    """Writes a run's metrics.jsonl; an older file stays until the new one is complete."""
+    """Writes a run's metrics.jsonl; an older file stays until the new one is complete. What is not finite is null."""
     with checked_write(run_dir / "metrics.jsonl") as file:
-        file.writelines(json.dumps(line).encode() + b"\n" for line in lines)
+        file.writelines(to_json(line) for line in lines)
 
 
 @contextmanager

@@ -75,7 +75,7 @@ def read_file(path: Path, axes: str | None = None, view: View = np.asarray, part
         return [collect(_movie(path), str(path), view, part)]
     if suffix not in ANIMATIONS | PICTURES:
         raise ValueError(f"{path.name} has an unknown format; wanted {FORMATS}")
-    return [collect(_pictures(path), str(path), view, part)]
+    return [collect((_animation if suffix in ANIMATIONS else _pictures)(path), str(path), view, part)]
 
 
 def collect(frames: Iterable[NDArray[Any]], where: str, view: View = np.asarray, part: range = ALL) -> RawFilm:
@@ -140,28 +140,79 @@ def _movie(path: Path) -> Iterator[NDArray[Any]]:
 
 
 def _pictures(path: Path) -> Iterator[NDArray[Any]]:
-    """Yields the frames of an animation, or a picture, turned as the camera was held."""
-    imageio = optional("imageio.v3")
-    options: dict[str, Any] = {"mode": "RGB"} if path.suffix.lower() in ANIMATIONS else {"rotate": True}
+    """Yields a picture, or several in one file, turned as the camera was held."""
+    imageio, orientation = optional("imageio.v3"), 1
+    with _reading(path), imageio.imopen(path, "r", plugin="pillow") as file:
+        for t, frame in enumerate(file.iter()):
+            orientation = _orientation(file) if t == 0 else orientation
+            yield upright(to_grey(frame, frame.ndim == 3), orientation)
+
+
+def _animation(path: Path) -> Iterator[NDArray[Any]]:
+    """Yields the frames of an animation; what is transparent has one grey value, whichever colours are hidden there."""
+    imageio, orientation, below = optional("imageio.v3"), 1, None
     with _reading(path):
-        for frame in imageio.imiter(path, plugin="pillow", **options):
-            yield to_grey(frame, frame.ndim == 3)
+        small = _starts_small(path)
+    if small:
+        optional("av")
+    with _reading(path), imageio.imopen(path, "r", plugin="pillow") as file:
+        for t, frame in enumerate(_on_a_canvas(path, file) if small else file.iter(mode="RGBA")):
+            orientation = _orientation(file) if t == 0 else orientation
+            grey, hidden = to_grey(frame, True), frame[..., 3] == 0
+            if below is None and hidden.any():
+                below = grey[hidden][0]
+            yield upright(grey if below is None else np.where(hidden, below, grey), orientation)
+
+
+def _orientation(file: Any) -> int:
+    """Returns the tag of the first picture in imageio's open file, once it is read: the tag may stand behind it."""
+    return file.metadata(index=0, exclude_applied=False).get("Orientation", 1)
+
+
+def _starts_small(path: Path) -> bool:
+    """Tells whether a file is a GIF whose first frame does not fill the canvas."""
+    with optional("PIL.Image").open(path) as picture:
+        return picture.format == "GIF" and any(tile[1] != (0, 0, *picture.size) for tile in picture.tile)
+
+
+def _on_a_canvas(path: Path, file: Any) -> Iterator[NDArray[Any]]:
+    """Yields the frames (H, W, 4) of such a GIF by pyav; Pillow, which leaves trails, finds damage."""
+    frames = optional("imageio.v3").imiter(path, plugin="pyav", format="rgba")
+    for t, by_pillow in enumerate(file.iter(mode="RGBA")):
+        frame = next(frames, None)
+        if frame is None:
+            raise ValueError(f"frame {t + 1} is damaged")
+        hidden = by_pillow[..., :3] if t == 0 else 0  # the colour of what is transparent
+        yield np.dstack([np.where(frame[..., 3:] == 0, hidden, frame[..., :3]), frame[..., 3]]).astype(np.uint8)
+
+
+def upright(x: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Returns pictures (..., H, W) as they are to be seen, given their tag Orientation of EXIF and TIFF, 1 to 8."""
+    turns, mirrored = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True), 6: (3, False), 7: (3, True),
+                       8: (1, False)}.get(orientation, (0, False))  # fmt: skip
+    if mirrored:
+        x = x[..., ::-1]
+    return np.rot90(x, turns, (-2, -1)) if turns else x
 
 
 def _from_tiff(path: Path) -> list[NDArray[Any]]:
     """Reads all pages as one film, or one film per series, such as a position of the stage, of an OME-TIFF."""
     tifffile = optional("tifffile")
     with _reading(path), tifffile.TiffFile(path) as file:
-        found = [(s.asarray(), s.axes) for s in file.series if not s.keyframe.is_reduced]  # a thumbnail is
+        found = [
+            (s.asarray(), s.axes, s.keyframe.tags.valueof("Orientation", 1))
+            for s in file.series
+            if not s.keyframe.is_reduced  # a thumbnail is
+        ]
         separate = bool(file.is_ome)
     films = []
-    for x, axes in found:
+    for x, axes, orientation in found:
         if "S" in axes:  # samples, such as colours
             x, axes = np.moveaxis(x, axes.index("S"), -1), axes.replace("S", "")
             x = to_grey(x, True)
         if x.ndim not in (2, 3):
             raise ValueError(f"{path} has the axes {axes}; wanted the picture's axes and one for time")
-        films.append(x.reshape(-1, *x.shape[-2:]))
+        films.append(upright(x.reshape(-1, *x.shape[-2:]), orientation))
     if not films:
         raise ValueError(f"{path} has no frames")
     if separate:

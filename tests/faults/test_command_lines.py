@@ -17,6 +17,8 @@ from pathlib import Path
 
 import bad
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -292,9 +294,20 @@ def no_file(args):
     Path("missing/file").read_text()
 
 
+def wrong_in_a_program(args):
+    """To whose message Pyro adds the shapes of all sites."""
+
+    def program():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        raise ValueError("wrong; do this")
+
+    pyro.poutine.trace(program).get_trace()
+
+
 @pytest.mark.parametrize(
     "main, code, said",
     [
+        (wrong_in_a_program, 2, "error: wrong; do this\n"),
         (interrupted, 130, "stopped\n"),
         (no_memory, 1, "error: not enough memory;"),
         (no_file, 2, "error: missing/file: No such file or directory\n"),
