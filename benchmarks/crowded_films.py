@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from pyro_pixels._files import atomic_write
 from pyro_pixels.plots.paper import save_figure
@@ -87,9 +87,9 @@ def compare(tracks: Tracks, truth: NDArray[np.float64]) -> dict[str, float]:
     found, rows = 0, []
     for t, places in enumerate(truth):
         now = tracks[tracks[:, 0] == t]
-        off, disc = cKDTree(places).query(now[:, 2:])
+        off, disc = scipy.spatial.cKDTree(places).query(now[:, 2:])
         rows += [(particle, t, d, e) for (_, particle, *_), d, e in zip(now, disc, off)]
-        found += int((cKDTree(now[:, 2:]).query(places)[0] < NEAR).sum()) if len(now) else 0
+        found += int((scipy.spatial.cKDTree(now[:, 2:]).query(places)[0] < NEAR).sum()) if len(now) else 0
     particle, frame, disc, off = (np.array(x) for x in zip(*sorted(rows)))
     near = off < NEAR
     particle, frame, disc = particle[near], frame[near], disc[near]
