@@ -43,21 +43,26 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
     """Fits the map from latent to true positions by least squares on the sequences with N = 1.
 
     Args:
-        latent: (B, N, T, 2), inferred positions.
+        latent: (B, N, T, 2), inferred positions; frames in which these or the true ones are not finite do not count.
         positions: (B, N, T, 2), true positions in pixels.
         n_objects: (B,).
 
     Raises:
-        ValueError: if no sequence has a single object.
+        ValueError: if no sequence has a single object, or none of these has a frame that counts.
     """
     alone = n_objects == 1
     if not alone.any():
         raise ValueError(
             "no sequence has N = 1, but the map from latent units to pixels is fitted to those; add some to the file"
         )
-    x = latent[alone, 0].reshape(-1, 2).double()
+    x = latent[alone, 0].detach().reshape(-1, 2).double()
     y = positions[alone, 0].reshape(-1, 2).double()
-    there = y.isfinite().all(-1)  # unobserved frames have no true positions
+    there = (x.isfinite() & y.isfinite()).all(-1)  # in unobserved frames either may be unknown
+    if not there.any():
+        raise ValueError(
+            "no frame of a sequence with N = 1 has both an inferred and a true position that are finite, so the map "
+            "from latent units to pixels cannot be fitted; check the inferred positions"
+        )
     x, y = x[there], y[there]
     design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     solution = torch.linalg.lstsq(design, y, driver="gelsd").solution
@@ -78,14 +83,14 @@ def assign(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 
     Args:
         predicted: (B, N, T, 2).
-        truth: (B, N, T, 2); a track that is NaN in all frames fits every prediction equally well.
+        truth: (B, N, T, 2). A track that is NaN in all frames, in either, fits every other equally well.
         n_objects: (B,).
 
     Returns:
         The order (B, N) int64: ``predicted[b, order[b, n]]`` belongs to ``truth[b, n]``; absent objects stay in place.
     """
-    unknown = truth.isnan().any(-1).all(-1)  # (B, N)
-    costs = pairwise_distances(predicted, truth).masked_fill(unknown.unsqueeze(1), 0.0)
+    costs = pairwise_distances(predicted.detach(), truth)
+    costs = costs.masked_fill(costs.isnan(), 0.0)
     order = torch.arange(predicted.shape[1]).repeat(len(predicted), 1)
     for b, n in enumerate(n_objects.tolist()):
         rows, columns = scipy.optimize.linear_sum_assignment(costs[b, :n, :n].numpy())

@@ -122,8 +122,8 @@ def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> Sta
     Args:
         dynamics: the model's dynamics.
         a: (..., T, 2).
-        observed: bool, False where a frame is missing; by default all are observed. It broadcasts to (..., T); for
-            positions (..., B, N, T, 2), a mask (B, T) is one of sequences.
+        observed: bool, False where a frame is missing; by default all are observed whose positions are not NaN. It
+            broadcasts to (..., T); for positions (..., B, N, T, 2), a mask (B, T) is one of sequences.
     """
     lgssm, observed = dynamics.lgssm(), sequence_mask(observed, a)
     p_z = dynamics.component_posterior(a, observed).probs
