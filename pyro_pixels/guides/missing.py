@@ -92,7 +92,7 @@ def q_where_known(
     n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects)
     seen = ~unseen_frames(images).unsqueeze(1)
-    if bool(seen.any()) and not bool(seen.all()):
+    if not bool(seen.all()):
         knows_dynamics = guide.encode_observed(guide.see(images), n_objects, seen)
         if knows_dynamics is not None:
             return knows_dynamics[0], torch.ones_like(seen).unsqueeze(-1)

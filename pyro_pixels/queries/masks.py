@@ -20,15 +20,15 @@ def checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
         )
     observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
     check_values(images, frames_seen_in(observed))
-    unknown = unseen_frames(images)  # NaN frames are unobserved, whatever the mask
-    if bool((unknown & frames_seen_in(observed)).any()):
-        observed = observed & ~unknown.unsqueeze(1)
     if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects are never observed
         observed = observed & object_mask(n_objects, N).unsqueeze(-1)
     unseen = ~frames_seen_in(observed).any(-1)
     if unseen.any():
         where = "" if observed.dim() == 1 else f" of sequence {int(unseen.nonzero()[0])}"
-        raise ValueError(f"no frame{where} is observed; wanted at least one, True and not NaN, in every sequence")
+        raise ValueError(f"observed is False in every frame{where}; wanted at least one True in every sequence")
+    unknown = unseen_frames(images)  # NaN frames are unobserved, whatever the mask
+    if bool((unknown & frames_seen_in(observed)).any()):
+        observed = observed & ~unknown.unsqueeze(1)
     return observed
 
 
