@@ -86,6 +86,12 @@ class ImageSequences:
         return ~unseen_frames(self.images)
 
     @property
+    def n_observed(self) -> Tensor:
+        """The number of observed frames of each sequence (n,), float64; NaN instead of 0, as means over none are."""
+        n = self.seen.sum(1).double()
+        return n.masked_fill(n == 0, torch.nan)
+
+    @property
     def lengths(self) -> Tensor:
         """The number of frames of each sequence (n,), up to the last observed one; shorter sequences are padded."""
         return (self.seen * torch.arange(1, self.images.shape[1] + 1)).amax(1)
@@ -97,6 +103,12 @@ class ImageSequences:
         """
         first = up_to(self.images, n)
         return first[0] if bool((first == first[0]).all()) else first
+
+    def later(self, n: int) -> Tensor:
+        """Returns the images (m, T - n, H, W) after the first ``n`` frames, NaN in those that are among the `first`."""
+        first = self.first(n)
+        rest = self.images[:, n:]
+        return rest if first.dim() == 1 else rest.masked_fill(first[:, n:, None, None], torch.nan)
 
     def ends(self, n: int) -> Tensor:
         """Returns a mask of the `first` and last ``n`` frames of sequences, (T,) if all have T frames, else (n, T)."""

@@ -70,6 +70,12 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
     return Affine(solution[:2].mT, solution[2], 1.0 - float(residual))
 
 
+def map_to_pixels(latent: Tensor, data: ImageSequences) -> Affine:
+    """Returns the `fit_affine` of inferred positions (n, N, T, 2) in the observed frames of sequences with N = 1."""
+    assert data.positions is not None
+    return fit_affine(latent, in_frames(data.positions, data.seen), data.n_objects)
+
+
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
     """Returns the mean distance over time (B, N, N) between object i of ``a`` and object j of ``b``, (B, N, T, 2).
 
@@ -158,11 +164,13 @@ def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def constant_image_nll(images: Tensor, *, batch_size: int = 100) -> Tensor:
-    """Returns `nll_per_frame` (B,), float64, of a single grey value, the mean of all observed pixels."""
+    """Returns `nll_per_frame` (B,), float64, of a single grey value, the mean of all observed pixels, if any."""
     parts = images.split(batch_size)
     total = sum(float(part.double().nansum()) for part in parts)
     n = sum(int((~part.isnan()).sum()) if part.is_floating_point() else part.numel() for part in parts)
-    grey = torch.tensor(total / n if n else torch.nan, dtype=torch.float64, device=images.device)
+    if not n:
+        return torch.full((len(images),), torch.nan, dtype=torch.float64, device=images.device)
+    grey = torch.tensor(total / n, dtype=torch.float64, device=images.device)
     return torch.cat([nll_per_frame(part, grey.expand(part.shape)) for part in parts])
 
 
