@@ -17,7 +17,7 @@ from pyro_pixels.queries.counterfactual import Change, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.queries.inference_data import to_inference_data
 from pyro_pixels.queries.latent_states import states
-from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct, render, smooth
+from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.queries.streaming import start_images, step_image
 from pyro_pixels.run_figures import RunView
 
