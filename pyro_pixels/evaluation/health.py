@@ -141,7 +141,7 @@ def check_health(
     k = states.p_z.argmax(-1)
     e = innovations(model.dynamics, draws, seen)[:, START_FRAMES:]  # (M, T - 2, 2), NaN where there is none
     total, degrees = e.square().nansum((1, 2)), (~e.isnan()).sum((1, 2)).cpu().numpy()
-    median, most = (torch.from_numpy(x).to(total) for x in _chi_square(degrees))
+    median, most = (torch.from_numpy(x).to(draws.device, total.dtype) for x in _chi_square(degrees))
     scale = (total / median).median()
     explained = total / scale <= most
     typical = e[explained]
