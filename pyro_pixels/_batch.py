@@ -52,6 +52,15 @@ def unseen_frames(images: Tensor) -> Tensor:
     return images[..., 0, 0].isnan()
 
 
+def up_to(images: Tensor, n: int) -> Tensor:
+    """Returns the mask (B, T) of the frames up to the n-th, counted from the first observed one of each sequence.
+
+    Where none is observed, frames are counted from the first of all.
+    """
+    seen, time = ~unseen_frames(images), torch.arange(images.shape[1], device=images.device)
+    return time < seen.int().argmax(1, keepdim=True) + n
+
+
 def check_values(images: Tensor, observed: Tensor | None = None, what: str = "images") -> None:
     """Raises ValueError unless pixels lie within [0, 1]; entire frames may be NaN, which means unobserved.
 

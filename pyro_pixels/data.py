@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_pixels._arrays import MAX_BYTES, read_arrays
-from pyro_pixels._batch import check_any, unseen_frames
+from pyro_pixels._batch import check_any, unseen_frames, up_to
 from pyro_pixels._convert import PREPARE, as_counts, as_images, as_positions
 from pyro_pixels._files import atomic_write
 from pyro_pixels.lgssm.kalman import LGSSM
@@ -86,15 +86,35 @@ class ImageSequences:
         return ~unseen_frames(self.images)
 
     @property
+    def n_observed(self) -> Tensor:
+        """The number of observed frames of each sequence (n,), float64; NaN instead of 0, as means over none are."""
+        n = self.seen.sum(1).double()
+        return n.masked_fill(n == 0, torch.nan)
+
+    @property
     def lengths(self) -> Tensor:
         """The number of frames of each sequence (n,), up to the last observed one; shorter sequences are padded."""
         return (self.seen * torch.arange(1, self.images.shape[1] + 1)).amax(1)
 
+    def first(self, n: int) -> Tensor:
+        """Returns a mask of the frames up to the n-th of sequences, (T,) if all start at the first frame, else (n, T).
+
+        Frames are counted from the first observed one of each sequence.
+        """
+        first = up_to(self.images, n)
+        return first[0] if bool((first == first[0]).all()) else first
+
+    def later(self, n: int) -> Tensor:
+        """Returns the images (m, T - n, H, W) after the first ``n`` frames, NaN in those that are among the `first`."""
+        first = self.first(n)
+        rest = self.images[:, n:]
+        return rest if first.dim() == 1 else rest.masked_fill(first[:, n:, None, None], torch.nan)
+
     def ends(self, n: int) -> Tensor:
-        """Returns a mask of the first and last ``n`` frames of sequences, (T,) if all have T frames, else (n, T)."""
+        """Returns a mask of the `first` and last ``n`` frames of sequences, (T,) if all have T frames, else (n, T)."""
         time, lengths = torch.arange(self.images.shape[1]), self.lengths[:, None]
-        ends = (time < n) | ((time >= lengths - n) & (time < lengths))
-        return ends[0] if bool((lengths == len(time)).all()) else ends
+        ends = up_to(self.images, n) | ((time >= lengths - n) & (time < lengths))
+        return ends[0] if bool((ends == ends[0]).all()) else ends
 
     def __getitem__(self, index: "Tensor | slice | int | Sequence[int]") -> "ImageSequences":
         """Returns the sequences selected by a slice, a number (a set of one), a list or an index tensor.

@@ -16,11 +16,11 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels._checksums import checked_write, read_checked
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
-from pyro_pixels.evaluation.answers import Predictions, seen_by_default
+from pyro_pixels.evaluation.answers import Predictions, forecast, seen_by_default
 from pyro_pixels.evaluation.pixel_map import map_to_pixels
 from pyro_pixels.plots import paper as plots
 from pyro_pixels.queries.masks import seen_or_none
-from pyro_pixels.queries.predict import Prediction, States, generate, infer, interpolate, render, smooth
+from pyro_pixels.queries.predict import Prediction, States, infer, interpolate, render, smooth
 from pyro_pixels.runs import Run
 from pyro_pixels.training.checkpoints import read_lines
 
@@ -57,7 +57,7 @@ class RunView:
         self.size: tuple[int, int] | None = None
         self.order: Tensor | None = None
         if data.positions is not None and bool((data.n_objects == 1).any()):
-            self.to_pixels = metrics.fit_affine(self.inference.mean.cpu(), data.positions, data.n_objects)
+            self.to_pixels = metrics.map_to_pixels(self.inference.mean.cpu(), data)
             self.size = data.size
             self.order = metrics.assign(self.to_pixels(self.inference.mean.cpu()), data.positions, data.n_objects)
             return
@@ -84,10 +84,7 @@ class RunView:
                 f"cannot generate up to frame {n_frames} from the first {self.n_seen} frames of sequences of {T}; give "
                 "a smaller --n-seen, or longer sequences" + ("" if n_frames == T else ", or a larger --n-frames")
             )
-        return generate(
-            self.run.model, self.run.guide, self.images[:, : self.n_seen], self.n_objects, n_frames=n_frames,
-            n_samples=n_samples,
-        )  # fmt: skip
+        return forecast(self.run.model, self.run.guide, self.data, self.n_seen, n_frames=n_frames, n_samples=n_samples)
 
     def interpolation(self, n_samples: int = 0) -> Prediction:
         """Interpolates between the first and the last ``n_seen`` frames; raises ValueError if none lie between.
@@ -256,14 +253,14 @@ def draw_error_over_time(data: ImageSequences, inferred: Tensor, predicted: Pred
     if data.dynamics is None or data.positions is None or not bool((data.n_objects == 1).any()):
         return []
     truth, n_objects, ends = data.positions, data.n_objects, data.ends(predicted.n_seen)
-    to_pixels = metrics.fit_affine(inferred, truth, n_objects)
-    found = {"generated": (predicted.generated, torch.arange(truth.shape[2]) < predicted.n_seen)}
+    to_pixels = metrics.map_to_pixels(inferred, data)
+    found = {"generated": (predicted.generated, data.first(predicted.n_seen))}
     if predicted.interpolated is not None:
         found["interpolated"] = (predicted.interpolated, ends)
     errors, floors = {}, {}
     for name, (positions, seen) in found.items():
         a = to_pixels(positions)
-        a = metrics.reorder(a, metrics.assign(a, metrics.in_frames(truth, seen), n_objects))
+        a = metrics.reorder(a, metrics.assign(a, metrics.in_frames(truth, seen & data.seen), n_objects))
         errors[name] = metrics.errors(a, truth, n_objects).nanmean((0, 1))
         floor = metrics.floor_of(data, seen)
         floors[name] = metrics.errors(floor, metrics.in_frames(truth, ~seen), n_objects).nanmean((0, 1))

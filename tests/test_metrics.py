@@ -46,6 +46,20 @@ def test_affine_map_needs_a_single_object(world):
         metrics.fit_affine(latent[data.n_objects > 1], truth[data.n_objects > 1], data.n_objects[data.n_objects > 1])
 
 
+def test_frames_without_an_inferred_position_do_not_count_for_the_map(world):
+    data, truth, latent = world
+    holes = latent.masked_fill((torch.arange(truth.shape[2]) % 3 == 1)[:, None], torch.nan)
+    holes[:4] = torch.nan  # a sequence of which nothing was seen, and more
+    affine = metrics.fit_affine(holes, truth, data.n_objects)
+    torch.testing.assert_close(affine.matrix, metrics.fit_affine(latent, truth, data.n_objects).matrix)
+    order = metrics.assign(holes[:, [1, 0, 2]].requires_grad_(), truth, data.n_objects)
+    three = (data.n_objects == 3) & (torch.arange(len(data)) > 3)
+    assert (order[three] == torch.tensor([1, 0, 2])).all()
+    assert (order[:4] == torch.arange(3)).all()
+    with pytest.raises(ValueError, match="no frame of a sequence with N = 1"):
+        metrics.fit_affine(latent * torch.nan, truth, data.n_objects)
+
+
 def test_assignment_undoes_any_permutation(world):
     data, truth, _ = world
     three = data.n_objects == 3

@@ -17,7 +17,7 @@ from pyro_pixels.queries.counterfactual import Change, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.queries.inference_data import to_inference_data
 from pyro_pixels.queries.latent_states import states
-from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct, render, smooth
+from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.queries.streaming import start_images, step_image
 from pyro_pixels.run_figures import RunView
 
@@ -211,20 +211,39 @@ def test_mean_field_starts_between_the_frames_seen(recurrent):
     torch.testing.assert_close(guide.auto.locs.a.detach(), wanted.float())
 
 
-def test_a_sequence_without_a_frame_is_named(small_data):
-    model, guide = make_model(), make_guide()
+@pytest.mark.parametrize("name", ["quick", "recurrent"])
+def test_a_sequence_without_a_frame_has_the_moments_of_the_prior(name, recurrent):
+    """Alone and in a batch, whatever the guide; the other sequences are as they are without it."""
+    run, (data, n_objects) = load_pretrained(name), (recurrent[1].images[:4].float(), torch.tensor([1, 2, 3, 2]))
+    model, guide = run.model, run.guide
+    data[2], data[3, :6] = torch.nan, torch.nan
+    prior = smooth(model.dynamics, torch.zeros(30, 2), torch.zeros(30, dtype=torch.bool))
+    mean, std = prior.mean[:, :2], (prior.cov[:, :2, :2] + model.dynamics.lgssm().Sigma_A).diagonal(0, 1, 2).sqrt()
+    asked = [lambda v, n: infer(guide, v, n, model=model)[:2]]
+    if name == "quick":
+        asked.append(lambda v, n: infer(guide, v, n)[:2])
+    for ask in asked:
+        both, alone, rest = ask(data, n_objects), ask(data[2:3], n_objects[2:3]), ask(data[:2], n_objects[:2])
+        for found, one, other, wanted in zip(both, alone, rest, (mean, std)):
+            torch.testing.assert_close(found[2], wanted.expand(3, 30, 2), rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(one[0], found[2], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(found[:2, :2], other, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    drawn = infer(guide, data[2:3], 1, model=model, n_samples=2_000).samples[:, 0, 0]
+    assert ((drawn.mean(0) - mean) / std).abs().max() < 5.5 / 2_000**0.5  # standard errors
+    told = generate(model, guide, data[:, :5], n_objects, n_frames=30, n_samples=2)
+    torch.testing.assert_close(told.mean[2:, :2], mean.expand(2, 2, 30, 2), rtol=1e-6, atol=1e-6)
+    assert torch.equal(told.component[2, :3], model.dynamics.pi.argmax().expand(3))
+    assert told.sample_images.isfinite().all()
+    assert states(model, guide, data, n_objects, n_samples=2).mean.isfinite().all()
+    none = log_evidence(model, guide, data[2:3], 3, n_samples=3).log_evidence
+    torch.testing.assert_close(none, torch.zeros_like(none), rtol=0, atol=1e-3)  # no frame, no information
+
+
+def test_without_the_model_a_sequence_without_a_frame_is_unknown(small_data):
     images = small_data.images.float()
     images[2] = torch.nan
-    asked = (
-        lambda: infer(guide, images, small_data.n_objects, model=model),
-        lambda: generate(model, guide, images, small_data.n_objects, n_frames=14),
-        lambda: states(model, guide, images, small_data.n_objects),
-    )
-    for ask in asked:
-        with pytest.raises(ValueError, match=r"no frame of sequence 2 is observed"):
-            ask()
-    assert (
-        render(model, infer(guide, images[:2], small_data.n_objects[:2]).mean, small_data.n_objects[:2])
-        .isfinite()
-        .all()
-    )
+    found = infer(make_guide(), images, small_data.n_objects).mean
+    assert torch.equal(found.isnan().all(-1).all(-1).all(-1), torch.arange(len(images)) == 2)
+    with pytest.raises(ValueError, match=r"observed is False in every frame of sequence 2"):
+        interpolate(make_model(), make_guide(), images, small_data.n_objects, images[..., 0, 0] == 0)

@@ -233,6 +233,20 @@ def test_a_mask_of_sequences_holds_for_all_their_objects(N):
     torch.testing.assert_close(alone.mean, posterior_states(dynamics, a[:, :1], observed[None, :N]).mean[0])
 
 
+def test_positions_of_nan_are_unobserved():
+    dynamics, observed = make_dynamics(), torch.rand(4, 2, 7) < 0.6
+    a = torch.randn(4, 2, 7, 2)
+    holes, rest = a.masked_fill(~observed.unsqueeze(-1), torch.nan), torch.arange(7) != 3
+    holes[0, 0, :, 0] = torch.nan  # one coordinate is enough
+    observed[0, 0] = False
+    for query in (smooth, filter_states):
+        for mask in (None, rest, rest.expand(4, 7), rest.expand(4, 2, 7)):
+            found, wanted = query(dynamics, holes, mask), query(dynamics, a, observed & (mask is None or rest))
+            assert all(torch.equal(x, y) for x, y in zip(found[:3], wanted[:3]))
+    prior = smooth(dynamics, a[0, 0], torch.zeros(7).bool())
+    torch.testing.assert_close(smooth(dynamics, holes).mean[0, 0], prior.mean)
+
+
 BAD = {
     "a mask of other sequences": lambda: smooth(make_dynamics(), torch.zeros(3, 2, 5, 2), torch.ones(2, 5).bool()),
     "no samples": lambda: posterior_states(make_dynamics(), None),
@@ -245,6 +259,7 @@ BAD = {
         torch.ones(1).long(),
     ),
     "a mask of another length": lambda: filter_states(make_dynamics(), torch.zeros(3, 2), torch.ones(4).bool()),
+    "a mask of numbers": lambda: smooth(make_dynamics(), torch.full((3, 2), torch.nan), torch.ones(3)),
 }  # fmt: skip
 
 

@@ -18,15 +18,17 @@ from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.film import forecast_nll_per_frame
 from pyro_pixels.guides.base import Guide, sample_positions
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.filled import interpolated, q_of_images
+from pyro_pixels.queries.masks import seen_or_none
 from pyro_pixels.queries.moments import mean_of
-from pyro_pixels.queries.predict import generate, interpolate
+from pyro_pixels.queries.predict import Prediction, generate, interpolate
 from pyro_pixels.training.elbo import AnnealedELBO, BoundTerms
 
 N_SEEN = 5  # observed frames at the start, and for interpolation also at the end (Secs 3.4, 3.5)
 
 
 class Inferences(NamedTuple):
-    """Results of inference from all frames."""
+    """Results of inference from all observed frames; positions in frames of NaN are inferred from the others."""
 
     mean: Tensor  # (n, N, T, 2), of q(a | v), latent
     drawn: Tensor  # (n, N, T, 2), a sample of q(a | v)
@@ -73,6 +75,9 @@ def infer_all(
 ) -> Inferences:
     """Returns means, one draw, and the bound as `infer` and `training.elbo.bound` do, but computes q(a | v) only once.
 
+    In frames of NaN, means are those of ``infer(..., model=model)``, and draws and the bound those of
+    `queries.filled.q_of_images`, as in `log_evidence`; `training.elbo.bound` is of ``guide`` as it is trained.
+
     Args:
         seed: seeds the draws; the caller's random state is not changed.
         progress: show a progress bar on a terminal.
@@ -86,10 +91,12 @@ def infer_all(
         torch.manual_seed(seed)
         for part in _batches(data, batch_size, "inference", progress):
             images, n_objects = part.images.to(device), part.n_objects.to(device)
-            q_a = guide.q(images, n_objects)
-            found, a = _bound_given(model, q_a, images, n_objects)
             with torch.random.fork_rng(devices=devices):  # means may need samples
-                means.append(mean_of(q_a))
+                known = None if seen_or_none(images) is None else interpolated(model, guide, images, n_objects)
+            q_a = q_of_images(model, guide, images, n_objects, found=known)
+            found, a = _bound_given(model, q_a, images, n_objects)
+            with torch.random.fork_rng(devices=devices):
+                means.append(mean_of(q_a) if known is None else known.mean)
             draws.append(a.to(means[-1]))
             terms.append([term.cpu().double() for term in found])
     N = int(data.n_objects.max())
@@ -122,14 +129,12 @@ def predict_all(
     losses: dict[str, list[Tensor]] = {}
     for part in _batches(data, batch_size, "predictions", progress):
         images, n_objects = part.images.to(device), part.n_objects.to(device)
-        future = generate(
-            model, guide, images[:, :n_seen], n_objects, n_frames=T, n_samples=n_futures, covariances=False
-        )
+        future = forecast(model, guide, part, n_seen, n_samples=n_futures, covariances=False)
         generated.append(future.mean)
         ends = part.ends(n_seen).to(device)
         if 2 * n_seen < T:
             interpolated.append(interpolate(model, guide, images, n_objects, ends, covariances=False).mean)
-        unseen, drawn = part.images[:, n_seen:].float(), future.images[:, n_seen:].cpu()
+        unseen, drawn = part.later(n_seen).float(), future.images[:, n_seen:].cpu()
         found = {
             "nll_per_frame_nats": metrics.nll_per_frame(unseen, drawn),
             "paper_style_loss": metrics.paper_style_loss(unseen, drawn),
@@ -138,13 +143,44 @@ def predict_all(
             averaged = future.sample_images[:, :, n_seen:].mean(0).cpu()
             found["averaged_nll_per_frame_nats"] = metrics.nll_per_frame(unseen, averaged)
             found["forecast_nll_per_frame_nats"] = forecast_nll_per_frame(
-                model, future.samples[..., n_seen:, :], images[:, n_seen:], n_objects
+                model, future.samples[..., n_seen:, :], unseen.to(device), n_objects
             )
         for name, value in found.items():
             losses.setdefault(name, []).append(value.double())
     N = int(data.n_objects.max())
     between = padded(interpolated, N) if interpolated else None
     return Predictions(n_seen, padded(generated, N), between, {name: torch.cat(x) for name, x in losses.items()})
+
+
+def forecast(
+    model: PixelModel,
+    guide: Guide,
+    data: ImageSequences,
+    n_seen: int,
+    *,
+    n_frames: int | None = None,
+    n_samples: int = 0,
+    covariances: bool = True,
+) -> Prediction:
+    """Returns the `generate` of the frames after ``n_seen``, counted from each sequence's first observed one.
+
+    Args:
+        data: the sequences, on any device.
+        n_frames: the total number of frames, at least those of ``data`` and by default as many.
+        n_samples: as in `generate`, like ``covariances``.
+    """
+    device, T = next(model.parameters()).device, data.images.shape[1]
+    images, n_objects, first = data.images.to(device), data.n_objects.to(device), data.first(n_seen).to(device)
+    n_frames = T if n_frames is None else n_frames
+    if first.dim() == 1:
+        return generate(
+            model, guide, images[:, :n_seen], n_objects, n_frames=n_frames, n_samples=n_samples, covariances=covariances
+        )
+    images = torch.cat([images, images.new_zeros(len(images), max(0, n_frames - T), *images.shape[2:])], 1)[
+        :, :n_frames
+    ]
+    first = torch.nn.functional.pad(first, (0, max(0, n_frames - T)))[:, :n_frames]
+    return interpolate(model, guide, images, n_objects, first, n_samples=n_samples, covariances=covariances)
 
 
 def padded(parts: list[Tensor], n_objects: int) -> Tensor:

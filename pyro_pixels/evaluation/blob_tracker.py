@@ -137,7 +137,7 @@ def evaluate_tracker(data: ImageSequences, *, n_seen: int = N_SEEN, radius: floa
             f"sequences have {T} frames; observing {n_seen} (at least 1) at either end needs more than {2 * n_seen}"
         )
     tracker = BlobTracker(data.dynamics, radius)
-    both = torch.arange(T) < n_seen, data.ends(n_seen)
+    both = data.first(n_seen), data.ends(n_seen)
     generated, interpolated = (tracker.predict(data.images, data.n_objects, seen) for seen in both)
     tracked = tracker.track(data.images, data.n_objects)
     values = errors_in_pixels(data, tracked, generated, interpolated, n_seen)

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from pyro_pixels._batch import check_any, object_mask
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
-from pyro_pixels.evaluation.answers import check_n_seen, seen_by_default
+from pyro_pixels.evaluation.answers import check_n_seen, forecast, seen_by_default
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.latent_states import averaged
-from pyro_pixels.queries.predict import Prediction, generate, interpolate
+from pyro_pixels.queries.predict import Prediction, interpolate
 
 MOST_TRIALS = 30  # evaluations in `fit_correction`
 LEVELS = (0.5, 0.9, 0.95)
@@ -91,14 +91,15 @@ def mahalanobis_distances(
         model: the trained model.
         guide: the trained guide.
         data: sequences with ``positions``, some with N = 1.
-        n_seen: observed frames before forecasting, and at either end for interpolation; default: 5, or fewer where
-            sequences have fewer than 11 frames.
+        n_seen: observed frames before forecasting, counted from each sequence's first observed one, and at either end
+            of it for interpolation; default: 5, or fewer where sequences have fewer than 11 frames.
         n_samples: if above 0, predictions are `averaged` over this number of samples of q. Use it for guides that do
             not know the dynamics, whose covariances otherwise leave out the uncertainty of q and z.
         batch_size: sequences per batch.
 
     Returns:
-        Each of `KINDS` -> its `Distances`.
+        Each of `KINDS` -> its `Distances`: of smoothing in all frames, of forecasting in those after the first, of
+        interpolation in those between the first and the last. Sequences without an observed frame have none.
 
     Raises:
         ValueError: if there are no sequences, the truth is missing, or the sequences are too short.
@@ -108,35 +109,38 @@ def mahalanobis_distances(
     if data.positions is None:
         raise ValueError("the sequences have no positions; wanted simulated ones (examples/simulate.py)")
     n_seen = check_n_seen(seen_by_default(T) if n_seen is None else n_seen, T)
-    device, frame = next(model.parameters()).device, torch.arange(T)
-    masks = {
-        "smoothing": frame >= 0,
-        "forecasting": frame < n_seen,
-        "interpolation": (frame < n_seen) | (frame >= T - n_seen),
-    }
+    device = next(model.parameters()).device
     moments: dict[str, list[tuple[Tensor, Tensor]]] = {kind: [] for kind in KINDS}
     for i in range(0, len(data), batch_size):
-        images, n_objects = (x[i : i + batch_size].to(device) for x in (data.images, data.n_objects))
-        for kind, seen in masks.items():
+        part = data[i : i + batch_size]
+        images, n_objects = part.images.to(device), part.n_objects.to(device)
+        for kind, seen in _observed(part, n_seen).items():
             found = (
-                generate(model, guide, images[:, :n_seen], n_objects, n_frames=T, n_samples=n_samples)
+                forecast(model, guide, part, n_seen, n_samples=n_samples)
                 if kind == "forecasting"
                 else interpolate(model, guide, images, n_objects, seen.to(device), n_samples=n_samples)
             )
             moments[kind].append(_moments(averaged(model, found, n_objects) if n_samples else found, N))
     found = {kind: [torch.cat(x) for x in zip(*parts)] for kind, parts in moments.items()}
-    to_pixels = metrics.fit_affine(found["smoothing"][0], data.positions, data.n_objects)
+    to_pixels, masks = metrics.map_to_pixels(found["smoothing"][0], data), _observed(data, n_seen)
+    some, before_end = data.seen.any(1, keepdim=True), torch.arange(T) < data.lengths[:, None]
+    predicted = {
+        "smoothing": some.expand_as(data.seen),
+        "forecasting": some & ~masks["forecasting"],
+        "interpolation": before_end & ~masks["interpolation"],
+    }
     return {
         kind: _compare(
-            data, to_pixels(mean), to_pixels.covariance(cov), masks[kind], _predicted_frames(kind, masks[kind])
+            data, to_pixels(mean), to_pixels.covariance(cov), masks[kind] & data.seen, predicted[kind].unsqueeze(1)
         )
         for kind, (mean, cov) in found.items()
     }
 
 
-def _predicted_frames(kind: str, seen: Tensor) -> Tensor:
-    """Returns the mask (T,) of the frames whose predictions count."""
-    return seen if kind == "smoothing" else ~seen
+def _observed(data: ImageSequences, n_seen: int) -> dict[str, Tensor]:
+    """Returns for each of `KINDS` the mask of the frames that are given, as far as they are not NaN."""
+    everywhere = torch.ones(data.images.shape[1], dtype=torch.bool)
+    return {"smoothing": everywhere, "forecasting": data.first(n_seen), "interpolation": data.ends(n_seen)}
 
 
 def _moments(prediction: Prediction, n_objects: int) -> tuple[Tensor, Tensor]:
@@ -148,10 +152,11 @@ def _moments(prediction: Prediction, n_objects: int) -> tuple[Tensor, Tensor]:
 
 
 def _compare(data: ImageSequences, mean: Tensor, cov: Tensor, seen: Tensor, predicted: Tensor) -> Distances:
-    """Matches objects over the frames ``seen`` (T,) and measures distances in the frames ``predicted`` (T,)."""
+    """Matches objects over the frames ``seen`` (n, T) and measures distances in the frames ``predicted`` (n, 1, T)."""
     truth, n_objects = data.positions, data.n_objects
     assert truth is not None
-    order = metrics.assign(mean[:, :, seen], truth[:, :, seen], n_objects)
+    shown = metrics.in_frames(truth, seen)
+    order = metrics.assign(mean, shown, n_objects)
     mean, cov = metrics.reorder(mean, order), metrics.reorder(cov, order)
     valid = object_mask(n_objects, truth.shape[1]).unsqueeze(-1) & predicted & truth.isfinite().all(-1)
     eye = torch.eye(2, dtype=cov.dtype)
@@ -160,7 +165,7 @@ def _compare(data: ImageSequences, mean: Tensor, cov: Tensor, seen: Tensor, pred
     squared = torch.linalg.solve_triangular(L, e, upper=False).square().sum((-2, -1))
     log_density = -0.5 * squared - L.diagonal(dim1=-2, dim2=-1).log().sum(-1) - float(np.log(2 * np.pi))
     nan = torch.full_like(squared, torch.nan)
-    held = ~metrics.switches(mean[:, :, seen], truth[:, :, seen], n_objects)
+    held = ~metrics.switches(mean, shown, n_objects)
     return Distances(torch.where(valid, squared, nan), torch.where(valid, log_density, nan), held)
 
 

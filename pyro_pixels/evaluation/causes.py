@@ -41,16 +41,20 @@ def film_causes(guide: Guide, data: ImageSequences) -> list[str]:
 
 
 def has_walls(tracks: Tensor) -> bool:
-    """Returns whether tracks (M, T, 2), latent means, change velocity suddenly and at the rim of all positions."""
+    """Returns whether tracks (M, T, 2), latent means, change velocity suddenly and at the rim of all positions.
+
+    Frames of NaN do not count.
+    """
     a = tracks.double().cpu()
-    if a.shape[1] < 4 or not bool(a.isfinite().all()):
-        return False
     kick = a.diff(n=2, dim=1).norm(dim=-1)
-    largest = kick >= kick.quantile(1 - KICKS)
-    low, high = a.flatten(0, 1).quantile(0.01, 0), a.flatten(0, 1).quantile(0.99, 0)
+    kicks, points = kick[~kick.isnan()], a[~a.isnan().any(-1)]
+    if a.shape[1] < 4 or not len(kicks) or bool(a.isinf().any()):
+        return False
+    largest = kick >= kicks.quantile(1 - KICKS)
+    low, high = points.quantile(0.01, 0), points.quantile(0.99, 0)
     where = (a[:, 1:-1] - low) / (high - low).clamp(min=1e-12)
     at_rim = (where.minimum(1 - where) < RIM).any(-1)
-    sudden = float(kick[largest].mean()) > SUDDEN * float(kick.median())
+    sudden = float(kick[largest].mean()) > SUDDEN * float(kicks.median())
     return sudden and float(at_rim[largest].double().mean()) > AT_RIM
 
 
@@ -59,7 +63,7 @@ def likely_causes(guide: Guide, data: ImageSequences, tracks: Tensor) -> tuple[s
     """Returns the names of likely causes, keys of `health_words.CAUSES`, the likeliest first.
 
     Args:
-        tracks: (M, T, 2), latent means of all objects.
+        tracks: (M, T, 2), latent means of all objects, NaN in frames that do not count.
     """
     walls = ["walls"] if has_walls(tracks) else []
     return (*film_causes(guide, data), *walls)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_pixels._batch import object_mask, unseen_frames
+from pyro_pixels._batch import object_mask, unseen_frames, up_to
 from pyro_pixels._pyro import of_pixels
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.lgssm import kalman
@@ -29,26 +29,27 @@ def mean_image_nll_per_frame(images: Tensor, n_seen: int, *, is_density: bool) -
 
     Args:
         images: (n, T, H, W), NaN in unobserved frames.
+        n_seen: counted from the first observed frame of each sequence.
         is_density: whether pixels are grey. Then p is a Gaussian around the mean with one variance for all pixels;
             otherwise the mean is the probability that a pixel is white.
     """
     v, seen = _floats(images)
-    mean = v[seen].mean(0)
-    return _cost(v[:, n_seen:], mean.expand(v[:, n_seen:].shape), seen[:, n_seen:], is_density)
+    mean, later = v[seen].mean(0), seen & ~up_to(images, n_seen)
+    return _cost(v[:, n_seen:], mean.expand(v[:, n_seen:].shape), later[:, n_seen:], is_density)
 
 
 def persistence_nll_per_frame(images: Tensor, n_seen: int, *, is_density: bool) -> Tensor:
     """Returns -log p (n,) of the frames after the first ``n_seen`` if the last of those persists, in nats per frame.
 
     Grey pixels vary around that frame with one variance for all. Binary pixels that were white stay white with one
-    probability, and those that were black become white with another. If none of a sequence's first frames was observed,
-    its pixels count as black.
+    probability, and those that were black become white with another. Frames are counted from the first observed one of
+    each sequence.
     """
     v, seen = _floats(images)
-    frame = torch.arange(n_seen)
-    last = torch.where(seen[:, :n_seen], frame, -1).amax(1)
-    before = v[torch.arange(len(v)), last.clamp(min=0)] * (last >= 0)[:, None, None]
-    v, seen, p = v[:, n_seen:], seen[:, n_seen:], before.unsqueeze(1).expand(v[:, n_seen:].shape)
+    first = up_to(images, n_seen)
+    last = torch.where(seen & first, torch.arange(v.shape[1]), 0).amax(1)
+    before = v[torch.arange(len(v)), last]
+    v, seen, p = v[:, n_seen:], (seen & ~first)[:, n_seen:], before.unsqueeze(1).expand(v[:, n_seen:].shape)
     if not is_density:
         white, there = p > 0.5, seen[..., None, None].expand(p.shape)
         chance = [
@@ -84,30 +85,45 @@ def forecast_nll_per_frame(model: PixelModel, samples: Tensor, images: Tensor, n
 def innovation_mean_square(dynamics: Dynamics, drawn: Tensor, data: ImageSequences) -> Tensor:
     """Returns the mean square (n,) of the standardised innovations of tracks from the third frame on; 1 if calibrated.
 
-    It is NaN for sequences with no observed frame from the third on.
+    It is NaN for sequences with no observed frame from the third observed one on.
 
     Args:
         drawn: (n, N, T, 2), samples of q(a | v).
         data: the sequences; only their ``seen`` frames count.
     """
     present = object_mask(data.n_objects, drawn.shape[1])
-    tracks = drawn[present].to(dynamics.mu.device)
-    k = dynamics.component_posterior(tracks).logits.argmax(-1)
-    e = standardised_innovations(dynamics, tracks)[torch.arange(len(k), device=k.device), k].square().mean(-1).cpu()
-    seen = data.seen[present.nonzero()[:, 0]].clone()
-    seen[:, :START_FRAMES] = False
+    e = innovations(dynamics, drawn[present].to(dynamics.mu.device), seen_of_tracks(data, present)).cpu()
     squares = torch.full(present.shape, torch.nan, dtype=e.dtype)
-    squares[present] = torch.where(seen, e, torch.nan).nanmean(1)
+    squares[present] = e.square().mean(-1).nanmean(1)
     return squares.nanmean(1)
 
 
-def standardised_innovations(dynamics: Dynamics, a: Tensor) -> Tensor:
+def seen_of_tracks(data: ImageSequences, present: Tensor) -> Tensor | None:
+    """Returns the mask (M, T) of the observed frames of the M ``present`` objects (n, N); None if all are observed."""
+    seen = data.seen
+    return None if bool(seen.all()) else seen[present.nonzero()[:, 0]]
+
+
+def innovations(dynamics: Dynamics, tracks: Tensor, seen: Tensor | None) -> Tensor:
+    """Returns the standardised innovations (M, T, 2) of tracks (M, T, 2) under the likeliest component of each.
+
+    They are NaN in the first `START_FRAMES` observed frames and in unobserved ones, ``seen`` (M, T) being False.
+    """
+    seen = None if seen is None else seen.to(tracks.device)
+    k = dynamics.component_posterior(tracks, seen).logits.argmax(-1)
+    e = standardised_innovations(dynamics, tracks, seen)[torch.arange(len(k), device=k.device), k]
+    seen = tracks.new_ones(tracks.shape[:2], dtype=torch.bool) if seen is None else seen
+    return torch.where((seen & (seen.cumsum(1) > START_FRAMES)).unsqueeze(-1), e, torch.nan)
+
+
+def standardised_innovations(dynamics: Dynamics, a: Tensor, seen: Tensor | None = None) -> Tensor:
     """Returns L_t^-1 (a_t - E[a_t | a_{1:t-1}, z = k]) (..., K, T, 2) of tracks (..., T, 2) under each component.
 
-    L_t L_t' is the covariance of a_t given a_{1:t-1}. For draws from p(a | z = k) these are iid standard normals.
+    L_t L_t' is the covariance of a_t given a_{1:t-1}. For draws from p(a | z = k) these are iid standard normals. Where
+    ``seen`` (..., T) is False, a_t is not used, and what is returned for it has no meaning.
     """
     lgssm = dynamics.lgssm()
-    filtered = kalman.kalman_filter(lgssm, a.unsqueeze(-3))
+    filtered = kalman.kalman_filter(lgssm, a.unsqueeze(-3), None if seen is None else seen.unsqueeze(-2))
     states = kalman.Gaussians(filtered.predicted_mean, filtered.predicted_cov)
     mean, cov = kalman.observation_moments(lgssm, states)  # (..., K, T, 2), (K, T, 2, 2)
     identity = torch.eye(2, dtype=cov.dtype, device=cov.device)

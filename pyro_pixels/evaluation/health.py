@@ -12,6 +12,7 @@ potentials of its network.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import scipy
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation.answers import Inferences, infer_all
 from pyro_pixels.evaluation.causes import likely_causes
-from pyro_pixels.evaluation.film import START_FRAMES, standardised_innovations
+from pyro_pixels.evaluation.film import START_FRAMES, innovations, seen_of_tracks
 from pyro_pixels.evaluation.health_words import CAUSES, DIVERGED, SIGNS, TOO_LARGE, TOO_SMALL, five_lines, sentence
-from pyro_pixels.evaluation.metrics import constant_image_nll, pairwise_distances
+from pyro_pixels.evaluation.metrics import constant_image_nll, in_frames, pairwise_distances
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.lgssm.dynamics import Dynamics
@@ -86,20 +87,22 @@ def check_health(
 ) -> Health:
     """Looks for signs that training has failed, from ``images`` and ``n_objects`` alone.
 
-    The measures use M tracks, one sample from q(a | v) for each object of each sequence. Lengths are relative to the
-    spread of all sampled positions, separately for each direction of the plane.
+    The measures use M tracks, one sample from q(a | v) for each object of each sequence, in observed frames; sequences
+    with fewer than three such frames are left out. Lengths are relative to the spread of all sampled positions,
+    separately for each direction of the plane.
 
     - ``bound_per_frame_nats``: the ELBO; ``bound_ratio``: minus the ELBO relative to the cost of the best constant grey
       image, averaged over the values of N; the ratio is left out if the likelihood is a density, whose zero is
       arbitrary.
     - ``innovation_mean_square``, ``innovation_autocorrelation``: of the standardised innovations of a Kalman filter
-      under the likeliest component, from the third frame on, without unexplained tracks; the latter between adjacent
-      frames.
+      under the likeliest component, from the third observed frame on, without unexplained tracks; the latter between
+      adjacent frames.
     - ``path_residual``: root mean square of a minus the nearest noise-free path of the dynamics, in the direction in
       which it is largest; ``smoothing_residual``: the same of a - B E[h | a], much smaller where Sigma_H explains a
       fold; ``position_noise``: the same of Sigma_A.
     - ``unexplained_tracks``: share of tracks whose sum of squared innovations, scaled so that its median is that of
-      chi-square with 2 (T - 2) degrees of freedom, lies beyond the upper quantile `UNEXPLAINED`.
+      chi-square with 2 (T - 2) degrees of freedom, T its number of observed frames, lies beyond the upper quantile
+      `UNEXPLAINED`.
     - ``smallest_component``: smallest share of tracks of which a component is the likeliest; ``component_certainty``:
       mean of max_k p(z = k | a).
     - ``coinciding_objects``: share of the sequences with N >= 2 in which the mean tracks of two objects coincide.
@@ -120,35 +123,43 @@ def check_health(
         )
     if inferred is None:
         inferred = infer_all(model, guide, data, batch_size=batch_size, seed=seed, progress=progress)
-    measures = _bound_measures(model, data, inferred)
     present = object_mask(data.n_objects, inferred.mean.shape[1])
+    present &= (data.seen.sum(1) > START_FRAMES)[:, None]  # others say nothing about the motion
+    if not bool(present.any()):
+        raise ValueError(
+            f"no sequence has more than {START_FRAMES} observed frames, too few to check their motion; give others"
+        )
+    measures = _bound_measures(model, data, inferred)
     draws = inferred.drawn[present].to(next(model.parameters()).device)  # (M, T, 2)
-    whiten = _whitening(draws.flatten(0, 1))
+    seen = seen_of_tracks(data, present)
+    seen = None if seen is None else seen.to(draws.device)
+    whiten = _whitening(draws.flatten(0, 1) if seen is None else draws[seen])
 
-    states = smooth(model.dynamics, draws)
+    means = in_frames(inferred.mean, data.seen)
+    states = smooth(model.dynamics, draws, seen)
     lgssm = model.dynamics.lgssm()
     k = states.p_z.argmax(-1)
-    innovations = standardised_innovations(model.dynamics, draws)[torch.arange(len(k), device=k.device), k]
-    innovations = innovations[:, START_FRAMES:]  # (M, T - 2, 2)
-    total = innovations.square().sum((1, 2))
-    degrees = innovations[0].numel()
-    median = 2 * float(scipy.special.gammaincinv(degrees / 2, 0.5))  # of chi-square
-    explained = total / total.median() * median <= float(scipy.special.chdtri(degrees, UNEXPLAINED))
-    typical = innovations[explained]
+    e = innovations(model.dynamics, draws, seen)[:, START_FRAMES:]  # (M, T - 2, 2), NaN where there is none
+    total, degrees = e.square().nansum((1, 2)), (~e.isnan()).sum((1, 2)).cpu().numpy()
+    median, most = (torch.from_numpy(x).to(draws.device, total.dtype) for x in _chi_square(degrees))
+    scale = (total / median).median()
+    explained = total / scale <= most
+    typical = e[explained]
     share = F.one_hot(k, states.p_z.shape[-1]).double().mean(0)
+    mean_square = typical.square().nanmean()
     measures |= {
-        "innovation_mean_square": float(typical.square().mean()),
-        "innovation_autocorrelation": float((typical[:, 1:] * typical[:, :-1]).mean() / typical.square().mean()),
-        "path_residual": _largest_rms(_second_moment(_path_residuals(model.dynamics, draws)), whiten),
-        "smoothing_residual": _largest_rms(_second_moment(draws - states.mean @ lgssm.B.mT), whiten),
+        "innovation_mean_square": float(mean_square),
+        "innovation_autocorrelation": float((typical[:, 1:] * typical[:, :-1]).nanmean() / mean_square),
+        "path_residual": _largest_rms(_second_moment(_path_residuals(model.dynamics, draws, seen), seen), whiten),
+        "smoothing_residual": _largest_rms(_second_moment(draws - states.mean @ lgssm.B.mT, seen), whiten),
         "position_noise": _largest_rms(lgssm.Sigma_A, whiten),
         "unexplained_tracks": float((~explained).double().mean()),
         "smallest_component": float(share.min()),
         "component_certainty": float(states.p_z.amax(-1).mean()),
-        "coinciding_objects": _coinciding(inferred.mean @ whiten.cpu().mT, present),
+        "coinciding_objects": _coinciding(means @ whiten.cpu().mT, present),
     }
     found = signs(measures)
-    causes = likely_causes(guide, data, inferred.mean[present]) if found and found != ["diverged"] else ()
+    causes = likely_causes(guide, data, means[present]) if found and found != ["diverged"] else ()
     structured = isinstance(guide, StructuredGuide)
     return Health(measures, _sentences(measures, found, options=False, structured=structured), causes, structured)
 
@@ -176,15 +187,15 @@ def format_health(health: Health, *, options: bool = False, details: bool = Fals
 
 
 def _bound_measures(model: PixelModel, data: ImageSequences, inferred: Inferences) -> dict[str, float]:
-    nats = inferred.terms.bound / data.seen.sum(1)
-    measures = {"bound_per_frame_nats": float(nats.mean())}
+    nats = inferred.terms.bound / data.n_observed
+    measures = {"bound_per_frame_nats": float(nats.nanmean())}
     if model.likelihood.is_density:
         return measures
     ratios = []
     for n in data.n_objects.unique():
-        grey = constant_image_nll(data.images[data.n_objects == n]).mean()
-        ratios.append(-nats[data.n_objects == n].mean() / grey)
-    return measures | {"bound_ratio": float(torch.stack(ratios).mean())}
+        grey = constant_image_nll(data.images[data.n_objects == n]).nanmean()
+        ratios.append(-nats[data.n_objects == n].nanmean() / grey)
+    return measures | {"bound_ratio": float(torch.stack(ratios).nanmean())}
 
 
 def _whitening(points: Tensor) -> Tensor:
@@ -195,9 +206,16 @@ def _whitening(points: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(L, identity, upper=False)
 
 
-def _second_moment(x: Tensor) -> Tensor:
-    """Returns the mean of x_t x_t' (2, 2) for x (M, T, 2)."""
-    return torch.einsum("mti,mtj->ij", x, x) / x[..., 0].numel()
+def _chi_square(degrees: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the median and the upper quantile `UNEXPLAINED` of chi-square for numbers of degrees of freedom (M,)."""
+    return 2 * scipy.special.gammaincinv(degrees / 2, 0.5), scipy.special.chdtri(degrees, UNEXPLAINED)
+
+
+def _second_moment(x: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Returns the mean of x_t x_t' (2, 2) for x (M, T, 2), over the frames ``seen`` (M, T)."""
+    if seen is not None:
+        x = x[seen]
+    return torch.einsum("...ti,...tj->ij", x, x) / x[..., 0].numel()
 
 
 def _largest_rms(second_moment: Tensor, whiten: Tensor) -> float:
@@ -207,12 +225,19 @@ def _largest_rms(second_moment: Tensor, whiten: Tensor) -> float:
     return float((half + torch.hypot(difference, C[0, 1])).sqrt())
 
 
-def _path_residuals(dynamics: Dynamics, a: Tensor) -> Tensor:
-    """Returns tracks a (M, T, 2) minus the nearest noise-free paths of the dynamics, by least squares over h_1."""
+def _path_residuals(dynamics: Dynamics, a: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Returns tracks a (M, T, 2) minus the nearest noise-free paths of the dynamics, by least squares over h_1.
+
+    Where ``seen`` (M, T) is False, positions do not count, nor does what is returned.
+    """
     F, drift, _ = response(dynamics.lgssm(), a.shape[-2])
-    Q = torch.linalg.qr(F).Q  # (2T, 4), an orthonormal basis of what h_1 can add to the drift
     e = a.flatten(1) - drift
-    return (e - e @ Q @ Q.mT).unflatten(1, a.shape[1:])
+    if seen is not None:
+        counted = seen.repeat_interleave(2, 1)
+        F, e = F * counted.unsqueeze(-1), torch.where(counted, e, 0.0)
+    Q = torch.linalg.qr(F).Q  # (2T, 4) or (M, 2T, 4), an orthonormal basis of what h_1 can add to the drift
+    nearest = e @ Q @ Q.mT if seen is None else (Q @ (Q.mT @ e.unsqueeze(-1))).squeeze(-1)
+    return (e - nearest).unflatten(1, a.shape[1:])
 
 
 def _coinciding(mean: Tensor, present: Tensor) -> float:

@@ -43,26 +43,37 @@ def fit_affine(latent: Tensor, positions: Tensor, n_objects: Tensor) -> Affine:
     """Fits the map from latent to true positions by least squares on the sequences with N = 1.
 
     Args:
-        latent: (B, N, T, 2), inferred positions.
+        latent: (B, N, T, 2), inferred positions; frames in which these or the true ones are not finite do not count.
         positions: (B, N, T, 2), true positions in pixels.
         n_objects: (B,).
 
     Raises:
-        ValueError: if no sequence has a single object.
+        ValueError: if no sequence has a single object, or none of these has a frame that counts.
     """
     alone = n_objects == 1
     if not alone.any():
         raise ValueError(
             "no sequence has N = 1, but the map from latent units to pixels is fitted to those; add some to the file"
         )
-    x = latent[alone, 0].reshape(-1, 2).double()
+    x = latent[alone, 0].detach().reshape(-1, 2).double()
     y = positions[alone, 0].reshape(-1, 2).double()
-    there = y.isfinite().all(-1)  # unobserved frames have no true positions
+    there = (x.isfinite() & y.isfinite()).all(-1)  # in unobserved frames either may be unknown
+    if not there.any():
+        raise ValueError(
+            "no frame of a sequence with N = 1 has both an inferred and a true position that are finite, so the map "
+            "from latent units to pixels cannot be fitted; check the inferred positions"
+        )
     x, y = x[there], y[there]
     design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     solution = torch.linalg.lstsq(design, y, driver="gelsd").solution
     residual = (y - design @ solution).square().sum() / (y - y.mean(0)).square().sum()
     return Affine(solution[:2].mT, solution[2], 1.0 - float(residual))
+
+
+def map_to_pixels(latent: Tensor, data: ImageSequences) -> Affine:
+    """Returns the `fit_affine` of inferred positions (n, N, T, 2) in the observed frames of sequences with N = 1."""
+    assert data.positions is not None
+    return fit_affine(latent, in_frames(data.positions, data.seen), data.n_objects)
 
 
 def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -78,14 +89,14 @@ def assign(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
 
     Args:
         predicted: (B, N, T, 2).
-        truth: (B, N, T, 2); a track that is NaN in all frames fits every prediction equally well.
+        truth: (B, N, T, 2). A track that is NaN in all frames, in either, fits every other equally well.
         n_objects: (B,).
 
     Returns:
         The order (B, N) int64: ``predicted[b, order[b, n]]`` belongs to ``truth[b, n]``; absent objects stay in place.
     """
-    unknown = truth.isnan().any(-1).all(-1)  # (B, N)
-    costs = pairwise_distances(predicted, truth).masked_fill(unknown.unsqueeze(1), 0.0)
+    costs = pairwise_distances(predicted.detach(), truth)
+    costs = costs.masked_fill(costs.isnan(), 0.0)
     order = torch.arange(predicted.shape[1]).repeat(len(predicted), 1)
     for b, n in enumerate(n_objects.tolist()):
         rows, columns = scipy.optimize.linear_sum_assignment(costs[b, :n, :n].numpy())
@@ -153,11 +164,13 @@ def nll_per_frame(images: Tensor, probabilities: Tensor) -> Tensor:
 
 
 def constant_image_nll(images: Tensor, *, batch_size: int = 100) -> Tensor:
-    """Returns `nll_per_frame` (B,), float64, of a single grey value, the mean of all observed pixels."""
+    """Returns `nll_per_frame` (B,), float64, of a single grey value, the mean of all observed pixels, if any."""
     parts = images.split(batch_size)
     total = sum(float(part.double().nansum()) for part in parts)
     n = sum(int((~part.isnan()).sum()) if part.is_floating_point() else part.numel() for part in parts)
-    grey = torch.tensor(total / n if n else torch.nan, dtype=torch.float64, device=images.device)
+    if not n:
+        return torch.full((len(images),), torch.nan, dtype=torch.float64, device=images.device)
+    grey = torch.tensor(total / n, dtype=torch.float64, device=images.device)
     return torch.cat([nll_per_frame(part, grey.expand(part.shape)) for part in parts])
 
 

@@ -25,6 +25,7 @@ from pyro_pixels.evaluation.film import (
 )
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.masks import seen_or_none
 
 __all__ = ["N_SEEN", "errors_in_pixels", "evaluate", "format_table", "means_by_n", "table_of"]
 
@@ -49,10 +50,11 @@ def evaluate(
         model: the trained model.
         guide: the trained guide.
         data: held-out sequences. Errors in pixels need ``positions``, floors also need ``dynamics``; frames whose
-            positions are NaN do not count. Without positions, forecasts are compared with baselines without motion,
-            and innovations are measured (`evaluation.film`).
+            positions are NaN do not count, nor do sequences without an observed frame. In frames of NaN, positions are
+            those of ``infer(..., model=model)``. Without positions, forecasts are compared with baselines without
+            motion, and innovations are measured (`evaluation.film`).
         n_seen: observed frames before generation, and at either end for interpolation; default: 5, or fewer where
-            sequences have fewer than 11 frames.
+            sequences have fewer than 11 frames. They are counted from each sequence's first observed frame.
         n_futures: sampled futures per sequence whose images are averaged, for the measures of forecasts; 0 leaves those
             measures out. Default: 20 without positions, else 0.
         batch_size: sequences per batch.
@@ -83,13 +85,13 @@ def table_of(model: PixelModel, data: ImageSequences, inferred: Inferences, pred
     """Returns the result of `evaluate` from inferences and predictions that have been computed already."""
     n_seen, T = predicted.n_seen, data.images.shape[1]
     values = dict(predicted.losses)
-    values["bound_per_frame_nats"] = inferred.terms.bound / data.seen.sum(1)
-    values["constant_image_nll_per_frame_nats"] = metrics.constant_image_nll(data.images[:, n_seen:])
+    values["bound_per_frame_nats"] = inferred.terms.bound / data.n_observed
+    values["constant_image_nll_per_frame_nats"] = metrics.constant_image_nll(data.later(n_seen))
     result: dict[str, Any] = {"n_seen": n_seen, "n_frames": T}
     if data.positions is None:
         values |= _known_of_a_film(model, data, inferred, n_seen)
     if data.positions is not None and bool((data.n_objects == 1).any()):
-        affine = metrics.fit_affine(inferred.mean, data.positions, data.n_objects)
+        affine = metrics.map_to_pixels(inferred.mean, data)
         result["affine"] = {"matrix": affine.matrix.tolist(), "offset": affine.offset.tolist(), "r2": affine.r2}
         result["dynamics"] = _dynamics_in_pixels(model, affine)
         between = predicted.interpolated
@@ -122,7 +124,9 @@ def errors_in_pixels(
     """Returns the mean error of each object in pixels (n, N) and whether identities switched (n,).
 
     Objects are matched with the true ones over all frames for inference, and over the observed frames for generation
-    and interpolation. Frames without true positions count for neither errors nor floors.
+    and interpolation. Frames without true positions count for neither errors nor floors, nor do sequences without an
+    observed frame. If there are unobserved frames with true positions, their error by inference from the other frames
+    is returned as well.
 
     Args:
         data: sequences with ``positions``.
@@ -132,23 +136,26 @@ def errors_in_pixels(
             between.
         n_seen: the number of frames observed for generation, and at either end for interpolation.
     """
-    truth, n_objects = data.positions, data.n_objects
-    assert truth is not None
-    time, ends = torch.arange(truth.shape[2]), data.ends(n_seen)
-    seen = time < n_seen
+    n_objects, ends, seen = data.n_objects, data.ends(n_seen), data.first(n_seen)
+    assert data.positions is not None
+    time, some = torch.arange(data.positions.shape[2]), data.seen.any(1, keepdim=True)
+    truth, unseen = metrics.in_frames(data.positions, some), metrics.in_frames(data.positions, some & ~data.seen)
 
     def matched(a: Tensor, frames: Tensor) -> Tensor:
         return metrics.reorder(a, metrics.assign(a, metrics.in_frames(truth, frames), n_objects))
 
-    inferred = matched(inferred, torch.ones_like(seen))
+    inferred = matched(inferred, torch.ones_like(time, dtype=torch.bool))
     values = {
         "position_error_px": metrics.errors(inferred, truth, n_objects).nanmean(-1),
         "switch_rate": metrics.switch_rates(inferred, truth, n_objects),
     }
-    targets = {"": truth} if data.paths is None else {"": truth, "path_": data.paths}
-    predictions = {"generation": (matched(generated, seen), seen, ~seen)}
+    if bool(unseen.isfinite().any()):
+        values["unobserved_position_error_px"] = metrics.errors(inferred, unseen, n_objects).nanmean(-1)
+    targets = {"": truth} if data.paths is None else {"": truth, "path_": metrics.in_frames(data.paths, some)}
+    predictions = {"generation": (matched(generated, seen & data.seen), seen, ~seen)}
     if interpolated is not None:
-        predictions["interpolation"] = (matched(interpolated, ends), ends, ~ends & (time < data.lengths[:, None]))
+        between = ~ends & (time < data.lengths[:, None])
+        predictions["interpolation"] = (matched(interpolated, ends & data.seen), ends, between)
     for kind, (prediction, observed, predicted) in predictions.items():
         floor = None if data.dynamics is None else metrics.floor_of(data, observed)
         for name, target in targets.items():
@@ -167,9 +174,9 @@ def _side_accuracy(model: PixelModel, inferred: Tensor, in_pixels: Tensor, data:
     """
     assert data.positions is not None
     assert data.sides is not None
-    order = metrics.assign(in_pixels, data.positions, data.n_objects)
-    a = metrics.reorder(inferred, order).nan_to_num()
-    z = model.dynamics.component_posterior(a.to(model.dynamics.mu.device))
+    order, device = metrics.assign(in_pixels, data.positions, data.n_objects), model.dynamics.mu.device
+    a, seen = metrics.reorder(inferred, order).nan_to_num(), seen_or_none(data.images)
+    z = model.dynamics.component_posterior(a.to(device), None if seen is None else seen.to(device))
     k, present = z.logits.argmax(-1).cpu(), data.sides >= 0
     counts = torch.zeros(z.logits.shape[-1], 2)
     counts.index_put_((k[present], data.sides[present]), torch.ones(()), accumulate=True)

@@ -103,7 +103,7 @@ def _positions_alone(model: PixelModel, guide: Guide, data: ImageSequences, batc
         a = untangle(model.dynamics, a, n_objects).a
         found.append(torch.nn.functional.pad(a, (0, 0, 0, 0, 0, N - a.shape[1])).cpu())
     a = torch.cat(found)
-    in_pixels = metrics.fit_affine(a, data.positions, data.n_objects)(a)
+    in_pixels = metrics.map_to_pixels(a, data)(a)
     matched = metrics.reorder(in_pixels, metrics.assign(in_pixels, data.positions, data.n_objects))
     return {
         "position_error_px": metrics.errors(matched, data.positions, data.n_objects).nanmean(-1),

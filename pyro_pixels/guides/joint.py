@@ -11,7 +11,7 @@ The ELBO is the same, because log p(z, h, a) - log q(z, h | a) = log p(a) for ev
 Departures from the paper: none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -74,11 +74,14 @@ class JointGuide(nn.Module):
     Args:
         guide: any q(a | v).
         dynamics: the dynamics of the model, ``model.dynamics``.
+        filled: what the guide's network is shown in frames of NaN, as in `q_given_seen`; by default black.
     """
 
-    def __init__(self, guide: Guide, dynamics: Dynamics) -> None:
+    def __init__(
+        self, guide: Guide, dynamics: Dynamics, *, filled: Callable[[Tensor, Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.guide, self.dynamics = guide, dynamics
+        self.guide, self.dynamics, self.filled = guide, dynamics, filled
 
     def forward(
         self, images: Tensor, n_objects: Tensor | int | Sequence[int], n_frames: int | None = None
@@ -89,7 +92,7 @@ class JointGuide(nn.Module):
             ValueError: if the images do not fit the guide.
         """
         announce_parameters("guide", self.guide)
-        q_a = q_given_seen(self.guide, self.dynamics, images, n_objects)
+        q_a = q_given_seen(self.guide, self.dynamics, images, n_objects, self.filled)
         present = object_mask(counts(n_objects, len(images), images), q_a.batch_shape[1])
         with pyro.plate("sequences", len(images), dim=-1):
             a = fill_absent(pyro.sample("a", of_objects(q_a, present)), present)

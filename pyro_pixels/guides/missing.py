@@ -1,13 +1,14 @@
 """The guide where frames are missing: its own q(a | v) in the observed frames, and the dynamics in the others.
 
 A guide that does not contain the dynamics knows nothing of the positions in frames of NaN, in which its network sees a
-black image. `q_given_seen` therefore draws them from p(a) given the positions in the observed frames:
-q(a_seen | v) p(a_unseen | a_seen). Weights p(v, a) / q(a | v) are then those of the observed frames alone.
+black image, or a rendered one (`queries.filled`). `q_given_seen` therefore draws them from p(a) given the positions in
+the observed frames: q(a_seen | v) p(a_unseen | a_seen). Weights p(v, a) / q(a | v) are then those of the observed
+frames alone.
 
 Departures from the paper: missing frames are not in the paper, except those of Sec 3.5.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import pyro.distributions as dist
@@ -59,7 +60,11 @@ class CompletedTracks(TorchDistribution):
 
 
 def q_given_seen(
-    guide: Guide, dynamics: Dynamics, images: Tensor, n_objects: Tensor | int | Sequence[int]
+    guide: Guide,
+    dynamics: Dynamics,
+    images: Tensor,
+    n_objects: Tensor | int | Sequence[int],
+    filled: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dist.TorchDistribution:
     """Returns q(a | v) in which frames of NaN do not count; ``guide.q(images, n_objects)`` if there are none.
 
@@ -70,11 +75,13 @@ def q_given_seen(
         dynamics: the dynamics of the model, ``model.dynamics``.
         images: (B, T, H, W).
         n_objects: (B,), a list, or one number for all sequences.
+        filled: (images, n_objects) -> images with something in the place of NaN, for the network to see; by default it
+            sees black.
 
     Raises:
         ValueError: as in `Guide.q`.
     """
-    q_a, known = q_where_known(guide, images, n_objects)
+    q_a, known = q_where_known(guide, images, n_objects, filled)
     seen = known.squeeze(-1)
     if bool(seen.all()) or not can_be_untangled(q_a):
         return q_a
@@ -82,18 +89,23 @@ def q_given_seen(
 
 
 def q_where_known(
-    guide: Guide, images: Tensor, n_objects: Tensor | int | Sequence[int]
+    guide: Guide,
+    images: Tensor,
+    n_objects: Tensor | int | Sequence[int],
+    filled: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[dist.TorchDistribution, Tensor]:
     """Returns q(a | v) and the mask (B, 1, T, 1) of the frames in which it knows positions: all, or those not NaN.
 
-    Guides that contain the dynamics know of all frames. The arguments are those of `Guide.q`.
+    Guides that contain the dynamics know of all frames. The arguments are those of `q_given_seen`.
     """
     require_images(images)
     n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects)
     seen = ~unseen_frames(images).unsqueeze(1)
-    if bool(seen.any()) and not bool(seen.all()):
+    if not bool(seen.all()):
         knows_dynamics = guide.encode_observed(guide.see(images), n_objects, seen)
         if knows_dynamics is not None:
             return knows_dynamics[0], torch.ones_like(seen).unsqueeze(-1)
+        if filled is not None:
+            return guide.q_observed(filled(images, n_objects), n_objects, seen), seen.unsqueeze(-1)
     return guide.q(images, n_objects), seen.unsqueeze(-1)

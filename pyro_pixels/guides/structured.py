@@ -153,10 +153,12 @@ class StructuredGuide(Guide):
         frames_seen = observed.any(1)  # (B, T)
         images = torch.where(images.isnan() & ~frames_seen[..., None, None], 0.0, images)
         seen = images * frames_seen[..., None, None]  # identities must not depend on generated images
-        first = int(frames_seen.any(0).nonzero().min())  # the network starts here
+        some = frames_seen.any(0)
+        some = (some | ~some.any()).nonzero()
+        first = int(some.min())  # the network starts here
         T = images.shape[1]
         if T > DENSE_FRAMES:  # and ends after the last observed frame, as the head's work grows with T^3
-            T = int(frames_seen.any(0).nonzero().max()) + 1
+            T = int(some.max()) + 1
         s = F.pad(self.rnn(images[:, first:T], n_objects), (0, 0, first, 0))
         y, sigma = (F.pad(x, (0, 0, 0, images.shape[1] - T)) for x in self._measure(s, seen[:, :T], n_objects))
         q_a = _tracks_given(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))

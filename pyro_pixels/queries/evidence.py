@@ -29,8 +29,8 @@ from pyro_pixels._batch import check_any, object_mask
 from pyro_pixels._convert import checked_batch
 from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
-from pyro_pixels.guides.missing import q_given_seen
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.filled import q_of_images
 
 
 class Evidence(NamedTuple):
@@ -75,7 +75,7 @@ def log_evidence(
     images, n_objects = checked_batch(images, n_objects, (model.renderer.height, model.renderer.width))
     log_w = []
     for chunk in _chunks(len(images), chunk_size, n_samples):
-        q_a = q_given_seen(guide, model.dynamics, images[chunk], n_objects[chunk])
+        q_a = q_of_images(model, guide, images[chunk], n_objects[chunk])
         present = object_mask(n_objects[chunk], q_a.batch_shape[1])
         log_w.append(_log_weights(model, q_a, images[chunk], [present], n_samples)[0])
     return _summary(torch.cat(log_w, 1))
@@ -143,7 +143,7 @@ def _evidence_by_count(
         everyone = torch.ones(n, dtype=torch.bool, device=images.device)
         all_but_one = ~torch.eye(n, dtype=torch.bool, device=images.device)
         kept = [everyone, *(all_but_one if n > 1 else [])]
-        q_a = q_given_seen(guide, model.dynamics, images, n * one)
+        q_a = q_of_images(model, guide, images, n * one)
         weights = _log_weights(model, q_a, images, kept, n_samples, on_sample)
         log_w[n].append(weights[0])
         log_w[n - 1] += weights[1:]

@@ -19,6 +19,7 @@ Departures from the paper: none.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -37,6 +38,7 @@ from pyro_pixels.guides.joint import JointGuide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.model.likelihoods import BernoulliPixels
 from pyro_pixels.model.pixel_model import PixelModel
+from pyro_pixels.queries.filled import filled
 from pyro_pixels.queries.parts import PIXELS_AT_ONCE, rows_of_parts
 
 OBJECT = ("sequence", "object")
@@ -150,8 +152,9 @@ def to_inference_data(
 
 def _posterior(model: PixelModel, guide: Guide, images: Tensor, n_objects: Tensor, n: int) -> Groups:
     """Draws n samples in parallel, as Pyro's Predictive does, and returns them with their densities."""
+    joint = JointGuide(guide, model.dynamics, filled=partial(filled, model, guide))
     with pyro.plate("draws", n, dim=-2):
-        q = poutine.trace(JointGuide(guide, model.dynamics)).get_trace(images, n_objects)
+        q = poutine.trace(joint).get_trace(images, n_objects)
         p = poutine.trace(poutine.replay(model, trace=q)).get_trace(images, n_objects)
     for trace in (q, p):
         trace.compute_log_prob()

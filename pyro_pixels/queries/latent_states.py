@@ -38,7 +38,7 @@ def filter_states(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None)
     Args:
         dynamics: the model's dynamics.
         a: (..., T, 2).
-        observed: as in `smooth`; by default all frames are observed.
+        observed: as in `smooth`; by default all frames are observed whose positions are not NaN.
 
     Raises:
         ValueError: if ``a`` or ``observed`` has the wrong shape.

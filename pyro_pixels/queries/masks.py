@@ -20,15 +20,15 @@ def checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
         )
     observed = observed.unsqueeze(1) if observed.dim() == 2 else observed
     check_values(images, frames_seen_in(observed))
-    unknown = unseen_frames(images)  # NaN frames are unobserved, whatever the mask
-    if bool((unknown & frames_seen_in(observed)).any()):
-        observed = observed & ~unknown.unsqueeze(1)
     if observed.dim() == 3 and observed.shape[1] > 1:  # absent objects are never observed
         observed = observed & object_mask(n_objects, N).unsqueeze(-1)
     unseen = ~frames_seen_in(observed).any(-1)
     if unseen.any():
         where = "" if observed.dim() == 1 else f" of sequence {int(unseen.nonzero()[0])}"
-        raise ValueError(f"no frame{where} is observed; wanted at least one, True and not NaN, in every sequence")
+        raise ValueError(f"observed is False in every frame{where}; wanted at least one True in every sequence")
+    unknown = unseen_frames(images)  # NaN frames are unobserved, whatever the mask
+    if bool((unknown & frames_seen_in(observed)).any()):
+        observed = observed & ~unknown.unsqueeze(1)
     return observed
 
 
@@ -41,17 +41,23 @@ def seen_or_none(images: Tensor) -> Tensor | None:
 def sequence_mask(observed: Tensor | None, a: Tensor) -> Tensor | None:
     """Returns ``observed`` so that a mask (B, T) of sequences broadcasts to positions (..., B, N, T, 2).
 
+    It is false where positions are NaN, and stays None if none is.
+
     Raises:
         ValueError: if it has the shape of such a mask, but another number of sequences.
     """
-    if observed is None or observed.dim() != 2 or a.dim() < 4:
+    if observed is not None and observed.dim() == 2 and a.dim() > 3:
+        if observed.shape[0] not in (1, a.shape[-4]):
+            raise ValueError(
+                f"observed has shape {tuple(observed.shape)} for positions {tuple(a.shape)}; wanted (T,), (B, T) = "
+                f"{(a.shape[-4], a.shape[-2])}, or (B, N, T)"
+            )
+        observed = observed.unsqueeze(1)
+    known = ~a.isnan().any(-1)
+    if bool(known.all()):
         return observed
-    if observed.shape[0] not in (1, a.shape[-4]):
-        raise ValueError(
-            f"observed has shape {tuple(observed.shape)} for positions {tuple(a.shape)}; wanted (T,), (B, T) = "
-            f"{(a.shape[-4], a.shape[-2])}, or (B, N, T)"
-        )
-    return observed.unsqueeze(1)
+    fits = observed is not None and observed.dtype == torch.bool and observed.shape[-1:] == known.shape[-1:]
+    return known if observed is None else observed & known if fits else observed  # what does not fit is refused later
 
 
 def frames_seen_in(observed: Tensor) -> Tensor:

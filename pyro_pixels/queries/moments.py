@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_pixels.lgssm import kalman
+from pyro_pixels.lgssm.dynamics import Dynamics
 
 MOMENT_SAMPLES = 256  # for guides whose distribution has no closed-form mean or variance
 
@@ -16,6 +17,15 @@ class Moments(NamedTuple):
 
     mean: Tensor  # (B, N, T, 2)
     variance: Tensor  # (B, N, T, 2)
+
+
+def prior_moments(dynamics: Dynamics, n_frames: int) -> kalman.Gaussians:
+    """Returns the mean (T, 2) and the covariance (T, 2, 2) of the positions of an object under p(a), Eq (10)."""
+    lgssm = dynamics.lgssm()
+    start = kalman.mixture_moments(dynamics.pi.to(lgssm.mu), kalman.Gaussians(lgssm.mu, lgssm.Sigma))
+    states = kalman.rollout(lgssm, start.mean, start.cov, n_frames - 1)
+    first = (x.unsqueeze(0) for x in start)
+    return kalman.observation_moments(lgssm, kalman.Gaussians(*(torch.cat(x) for x in zip(first, states))))
 
 
 def mean_of(q_a: dist.TorchDistribution) -> Tensor:

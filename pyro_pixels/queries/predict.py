@@ -27,8 +27,8 @@ from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.masks import checked_mask, frames_seen_in, gaps_of, seen_or_none, sequence_mask
-from pyro_pixels.queries.moments import moments_of
-from pyro_pixels.queries.parts import in_parts, join, rows_of_parts
+from pyro_pixels.queries.moments import moments_of, prior_moments
+from pyro_pixels.queries.parts import in_parts, join, joined_groups, rows_of_parts
 
 
 class Inference(NamedTuple):
@@ -83,7 +83,7 @@ def infer(
         n_objects: (B,), a list, or one number for all sequences.
         n_samples: S, 0 for no samples.
         model: the trained model; with it, positions in frames of NaN are those of `interpolate`. Without it they are
-            NaN, unless the guide contains the dynamics.
+            NaN, unless the guide contains the dynamics. A sequence without any other frame has the moments of p(a).
 
     Raises:
         ValueError: if the images do not fit the guide, or have values outside [0, 1].
@@ -91,7 +91,7 @@ def infer(
     images, n_objects = checked_batch(images, n_objects)
     n_samples = check_number("n_samples", n_samples, 0)
     if model is not None and (seen := seen_or_none(images)) is not None:
-        found = interpolate(model, guide, images, n_objects, seen.squeeze(1), n_samples=n_samples)
+        found = interpolate(model, guide, images, n_objects, torch.ones_like(seen[0, 0]), n_samples=n_samples)
         return Inference(found.mean, found.cov.diagonal(dim1=-2, dim2=-1).sqrt(), found.samples)
     q_a, known = q_where_known(guide, images, n_objects)
     mean, variance = (torch.where(known, x, torch.nan) for x in moments_of(q_a))
@@ -129,8 +129,8 @@ def smooth(dynamics: Dynamics, a: Tensor, observed: Tensor | None = None) -> Sta
     Args:
         dynamics: the model's dynamics.
         a: (..., T, 2).
-        observed: bool, False where a frame is missing; by default all are observed. It broadcasts to (..., T); for
-            positions (..., B, N, T, 2), a mask (B, T) is one of sequences.
+        observed: bool, False where a frame is missing; by default all are observed whose positions are not NaN. It
+            broadcasts to (..., T); for positions (..., B, N, T, 2), a mask (B, T) is one of sequences.
     """
     lgssm, observed = dynamics.lgssm(), sequence_mask(observed, a)
     p_z = dynamics.component_posterior(a, observed).probs
@@ -208,7 +208,7 @@ def interpolate(
         images: (B, T, H, W); frames in which no object is observed are ignored, whatever they hold.
         n_objects: (B,), a list, or one number for all sequences.
         observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object in the guide's order, with
-            at least one true frame in every sequence.
+            at least one true frame in every sequence. If these are all NaN, the prediction is p(a).
         n_samples: S, 0 for no samples.
         covariances: False leaves ``cov`` NaN, which takes less time.
 
@@ -230,7 +230,7 @@ def interpolate(
         )
         for r, seen in zip(rows, each)
     ]
-    return _joined(parts, torch.cat(rows))._replace(observed=observed)
+    return joined_groups(parts, torch.cat(rows))._replace(observed=observed)
 
 
 def _interpolate(
@@ -263,8 +263,13 @@ def _predict(
 ) -> Prediction:
     """Predicts all frames from the observed ones; unobserved ``images`` are generated ones."""
     samples, known = None, observed.unsqueeze(-1)
-    knows_dynamics = guide.encode_observed(guide.see(images), n_objects, observed)
-    if knows_dynamics is not None:
+    if not bool(observed.any()):
+        tracks = (len(images), int(n_objects.max()))
+        mean, cov = (x.expand(*tracks, *x.shape) for x in prior_moments(model.dynamics, images.shape[1]))
+        k = model.dynamics.log_pi.argmax().expand(tracks)
+        if n_samples:
+            samples = model.dynamics.positions(images.shape[1]).sample((n_samples, *tracks))
+    elif (knows_dynamics := guide.encode_observed(guide.see(images), n_objects, observed)) is not None:
         q_a, p_z = knows_dynamics
         mean, k = q_a.mean, p_z.logits.argmax(-1)
         cov = q_a.frame_covariance if covariances else _no_covariance(mean)  # type: ignore[attr-defined]
@@ -295,25 +300,3 @@ def _predict(
 
 def _no_covariance(mean: Tensor) -> Tensor:
     return mean.new_full((), torch.nan).expand(*mean.shape, 2)
-
-
-def _joined(parts: Sequence[Prediction], rows: Tensor) -> Prediction:
-    """Joins predictions of different sequences; the i-th sequence of the parts becomes sequence ``rows[i]``."""
-    N, order = max(part.mean.shape[1] for part in parts), rows.argsort()
-
-    def join(name: str) -> Tensor | None:
-        batch = 1 if name.startswith("sample") else 0
-        tensors = [getattr(part, name) for part in parts]
-        if tensors[0] is None:
-            return None
-        if not name.endswith("images"):
-            tensors = [_with_objects(x, batch + 1, N) for x in tensors]
-        return torch.cat(tensors, batch).index_select(batch, order)
-
-    names = ("mean", "cov", "images", "component", "samples", "sample_images")
-    return parts[0]._replace(**{name: join(name) for name in names})
-
-
-def _with_objects(x: Tensor, dim: int, n_objects: int) -> Tensor:
-    """Pads dimension ``dim`` of x with zeros up to ``n_objects``."""
-    return F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, n_objects - x.shape[dim]])

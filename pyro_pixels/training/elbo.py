@@ -102,7 +102,9 @@ def _bound_terms(model_trace: Trace, guide_trace: Trace) -> BoundTerms:
 def bound(model: PixelModel, guide: Guide, data: ImageSequences, *, batch_size: int = 100, seed: int = 0) -> BoundTerms:
     """Returns the terms of Eq (7) for each sequence of ``data`` (n,), from one sample each, in float64 nats.
 
-    They are computed in evaluation mode, whatever the mode of model and guide.
+    They are computed in evaluation mode, whatever the mode of model and guide. This is what training maximises: a guide
+    without the dynamics is shown frames of NaN as black, and its positions there cost KL. `evaluate` and `log_evidence`
+    show it forecasts and draw these positions from the dynamics, so that their bound is higher.
     """
     check_any(len(data), "to evaluate the bound on")
     device = next(model.parameters()).device
