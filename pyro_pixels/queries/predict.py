@@ -241,7 +241,7 @@ def _interpolate(
     for start, stop in gaps_of(frames_seen):
         so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
         prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far, covariances=False)
-        filled[:, start:stop] = prediction.images[:, start:stop]
+        filled[:, start:stop] = prediction.images[:, start:stop].clamp(0, 1)
     return _predict(model, guide, filled, n_objects, observed, n_samples, covariances)
 
 
