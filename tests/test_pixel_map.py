@@ -85,3 +85,23 @@ def test_the_canonical_form_moves_the_drift_into_the_velocities(asked):
     found = canonical(lgssm)
     torch.testing.assert_close(found.u[:2], found.A[0, 2] * found.u[2:] / 2)
     torch.testing.assert_close(path(found), path(lgssm))
+
+
+@pytest.mark.parametrize("change", [canonical, lambda x: scale_force(x, 0.5), lambda x: scale_period(x, 0.5)])
+def test_dynamics_of_another_kind_are_refused(asked, change):
+    lgssm = asked[0].model.dynamics.lgssm()
+    I = torch.eye(4, dtype=torch.float64)
+    damped = lgssm.A @ torch.tensor([1.0, 1.0, 0.4, 0.4], dtype=torch.float64).diag()
+    sprung = lgssm.A - 0.1 * I[[2, 3, 0, 1]].tril()
+    for A in (damped, sprung, I[:2, :2]):
+        with pytest.raises(ValueError, match=r"the transition A is .*; wanted motion at constant velocity") as error:
+            change(lgssm._replace(A=A))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"the observed part B is .*; wanted B = \[I, 0\]"):
+        change(lgssm._replace(B=2 * lgssm.B))
+
+
+def test_changes_of_the_dynamics_can_be_composed(asked):
+    lgssm = asked[0].model.dynamics.lgssm()
+    one, other = scale_period(scale_force(canonical(lgssm), 0.5), 2.0), scale_force(scale_period(lgssm, 2.0), 0.5)
+    torch.testing.assert_close(path(one), path(canonical(other)))

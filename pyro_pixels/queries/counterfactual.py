@@ -6,6 +6,10 @@ which can be composed::
 
     Change(dynamics=lambda lgssm: scale_period(scale_force(lgssm, 0.5), 2.0))
 
+`scale_force`, `scale_period` and `canonical` are for motion at constant velocity apart from a constant force, the
+A = [I, delta I; 0, I] of Eq (3). Other dynamics, such as damped ones, are refused: what their force and their period are
+depends on what A stands for.
+
 Shapes are those of `pyro_pixels.queries.predict`.
 """
 
@@ -38,9 +42,12 @@ def scale_force(lgssm: LGSSM, factor: float) -> LGSSM:
     The acceleration consists of the velocity part of u, u_v, and the position part of a constant force, delta u_v / 2.
     The rest of the learned position part is a constant drift, which images cannot distinguish from a velocity
     (`canonical`); it is kept. So objects that move at constant velocity are not affected.
+
+    Raises:
+        ValueError: unless A = [I, D; 0, I] and B = [I, 0].
     """
-    velocity = factor * lgssm.u[2:]
     _, drift = _acceleration(lgssm)
+    velocity = factor * lgssm.u[2:]
     return lgssm._replace(u=torch.cat([drift + _half(lgssm, velocity), velocity]))
 
 
@@ -49,6 +56,9 @@ def canonical(lgssm: LGSSM) -> LGSSM:
 
     A drift d in the position part with all velocities smaller by d / delta yields the same tracks. Here the drift is 0,
     so that velocities are those observed in the middle of a step.
+
+    Raises:
+        ValueError: unless A = [I, D; 0, I] and B = [I, 0].
     """
     _, drift = _acceleration(lgssm)
     shift = torch.cat([torch.zeros_like(drift), torch.linalg.solve(lgssm.A[:2, 2:], drift)])
@@ -61,7 +71,20 @@ def _half(lgssm: LGSSM, velocity: Tensor) -> Tensor:
 
 
 def _acceleration(lgssm: LGSSM) -> tuple[Tensor, Tensor]:
-    """Returns the position part of u, split into that of the force and the remaining drift."""
+    """Returns the position part of u, split into that of the force and the remaining drift.
+
+    Raises:
+        ValueError: unless velocities only change by u, and are what moves positions.
+    """
+    I = torch.eye(4, dtype=lgssm.A.dtype, device=lgssm.A.device)
+    A, B = lgssm.A, lgssm.B
+    if A.shape != I.shape or not (torch.allclose(A[:, :2], I[:, :2]) and torch.allclose(A[2:], I[2:])):
+        raise ValueError(
+            f"the transition A is {[[round(x, 4) for x in row] for row in A.tolist()]}; wanted motion at constant "
+            "velocity, A = [I, D; 0, I]: write a function of your own from one LGSSM to another"
+        )
+    if not torch.equal(B, I[:2]):
+        raise ValueError(f"the observed part B is {B.tolist()}; wanted B = [I, 0], the positions")
     force = _half(lgssm, lgssm.u[2:])
     return force, lgssm.u[:2] - force
 
@@ -71,9 +94,12 @@ def scale_period(lgssm: LGSSM, factor: float) -> LGSSM:
 
     The velocity part of u, the drift and Sigma_H are scaled by the factor. The position part of the force, which is of
     second order in delta, is scaled by its square.
+
+    Raises:
+        ValueError: unless A = [I, D; 0, I] and B = [I, 0].
     """
-    identity = torch.eye(lgssm.A.shape[-1], dtype=lgssm.A.dtype, device=lgssm.A.device)
     force, drift = _acceleration(lgssm)
+    identity = torch.eye(lgssm.A.shape[-1], dtype=lgssm.A.dtype, device=lgssm.A.device)
     u = torch.cat([factor**2 * force + factor * drift, factor * lgssm.u[2:]])
     return lgssm._replace(A=identity + factor * (lgssm.A - identity), u=u, Sigma_H=factor * lgssm.Sigma_H)
 
