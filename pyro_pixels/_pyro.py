@@ -96,9 +96,9 @@ def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:
 
 
 def check_pixels(likelihood: Callable[[Tensor], Any], images: Tensor) -> None:
-    """Raises ValueError if pixels lie outside [0, 1] (`check_values`), unless that is where the likelihood has its mean.
+    """Raises ValueError if pixels lie outside [0, 1] (`check_values`), unless the likelihood expects such pixels.
 
-    A likelihood of one's own may be one of other images. This is found out only if it matters, as it takes time.
+    One's own likelihood may be for other images. Whether it is takes time, and is found out only where it matters.
 
     Args:
         likelihood: maps logits (..., T, H, W) to p(v | a).

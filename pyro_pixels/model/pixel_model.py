@@ -82,9 +82,11 @@ class PixelModel(nn.Module):
     def _draw(self, a: Tensor, present: Tensor, images: Tensor | None) -> Tensor:
         """Samples or observes v given positions."""
         logits = self.renderer(*in_order(a, present))
-        p_v = self.likelihood(logits)
-        p_v, obs = (p_v, None) if images is None else without_unseen(p_v, images)
-        v = pyro.sample("v", ExactDensity(p_v), obs=None if obs is None else obs.to(logits.dtype))
+        p_v, obs = self.likelihood(logits), None
+        if images is not None:
+            p_v, obs = without_unseen(p_v, images)
+            obs = obs.to(logits.dtype)
+        v = pyro.sample("v", ExactDensity(p_v), obs=obs)
         return _of_shape("v", v, tuple(logits.shape[-4:]))
 
     def _sizes(self, images: Tensor | None, n_objects: Tensor, n_frames: int | None) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ which can be composed::
     Change(dynamics=lambda lgssm: scale_period(scale_force(lgssm, 0.5), 2.0))
 
 `scale_force`, `scale_period` and `canonical` are for motion at constant velocity apart from a constant force, the
-A = [I, delta I; 0, I] of Eq (3). Other dynamics, such as damped ones, are refused: what their force and their period are
+A = [I, delta I; 0, I] of Eq (3). Other dynamics, such as damped ones, are refused: what their force and period are
 depends on what A stands for.
 
 Shapes are those of `pyro_pixels.queries.predict`.

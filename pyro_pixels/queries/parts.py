@@ -145,3 +145,25 @@ def _joined_masks(masks: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     whole = [mask if mask.dim() > 1 else mask.expand(size, 1, -1) for mask, size in zip(masks, sizes)]
     return torch.cat([mask.expand(-1, N, -1) if mask.shape[1] == 1 else pad(mask, (0, 0, 0, N - mask.shape[1]))
                       for mask in whole])  # fmt: skip
+
+
+def joined_groups(parts: Sequence[Any], rows: Tensor) -> Any:
+    """Joins each `Prediction` of a group of sequences; the i-th sequence of all groups becomes sequence ``rows[i]``."""
+    N, order = max(part.mean.shape[1] for part in parts), rows.argsort()
+
+    def join(name: str) -> Tensor | None:
+        batch = 1 if name.startswith("sample") else 0
+        tensors = [getattr(part, name) for part in parts]
+        if tensors[0] is None:
+            return None
+        if not name.endswith("images"):
+            tensors = [_with_objects(x, batch + 1, N) for x in tensors]
+        return torch.cat(tensors, batch).index_select(batch, order)
+
+    names = ("mean", "cov", "images", "component", "samples", "sample_images")
+    return parts[0]._replace(**{name: join(name) for name in names})
+
+
+def _with_objects(x: Tensor, dim: int, n_objects: int) -> Tensor:
+    """Pads dimension ``dim`` of x with zeros up to ``n_objects``."""
+    return pad(x, [0, 0] * (x.dim() - dim - 1) + [0, n_objects - x.shape[dim]])

@@ -27,7 +27,7 @@ from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.masks import checked_mask, frames_seen_in, gaps_of, seen_or_none, sequence_mask
 from pyro_pixels.queries.moments import moments_of
-from pyro_pixels.queries.parts import in_parts, join, rows_of_parts
+from pyro_pixels.queries.parts import in_parts, join, joined_groups, rows_of_parts
 
 
 class Inference(NamedTuple):
@@ -44,7 +44,10 @@ class Inference(NamedTuple):
 
 
 class States(NamedTuple):
-    """The exact p(h | a) and p(z | a): positions and velocities given positions."""
+    """The exact p(h | a) and p(z | a): positions and velocities given positions.
+
+    Positions determine (vx, vy) only up to the drift in u; `latent_states.moves` returns the motion per frame.
+    """
 
     mean: Tensor  # (..., T, 4), E[h_t | a], averaged over components
     cov: Tensor  # (..., T, 4, 4)
@@ -223,7 +226,7 @@ def interpolate(
         )
         for r, seen in zip(rows, each)
     ]
-    return _joined(parts, torch.cat(rows))._replace(observed=observed)
+    return joined_groups(parts, torch.cat(rows))._replace(observed=observed)
 
 
 def _interpolate(
@@ -288,25 +291,3 @@ def _predict(
 
 def _no_covariance(mean: Tensor) -> Tensor:
     return mean.new_full((), torch.nan).expand(*mean.shape, 2)
-
-
-def _joined(parts: Sequence[Prediction], rows: Tensor) -> Prediction:
-    """Joins predictions of different sequences; the i-th sequence of the parts becomes sequence ``rows[i]``."""
-    N, order = max(part.mean.shape[1] for part in parts), rows.argsort()
-
-    def join(name: str) -> Tensor | None:
-        batch = 1 if name.startswith("sample") else 0
-        tensors = [getattr(part, name) for part in parts]
-        if tensors[0] is None:
-            return None
-        if not name.endswith("images"):
-            tensors = [_with_objects(x, batch + 1, N) for x in tensors]
-        return torch.cat(tensors, batch).index_select(batch, order)
-
-    names = ("mean", "cov", "images", "component", "samples", "sample_images")
-    return parts[0]._replace(**{name: join(name) for name in names})
-
-
-def _with_objects(x: Tensor, dim: int, n_objects: int) -> Tensor:
-    """Pads dimension ``dim`` of x with zeros up to ``n_objects``."""
-    return F.pad(x, [0, 0] * (x.dim() - dim - 1) + [0, n_objects - x.shape[dim]])
