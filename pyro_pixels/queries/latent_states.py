@@ -20,6 +20,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from pyro_pixels._checks import check_number
 from pyro_pixels._convert import checked_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
@@ -77,8 +78,7 @@ def states(
     Raises:
         ValueError: if ``n_samples`` is below 1, or as in `infer`.
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
+    n_samples = check_number("n_samples", n_samples, 1)
     images, n_objects = checked_batch(images, n_objects)
     found = infer(guide, images, n_objects, n_samples=n_samples, model=model)
     return posterior_states(model.dynamics, found.samples, seen_or_none(images))
@@ -154,8 +154,7 @@ def retrodict(dynamics: Dynamics, states: States, n_frames: int) -> States:
     Raises:
         ValueError: if ``n_frames`` is below 1.
     """
-    if n_frames < 1:
-        raise ValueError(f"n_frames is {n_frames}; wanted at least 1 frame before the first")
+    n_frames = check_number("n_frames", n_frames, 1)
     backwards = kalman.reverse(dynamics.lgssm())
     h = kalman.rollout(backwards, states.mean[..., 0, :], states.cov[..., 0, :, :], n_frames)
     samples = states.samples
