@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from pyro_pixels import infer, load_pretrained, simulate
+from pyro_pixels.evaluation.calibration import Correction, corrected
 from pyro_pixels.evaluation.metrics import fit_affine
 from pyro_pixels.evaluation.pixel_map import drawn_centroids, map_to_pixels
+from pyro_pixels.guides import AttentionHead, RefinedGuide, UntangledGuide
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.lgssm.kalman import rollout
 from pyro_pixels.queries.counterfactual import canonical, scale_force, scale_period
@@ -105,3 +107,20 @@ def test_changes_of_the_dynamics_can_be_composed(asked):
     lgssm = asked[0].model.dynamics.lgssm()
     one, other = scale_period(scale_force(canonical(lgssm), 0.5), 2.0), scale_force(scale_period(lgssm, 2.0), 0.5)
     torch.testing.assert_close(path(one), path(canonical(other)))
+
+
+def test_the_map_is_known_through_wrappers(asked):
+    run = asked[0]
+    wanted = map_to_pixels(run.model, run.guide)
+    rnn = run.guide.rnn
+    plain = RecurrentGuide(rnn, AttentionHead(rnn.height, rnn.width, rnn.state_size))
+    twice = corrected(*corrected(run.model, run.guide, Correction(1.0, 0.32)), Correction(0.5, 2.0))
+    once = corrected(run.model, plain, Correction(1.0, 0.5))
+    untangled = UntangledGuide(once[1], once[0].dynamics)
+    for model, guide in (twice, once, (once[0], untangled), (once[0], RefinedGuide(untangled, once[0]))):
+        found = map_to_pixels(model, guide)
+        assert found.known
+        assert torch.equal(found.affine.matrix, wanted.affine.matrix)
+    linear = UntangledGuide(RecurrentGuide(rnn), run.model.dynamics)
+    with pytest.raises(ValueError, match="UntangledGuide has no fixed map to pixels; give inferred positions"):
+        map_to_pixels(run.model, linear)
