@@ -69,8 +69,9 @@ def check_values(images: Tensor, observed: Tensor | None = None, what: str = "im
     pixels = images[looked_at & ~unseen]
     if images.is_floating_point() and not bool(images[looked_at & unseen].isnan().all()):
         raise ValueError(f"{what} have NaN in part of a frame; only whole frames may be NaN (unobserved)")
-    if pixels.numel() and not bool((pixels.min() >= 0) & (pixels.max() <= 1)):  # false for NaN too
-        low, high = float(pixels.min()), float(pixels.max())
+    lowest, highest = pixels.aminmax() if pixels.numel() else (lowest.new_zeros(()), highest.new_ones(()))
+    if not bool((lowest >= 0) & (highest <= 1)):
+        low, high = float(lowest), float(highest)
         if low != low:
             raise ValueError(f"{what} have NaN in part of a frame; only whole frames may be NaN (unobserved)")
         advice = "divide them by 255" if low >= 0 else "scale them"
