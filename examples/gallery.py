@@ -83,9 +83,10 @@ def what_is_lacking(scene: Scene, name: str) -> str:
 
 
 def draw_positions(scene: Scene) -> Figure:
-    mean, std = (x[scene.rows.to(scene.device)] for x in scene.inference[:2])
-    regions = Gaussians(mean, torch.diag_embed(std.square()))
-    return scene.picture(regions, torch.zeros(mean.shape[:-1], dtype=torch.bool))
+    rows, found = scene.rows.to(scene.device), scene.inference
+    assert found.cov is not None
+    regions = Gaussians(found.mean[rows], found.cov[rows])
+    return scene.picture(regions, torch.zeros(regions.mean.shape[:-1], dtype=torch.bool))
 
 
 def draw_velocities(scene: Scene) -> Figure:

@@ -68,15 +68,19 @@ def check_values(images: Tensor, observed: Tensor | None = None, what: str = "im
         images: (B, T, H, W).
         observed: broadcastable to (B, T), the frames to check; by default all. Others may hold anything.
     """
-    if images.dtype == torch.bool or images.dim() != 4 or _KNOWN.get() is not None:
+    if images.dtype == torch.bool or images.dim() != 4 or not images.numel() or _KNOWN.get() is not None:
+        return
+    lowest, highest = images.aminmax()
+    if bool((lowest >= 0) & (highest <= 1)):  # the usual case, the fastest to tell; false if there is a NaN
         return
     unseen = unseen_frames(images)
     looked_at = torch.ones_like(unseen) if observed is None else observed.expand(unseen.shape)
     pixels = images[looked_at & ~unseen]
     if images.is_floating_point() and not bool(images[looked_at & unseen].isnan().all()):
         raise ValueError(f"{what} have NaN in part of a frame; only whole frames may be NaN (unobserved)")
-    if pixels.numel() and not bool((pixels.min() >= 0) & (pixels.max() <= 1)):  # false for NaN too
-        low, high = float(pixels.min()), float(pixels.max())
+    lowest, highest = pixels.aminmax() if pixels.numel() else (lowest.new_zeros(()), highest.new_ones(()))
+    if not bool((lowest >= 0) & (highest <= 1)):
+        low, high = float(lowest), float(highest)
         if low != low:
             raise ValueError(f"{what} have NaN in part of a frame; only whole frames may be NaN (unobserved)")
         advice = "divide them by 255" if low >= 0 else "scale them"
@@ -145,8 +149,13 @@ def require_images(images: object) -> None:
         )
 
 
-def check_batch(images: Tensor, n_objects: Tensor, size: tuple[int, int] | None = None) -> None:
-    """Raises ValueError unless images are (B, T, H, W), n_objects (B,) of integers >= 1, and (H, W) is ``size``."""
+def check_batch(
+    images: Tensor, n_objects: Tensor, size: tuple[int, int] | None = None, *, values: bool = False
+) -> None:
+    """Raises ValueError unless images are (B, T, H, W), n_objects (B,) of integers >= 1, and (H, W) is ``size``.
+
+    With ``values``, pixels are checked too (`check_values`).
+    """
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, H, W), none of them 0")
     check_objects(n_objects)
@@ -156,3 +165,5 @@ def check_batch(images: Tensor, n_objects: Tensor, size: tuple[int, int] | None 
         raise ValueError(
             f"images are {images.shape[2]} x {images.shape[3]} pixels; this model was made for {size[0]} x {size[1]}"
         )
+    if values:
+        check_values(images)

@@ -176,7 +176,5 @@ def checked_batch(
     """
     images, n_objects = as_batch(images, n_objects)
     n_objects = counts(n_objects, len(images) if images.dim() else None, images)
-    check_batch(images, n_objects, size)
-    if values:
-        check_values(images)
+    check_batch(images, n_objects, size, values=values)
     return images, n_objects

@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ClassVar
@@ -16,6 +16,7 @@ from pyro.ops.provenance import detach_provenance
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 
+from pyro_pixels._batch import check_values
 from pyro_pixels.lgssm.kalman import check_precision, exact_dtype
 
 _KNOWN: ContextVar[bool] = ContextVar("parameters_known", default=False)
@@ -110,6 +111,26 @@ def without_unseen(p_v: Any, images: Tensor) -> tuple[Any, Tensor]:
         return p_v, images
     seen = ~images.isnan()
     return of_pixels(p_v).mask(seen).to_event(3), images.nan_to_num()  # a NaN would make the gradient NaN
+
+
+def check_pixels(likelihood: Callable[[Tensor], Any], images: Tensor) -> None:
+    """Raises ValueError if pixels lie outside [0, 1] (`check_values`), unless the likelihood expects such pixels.
+
+    One's own likelihood may be for other images. Whether it is takes time, and is found out only where it matters.
+
+    Args:
+        likelihood: maps logits (..., T, H, W) to p(v | a).
+        images: (B, T, H, W).
+    """
+    try:
+        check_values(images)
+    except ValueError:
+        try:
+            brightest = likelihood(torch.full(images.shape, 100.0, device=images.device)).mean
+        except NotImplementedError:  # a distribution without a mean
+            brightest = torch.ones(())
+        if not bool((brightest > 1.01).any()):
+            raise
 
 
 def of_pixels(p_v: Any) -> Any:

@@ -23,7 +23,7 @@ from pyro_pixels.lgssm.kalman import Gaussians
 from pyro_pixels.plots import answers as plots
 from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
-from pyro_pixels.queries.latent_states import filter_states, positions, retrodict, states
+from pyro_pixels.queries.latent_states import filter_states, moves, positions, retrodict, states
 from pyro_pixels.queries.masks import seen_or_none
 from pyro_pixels.queries.predict import States, infer, interpolate, smooth
 from pyro_pixels.queries.streaming import forecast, start, start_images, step, step_image
@@ -91,10 +91,8 @@ class Scene(RunView):
         )  # fmt: skip
 
     def moves(self, h: States, rows: Tensor | None = None) -> Gaussians:
-        """Returns the move to the next frame, B (A - I) h + B u, as it is plotted; ``rows`` as in `regions`."""
-        A, B, u = self.dynamics.lgssm()[:3]
-        step_matrix = B @ A - B
-        mean, cov = self.regions(Gaussians(h.mean @ step_matrix.mT + B @ u, step_matrix @ h.cov @ step_matrix.mT), rows)
+        """Returns the moves to the next frame as they are plotted; ``rows`` as in `regions`."""
+        mean, cov = self.regions(moves(self.dynamics, h), rows)
         offset = self.to_pixels(torch.zeros_like(h.mean[..., :2]).cpu())  # of the map to pixels; moves have none
         return Gaussians(mean - offset, cov)
 

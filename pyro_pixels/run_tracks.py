@@ -43,7 +43,8 @@ def write_tracks(
         ValueError: if ``scale`` or ``fps`` is not above 0, or the map to pixels is unknown.
     """
     source, found = _source_of(view, data_file), view.inference
-    tracks = _in_pixels(view, found.mean, torch.diag_embed(found.std.square()), view.states.p_z.argmax(-1))
+    assert found.cov is not None
+    tracks = _in_pixels(view, found.mean, found.cov, view.states.p_z.argmax(-1))
     links = _link(view, *tracks[:2], source)
     table = track_rows(*tracks, view.data.n_objects, source=source, links=links, scale=scale, fps=fps)
     write_csv(out / "tracks.csv", *_in_file(view, source, view.lengths, *table))

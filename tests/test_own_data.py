@@ -201,7 +201,8 @@ def test_nan_frames_count_as_unseen_for_every_guide_and_query(guide):
     known = torch.ones_like(alone.mean, dtype=torch.bool) & (
         guide == "structured" or ~unseen_frames(images)[:, None, :, None]
     )
-    assert all(torch.equal(x.isfinite(), known.expand(x.shape)) for x in alone)
+    parts = (alone.mean, alone.std, alone.samples, *alone.cov.unbind(-1))
+    assert all(torch.equal(x.isfinite(), known.expand(x.shape)) for x in parts)
     told = generate(run.model, run.guide, images[:, :8], data.n_objects, n_frames=12, n_samples=2)
     assert told.mean.isfinite().all()
     assert told.observed[:, 0].sum(1).tolist() == [8, 5, 8, 8]

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from pyro_pixels import infer, load_pretrained, simulate
+from pyro_pixels.evaluation.calibration import Correction, corrected
 from pyro_pixels.evaluation.metrics import fit_affine
 from pyro_pixels.evaluation.pixel_map import drawn_centroids, map_to_pixels
+from pyro_pixels.guides import AttentionHead, RefinedGuide, UntangledGuide
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.lgssm.kalman import rollout
 from pyro_pixels.queries.counterfactual import canonical, scale_force, scale_period
@@ -85,3 +87,40 @@ def test_the_canonical_form_moves_the_drift_into_the_velocities(asked):
     found = canonical(lgssm)
     torch.testing.assert_close(found.u[:2], found.A[0, 2] * found.u[2:] / 2)
     torch.testing.assert_close(path(found), path(lgssm))
+
+
+@pytest.mark.parametrize("change", [canonical, lambda x: scale_force(x, 0.5), lambda x: scale_period(x, 0.5)])
+def test_dynamics_of_another_kind_are_refused(asked, change):
+    lgssm = asked[0].model.dynamics.lgssm()
+    I = torch.eye(4, dtype=torch.float64)
+    damped = lgssm.A @ torch.tensor([1.0, 1.0, 0.4, 0.4], dtype=torch.float64).diag()
+    sprung = lgssm.A - 0.1 * I[[2, 3, 0, 1]].tril()
+    for A in (damped, sprung, I[:2, :2]):
+        with pytest.raises(ValueError, match=r"the transition A is .*; wanted motion at constant velocity") as error:
+            change(lgssm._replace(A=A))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"the observed part B is .*; wanted B = \[I, 0\]"):
+        change(lgssm._replace(B=2 * lgssm.B))
+
+
+def test_changes_of_the_dynamics_can_be_composed(asked):
+    lgssm = asked[0].model.dynamics.lgssm()
+    one, other = scale_period(scale_force(canonical(lgssm), 0.5), 2.0), scale_force(scale_period(lgssm, 2.0), 0.5)
+    torch.testing.assert_close(path(one), path(canonical(other)))
+
+
+def test_the_map_is_known_through_wrappers(asked):
+    run = asked[0]
+    wanted = map_to_pixels(run.model, run.guide)
+    rnn = run.guide.rnn
+    plain = RecurrentGuide(rnn, AttentionHead(rnn.height, rnn.width, rnn.state_size))
+    twice = corrected(*corrected(run.model, run.guide, Correction(1.0, 0.32)), Correction(0.5, 2.0))
+    once = corrected(run.model, plain, Correction(1.0, 0.5))
+    untangled = UntangledGuide(once[1], once[0].dynamics)
+    for model, guide in (twice, once, (once[0], untangled), (once[0], RefinedGuide(untangled, once[0]))):
+        found = map_to_pixels(model, guide)
+        assert found.known
+        assert torch.equal(found.affine.matrix, wanted.affine.matrix)
+    linear = UntangledGuide(RecurrentGuide(rnn), run.model.dynamics)
+    with pytest.raises(ValueError, match="UntangledGuide has no fixed map to pixels; give inferred positions"):
+        map_to_pixels(run.model, linear)

@@ -25,7 +25,9 @@ from pyro_pixels import (
     smooth,
 )
 from pyro_pixels.evaluation.pixel_map import drawn_centroids
-from pyro_pixels.guides import Guide, JointGuide
+from pyro_pixels.guides import Guide, JointGuide, refine
+from pyro_pixels.guides.untangling import resample_labels
+from pyro_pixels.model.likelihoods import PixelLikelihood
 from pyro_pixels.queries import log_evidence, reconstruct, render
 
 
@@ -238,3 +240,50 @@ def test_the_joint_model_refuses_them_too(run, data, site, shape):
     value = torch.zeros(shape, dtype=torch.long if site == "z" else torch.float64)
     with pytest.raises(ValueError, match=f"site '{site}' was given a value of shape"):
         poutine.condition(run.model.joint, {site: value})(None, data.n_objects, 30)
+
+
+def _tracks(n_objects):
+    return torch.zeros(len(n_objects), 3, 30, 2)
+
+
+@pytest.mark.parametrize("scale, advice", [(255, "divide them by 255"), (-1.0, "scale them")])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda m, g, v, n: SVI(m, g, pyro.optim.Adam({}), Trace_ELBO()).step(v, n),
+        lambda m, g, v, n: AnnealedELBO()(m, g)(v, n),
+        lambda m, g, v, n: poutine.trace(m).get_trace(v, n),
+        lambda m, g, v, n: poutine.trace(m.joint).get_trace(v, n),
+        lambda m, g, v, n: g.q(v, n),
+        lambda m, g, v, n: g.look_at(v, n),
+        lambda m, g, v, n: JointGuide(g, m.dynamics)(
+            torch.where(torch.arange(30)[:, None, None] == 3, torch.nan, v), n
+        ),
+        lambda m, g, v, n: refine(m, _tracks(n), n, v, n_steps=1),
+        lambda m, g, v, n: resample_labels(m, _tracks(n), n, v),
+    ],
+    ids=["SVI", "bound", "model", "joint", "q", "look_at", "joint guide", "refine", "resample_labels"],
+)
+def test_pixels_outside_the_unit_interval_are_refused(run, data, use, scale, advice):
+    with pytest.raises(
+        ValueError, match=rf"images have values from .*; wanted 0 for black to 1 for white, so {advice}"
+    ):
+        use(*copy.deepcopy((run.model, run.guide)), scale * data.images, data.n_objects)
+
+
+class _AnyNumbers(PixelLikelihood):
+    def forward(self, logits):
+        return dist.Normal(logits, 1.0).to_event(3)
+
+
+def test_a_likelihood_of_other_images_takes_them(run, data):
+    model = PixelModel(run.model.dynamics, run.model.renderer, _AnyNumbers())
+    v = 3.0 * data.images - 1.0
+    site = poutine.trace(model).get_trace(v, data.n_objects).nodes["v"]
+    torch.testing.assert_close(site["value"], v)
+
+
+@pytest.mark.parametrize("part", [(slice(1), slice(None)), (slice(None), slice(1))], ids=["B", "T"])
+def test_images_of_other_tracks_are_refused(run, data, part):
+    with pytest.raises(ValueError, match=r"images have shape .*; wanted \(B, T, H, W\) with B, T = 3, 30"):
+        resample_labels(run.model, _tracks(data.n_objects), data.n_objects, data.images[part])

@@ -16,6 +16,7 @@ from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer
+from pyro_pixels.queries import parts
 from pyro_pixels.queries.predict import generate, infer, interpolate, reconstruct, smooth
 from pyro_pixels.worlds.base import simulate
 from pyro_pixels.worlds.cannonballs import CannonballConfig
@@ -325,6 +326,22 @@ BAD = {
 def test_bad_input(small_data, query):
     with pytest.raises(ValueError):
         query(make_model(), make_guide(), small_data.images, small_data.n_objects)
+
+
+@pytest.mark.parametrize("axes", [0, 1, 2], ids=["T", "BT", "BNT"])
+def test_a_mask_may_be_an_array(small_data, axes, monkeypatch):
+    model, guide, (v, n) = make_model(), make_guide(), (small_data.images, small_data.n_objects)
+    seen = torch.arange(11) % 3 != 1
+    seen = (seen, seen.repeat(12, 1), seen.repeat(12, 3, 1))[axes]
+    wanted = interpolate(model, guide, v, n, seen)
+    found = interpolate(model, guide, v.numpy(), n.numpy(), seen.numpy())
+    assert torch.equal(found.mean, wanted.mean)
+    assert torch.equal(found.observed, wanted.observed)
+    monkeypatch.setattr(parts, "FEWEST", 5)
+    monkeypatch.setattr(parts, "PIXELS_AT_ONCE", 1)
+    by_parts = interpolate(model, guide, v.numpy(), n.numpy(), seen.numpy())
+    there = n[:, None] > torch.arange(3)
+    torch.testing.assert_close(by_parts.mean[there], wanted.mean[there], rtol=1e-5, atol=1e-6)
 
 
 def test_small_world_is_the_models(small_data):

@@ -82,6 +82,15 @@ def test_sequences_without_a_film_have_no_column_for_it(drawn, tmp_path):
     assert max(int(row["frame"]) for row in rows if row["sequence"] == "2") == LENGTHS[2] - 1
 
 
+def test_x_and_y_of_what_was_inferred_have_a_covariance(drawn, tmp_path):
+    view = view_of(drawn, tmp_path, None, 0)
+    rows = rows_of(write_tracks(view, tmp_path)[0])
+    cov = view.to_pixels.covariance(view.inference.cov)
+    wanted = [float(cov[b, n, t, 0, 1]) for b in range(4) for t in range(LENGTHS[b]) for n in range(drawn.n_objects[b])]
+    assert [float(row["cov_xy"]) for row in rows] == pytest.approx(wanted, rel=1e-3)
+    assert max(map(abs, wanted)) > 1e-3
+
+
 def test_frames_missing_between_others_are_kept(drawn, tmp_path):
     images = drawn.images.clone()
     images[0, 2:4] = torch.nan

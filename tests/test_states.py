@@ -8,13 +8,23 @@ import torch
 from conftest import SMALL, make_guide, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_queries import true_world
 
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
-from pyro_pixels.queries.latent_states import averaged, filter_states, positions, posterior_states, retrodict, states
+from pyro_pixels.queries.counterfactual import canonical
+from pyro_pixels.queries.latent_states import (
+    averaged,
+    filter_states,
+    moves,
+    positions,
+    posterior_states,
+    retrodict,
+    states,
+)
 from pyro_pixels.queries.predict import States, generate, interpolate, smooth
 
 
@@ -208,6 +218,55 @@ def test_samples_of_the_past_have_its_moments():
         x, m, C = (y.detach().numpy() for y in (past.samples[:, t], past.mean[t], past.cov[t]))
         assert oracles.worst_z_of_mean(x, m, C) < 6
         assert oracles.worst_z_of_covariance(x, m, C) < 6
+
+
+def test_moves_are_the_differences_of_a_path():
+    """Of the true paths given the true dynamics, and of any path without noise, whose state determines the next one."""
+    data, model = true_world()
+    present = data.n_objects[:, None] > torch.arange(3)
+    found = moves(model.dynamics, smooth(model.dynamics, data.paths.nan_to_num()))
+    true = data.paths.diff(dim=2)
+    torch.testing.assert_close(found.mean[:, :, :-1][present], true[present], rtol=0, atol=1e-3)
+    assert true[present].norm(dim=-1).mean() > 0.4
+
+    dynamics = make_dynamics()
+    lgssm = dynamics.lgssm()
+    path = kalman.rollout(lgssm, lgssm.mu[0], torch.zeros(4, 4, dtype=torch.float64), 9).mean
+    exact = moves(dynamics, path)
+    torch.testing.assert_close(exact[:-1], path[:, :2].diff(dim=0))
+
+
+class _Other(Dynamics):
+    """The same distribution of tracks as other dynamics, with another u."""
+
+    def __init__(self, same):
+        super().__init__(same.config)
+        self.load_state_dict(same.state_dict())
+        self.double()
+
+    def lgssm(self):
+        return canonical(super().lgssm())
+
+
+def test_moves_do_not_depend_on_the_drift_that_u_shares_with_the_velocities():
+    dynamics = make_dynamics()
+    other, a = _Other(dynamics), torch.randn(2, 3, 7, 2, dtype=torch.float64)
+    torch.testing.assert_close(other.positions(7).log_prob(a), dynamics.positions(7).log_prob(a))
+    one, two = smooth(dynamics, a), smooth(other, a)
+    assert (one.mean[..., 2:] - two.mean[..., 2:]).abs().min() > 0.1
+    for x, y in zip(moves(dynamics, one), moves(other, two)):
+        torch.testing.assert_close(x, y, rtol=1e-7, atol=1e-7)
+
+
+def test_moves_of_draws_have_the_moments_of_moves():
+    dynamics = make_dynamics()
+    torch.manual_seed(0)
+    found = posterior_states(dynamics, torch.randn(3, 7, 2, dtype=torch.float64).expand(4_000, 3, 7, 2))
+    mean, cov = moves(dynamics, found)
+    drawn = moves(dynamics, found.samples)
+    std = cov.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert ((drawn.mean(0) - mean).abs() < 6 * std / 4_000**0.5).all()  # 6 standard errors
+    torch.testing.assert_close(drawn.std(0), std, rtol=6 / 8_000**0.5, atol=0)
 
 
 def test_positions_of_states():

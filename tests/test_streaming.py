@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import SMALL, make_guide, make_model
 
+from pyro_pixels.evaluation.calibration import Correction, corrected
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.inference_rnn import InferenceRNN
 from pyro_pixels.guides.recurrent import RecurrentGuide
@@ -110,10 +111,11 @@ def structured():
     model = make_model()
     rnn = InferenceRNN(SMALL.height, SMALL.width, 8)
     tracking = TrackingHead(model.dynamics, SMALL.height, SMALL.width, 8)
-    return model, StructuredGuide(model.dynamics, rnn), RecurrentGuide(rnn, tracking)
+    other = RecurrentGuide(rnn, tracking)
+    return model, StructuredGuide(model.dynamics, rnn), other, corrected(model, other, Correction(1.0, 0.5))[1]
 
 
-@pytest.mark.parametrize("which", [1, 2], ids=["structured", "tracking head"])
+@pytest.mark.parametrize("which", [1, 2, 3], ids=["structured", "tracking head", "tracking head, corrected"])
 def test_what_looks_at_all_frames_cannot_stream(which):
     made = structured()
     with pytest.raises(ValueError, match="all frames"):

@@ -1,7 +1,8 @@
 """The map from latent units to pixels without true positions, found from what the renderer draws.
 
 Latent positions are identified up to an affine map (Sec 3.3). Guides whose measurements are centroids of pixels
-(`AttentionHead`, `TrackingHead`) fix it: each axis runs from -1 to 1 over the image. For every other guide a single
+(`AttentionHead`, `TrackingHead`) fix it, untangled, refined or corrected ones too: each axis runs from -1 to 1 over the
+image. For every other guide a single
 object is drawn on a grid of latent positions within the range of the inferred ones, and the map is the least-squares
 fit to the centroids of these drawings minus the empty canvas. Its error is the root mean square distance of the
 centroids from the fit; if it is large, the latent space is not an affine picture of the image.
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 from pyro_pixels._pyro import check_precision_of
+from pyro_pixels.evaluation.calibration import ScaledHead
 from pyro_pixels.evaluation.metrics import Affine
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
+from pyro_pixels.guides.joint import JointGuide
+from pyro_pixels.guides.refining import RefinedGuide
+from pyro_pixels.guides.untangling import UntangledGuide
 from pyro_pixels.model.pixel_model import PixelModel
 
 GRID = 24  # positions along each axis
@@ -43,11 +48,11 @@ def map_to_pixels(model: PixelModel, guide: Guide, inferred: Tensor | None = Non
         ValueError: if the map must be fitted and ``inferred`` is None, or if the renderer draws nothing there.
     """
     height, width = model.renderer.height, model.renderer.width
-    if isinstance(getattr(guide, "head", None), AttentionHead):
+    if isinstance(_head_within(guide), AttentionHead):
         half = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=torch.float64)
         return PixelMap(Affine(torch.diag(half), half, 1.0), 0.0, True)
     if inferred is None:
-        raise ValueError(f"a {type(guide).__name__} has no fixed map to pixels; give inferred positions to fit one")
+        raise ValueError(f"{type(guide).__name__} has no fixed map to pixels; give inferred positions to fit one")
     points = inferred.reshape(-1, 2)
     points = points[points.isfinite().all(-1)].double().cpu()
     low, high = points.quantile(0.01, 0), points.quantile(0.99, 0)
@@ -63,6 +68,16 @@ def map_to_pixels(model: PixelModel, guide: Guide, inferred: Tensor | None = Non
     spread = (centroid[there] - centroid[there].mean(0)).square().sum()
     affine = Affine(solution[:2].mT, solution[2], 1.0 - float(e.sum() / spread))
     return PixelMap(affine, float(e.sum(-1).mean().sqrt()), False)
+
+
+def _head_within(guide: object) -> object:
+    """Returns the head of a guide, None if there is none, out of wrappers that leave the latent space as it is."""
+    while isinstance(guide, UntangledGuide | RefinedGuide | JointGuide):
+        guide = guide.guide
+    head = getattr(guide, "head", None)
+    while isinstance(head, ScaledHead):
+        head = head.head
+    return head
 
 
 @torch.no_grad()

@@ -63,18 +63,19 @@ class Guide(nn.Module, ABC):
         return None
 
     def q(self, images: Tensor, n_objects: Tensor | int | Sequence[int]) -> dist.TorchDistribution:
-        """Returns `encode` of images of any type, and checks the shapes.
+        """Returns `encode` of images of any type, and checks shapes and pixels.
 
         Args:
-            images: (B, T, H, W).
+            images: (B, T, H, W) in [0, 1]; frames of NaN are unobserved.
             n_objects: (B,), or one number for all sequences.
 
         Raises:
-            ValueError: if the arguments do not fit together, or `encode` returns no distribution of these shapes.
+            ValueError: if the arguments do not fit together, pixels are outside [0, 1], or `encode` returns no
+                distribution of these shapes.
         """
         require_images(images)
         n_objects = counts(n_objects, len(images), images)
-        check_batch(images, n_objects)
+        check_batch(images, n_objects, values=True)
         q_a = self.encode(self.see(images), n_objects)
         batch, event = (len(images), most_objects(n_objects)), (images.shape[1], 2)
         check_encoded(f"{type(self).__name__}.encode", q_a, batch, event)

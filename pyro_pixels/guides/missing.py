@@ -100,7 +100,7 @@ def q_where_known(
     """
     require_images(images)
     n_objects = counts(n_objects, len(images), images)
-    check_batch(images, n_objects)
+    check_batch(images, n_objects, values=True)
     seen = ~unseen_frames(images).unsqueeze(1)
     if not bool(seen.all()):
         knows_dynamics = guide.encode_observed(guide.see(images), n_objects, seen)

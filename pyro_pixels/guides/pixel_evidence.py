@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pyro_pixels._batch import check_values
+
 FRAMES = 2_000  # the largest number of frames that the estimates use
 FRAMES_LEAST = 30  # in fewer frames a slow object looks like background
 Z_STEP, Z_BINS = 0.25, 80  # the grid of P(object), in standard deviations of the smoothed noise
@@ -130,7 +132,11 @@ class PixelEvidence(nn.Module):
 
         Returns:
             The `statistics`.
+
+        Raises:
+            ValueError: if pixels are outside [0, 1].
         """
+        check_values(images)
         device = self.background.device
         self._reset()
         frames, counts = _some_frames(images, n_objects)

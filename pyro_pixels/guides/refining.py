@@ -33,13 +33,13 @@ from torch.nn.functional import one_hot
 
 from pyro_pixels._batch import object_mask
 from pyro_pixels._checks import check_number
-from pyro_pixels._convert import as_batch
 from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.untangling import (
     ImageModel,
     checked_tracks,
     exchanged,
+    images_of_tracks,
     means_and_scales,
     own_names,
     pairs_of,
@@ -154,12 +154,11 @@ def refine(
         n_steps: steps of the ascent; 60 % as many follow after the exchange. Time is proportional to it.
 
     Raises:
-        ValueError: if the shapes do not fit each other, or ``n_steps`` is not a whole number above 0.
+        ValueError: if the shapes do not fit each other, pixels are outside [0, 1], or ``n_steps`` is not a whole number
+            above 0.
     """
     n_objects, B, _, T = checked_tracks(a, n_objects)
-    images, _ = as_batch(images, n_objects)
-    if images.dim() != 4 or images.shape[:2] != (B, T):
-        raise ValueError(f"images have shape {tuple(images.shape)}; wanted (B, T, H, W) with B, T = {B}, {T}")
+    images = images_of_tracks(model, images, n_objects, T)
     n_steps = check_number("n_steps", n_steps, 1)
     a, n_objects, images = a.clone(), n_objects.clone(), images.clone()  # tensors of inference mode have no gradients
     result = Refined(

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from pyro_pixels._batch import counts, most_objects, object_mask
 from pyro_pixels._convert import as_batch
-from pyro_pixels._pyro import without_unseen
+from pyro_pixels._pyro import check_pixels, without_unseen
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics
@@ -234,7 +234,7 @@ def resample_labels(
         model: gives the dynamics and, if there are images, the renderer and the likelihood.
         a: (B, N, T, 2), such as one draw of q(a | v) for each sequence; absent objects are last.
         n_objects: (B,), a list, or one number for all sequences.
-        images: (B, T, H, W), NaN in unobserved frames; with None the target is p(a).
+        images: (B, T, H, W) in [0, 1] or uint8, NaN in unobserved frames; with None the target is p(a).
         n_moves: proposals per sequence.
         windows: False exchanges only tails.
         seed: seeds the moves; the caller's random state is not changed.
@@ -243,11 +243,10 @@ def resample_labels(
         `Untangled`; its ``gain``, in log p(a), may be negative.
 
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ValueError: if the shapes do not fit each other, or pixels are outside [0, 1].
     """
     n_objects, B, N, T = checked_tracks(a, n_objects)
-    if images is not None:
-        images, _ = as_batch(images, n_objects)
+    images = None if images is None else images_of_tracks(model, images, n_objects, T)
     labels = own_names(a)
     gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     several = n_objects > 1
@@ -334,3 +333,18 @@ def checked_tracks(a: Tensor, n_objects: Tensor | int | Sequence[int]) -> tuple[
     if len(n_objects) and most_objects(n_objects) > a.shape[1]:
         raise ValueError(f"n_objects contains {most_objects(n_objects)}, but the tracks have only {a.shape[1]} objects")
     return n_objects, a.shape[0], a.shape[1], a.shape[2]
+
+
+def images_of_tracks(model: ImageModel, images: Any, n_objects: Tensor, n_frames: int) -> Tensor:
+    """Returns the images (B, T, H, W) of tracks with ``n_objects`` (B,), as a tensor.
+
+    Raises:
+        ValueError: if there are other numbers of sequences or frames, or as in `check_pixels`.
+    """
+    images, _ = as_batch(images, n_objects)
+    if images.dim() != 4 or images.shape[:2] != (len(n_objects), n_frames):
+        raise ValueError(
+            f"images have shape {tuple(images.shape)}; wanted (B, T, H, W) with B, T = {len(n_objects)}, {n_frames}"
+        )
+    check_pixels(model.likelihood, images)
+    return images

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_pixels._batch import check_batch, check_objects, counts, most_objects, object_mask
-from pyro_pixels._pyro import ExactDensity, announce_parameters, fill_absent, of_objects, without_unseen
+from pyro_pixels._pyro import ExactDensity, announce_parameters, check_pixels, fill_absent, of_objects, without_unseen
 from pyro_pixels.lgssm.distributions import StatePath
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.likelihoods import BernoulliPixels, PixelLikelihood
@@ -49,8 +49,8 @@ class PixelModel(nn.Module):
             n_frames: T; required if ``images`` is None.
 
         Raises:
-            ValueError: if the shapes do not fit each other or the renderer, or a site is conditioned on a value of
-                the wrong shape; also in half precision and under ``torch.jit``.
+            ValueError: if shapes do not fit each other or the renderer, pixels lie outside [0, 1], or a site is
+                conditioned on a value of the wrong shape; also in half precision and under ``torch.jit``.
         """
         announce_parameters("model", self)
         n_objects = counts(n_objects, None if images is None else len(images), next(self.parameters(), None))
@@ -95,6 +95,7 @@ class PixelModel(nn.Module):
             check_objects(n_objects)
         else:
             check_batch(images, n_objects, (self.renderer.height, self.renderer.width))
+            check_pixels(self.likelihood, images)
             n_frames = images.shape[1] if n_frames is None else n_frames
             if n_frames != images.shape[1]:
                 raise ValueError(f"n_frames is {n_frames} but the images have {images.shape[1]}; leave n_frames out")

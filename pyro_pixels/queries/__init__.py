@@ -3,7 +3,15 @@
 from pyro_pixels.queries.counterfactual import Change, canonical, scale_force, scale_period, unchanged, what_if
 from pyro_pixels.queries.evidence import Count, Evidence, count_objects, log_evidence
 from pyro_pixels.queries.inference_data import to_inference_data
-from pyro_pixels.queries.latent_states import averaged, filter_states, positions, posterior_states, retrodict, states
+from pyro_pixels.queries.latent_states import (
+    averaged,
+    filter_states,
+    moves,
+    positions,
+    posterior_states,
+    retrodict,
+    states,
+)
 from pyro_pixels.queries.predict import (
     Inference,
     Prediction,
@@ -45,6 +53,7 @@ __all__ = [
     "infer",
     "interpolate",
     "log_evidence",
+    "moves",
     "positions",
     "posterior_states",
     "reconstruct",

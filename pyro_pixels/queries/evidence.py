@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyro_pixels._batch import check_any, object_mask
+from pyro_pixels._checks import check_number
 from pyro_pixels._convert import checked_batch
 from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
@@ -112,8 +113,7 @@ def count_objects(
         ValueError: if there are no images, ``max_objects`` is below 1, ``log_prior`` has another length, or as in
             `log_evidence`.
     """
-    if max_objects < 1:
-        raise ValueError(f"max_objects is {max_objects}; wanted at least 1")
+    max_objects = check_number("max_objects", max_objects, 1)
     if log_prior is not None and log_prior.shape != (max_objects + 1,):
         raise ValueError(f"log_prior has shape {tuple(log_prior.shape)}; wanted ({max_objects + 1},), N = 0 included")
     check_any(len(images), "to count objects in")
@@ -153,8 +153,7 @@ def _evidence_by_count(
 
 def _chunks(n: int, chunk_size: int, n_samples: int) -> list[slice]:
     """Checks the options and returns slices of at most ``chunk_size`` sequences."""
-    if n_samples < 1 or chunk_size < 1:
-        raise ValueError(f"n_samples is {n_samples}, chunk_size {chunk_size}; wanted at least 1 of each")
+    chunk_size, _ = check_number("chunk_size", chunk_size, 1), check_number("n_samples", n_samples, 1)
     return [slice(i, i + chunk_size) for i in range(0, n, chunk_size)]
 
 

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from pyro_pixels._arrays import MAX_BYTES
 from pyro_pixels._batch import object_mask
+from pyro_pixels._checks import check_number
 from pyro_pixels._convert import checked_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.joint import JointGuide
@@ -290,10 +291,8 @@ def _check_options(
     positions: Tensor | None,
 ) -> None:
     """Checks the options of `to_inference_data`."""
-    if n_samples < 1:
-        raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
-    if n_frames_ahead < 0:
-        raise ValueError(f"n_frames_ahead is {n_frames_ahead}; wanted 0, for no predictions, or more")
+    check_number("n_samples", n_samples, 1)
+    check_number("n_frames_ahead", n_frames_ahead, 0)
     n_bytes = n_samples * images[:, :1].numel() * (2 * images.shape[1] + n_frames_ahead) * _pixel_type(model).itemsize
     if n_bytes > MAX_BYTES:
         raise ValueError(

@@ -5,6 +5,9 @@ q(a | v), and `posterior_states` over the samples of any prediction. Given posit
 q use S samples, with the Gaussian part given a sample in closed form (Rao-Blackwellised). `retrodict` extends states to
 times before the first frame.
 
+Velocities alone are not identified: with a drift d in the position part of u and all velocities smaller by d / delta,
+tracks are the same (`counterfactual.canonical`). `moves` returns the motion from frame to frame, which is identified.
+
 The paper's procedures (Secs 3.4-3.5) plug in the means of q and the likeliest component. `averaged` replaces the mean
 and covariance of such a prediction by those of the whole mixture.
 
@@ -12,10 +15,12 @@ Shapes are those of `pyro_pixels.queries.predict`.
 """
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from pyro_pixels._checks import check_number
 from pyro_pixels._convert import checked_batch
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
@@ -73,8 +78,7 @@ def states(
     Raises:
         ValueError: if ``n_samples`` is below 1, or as in `infer`.
     """
-    if n_samples < 1:
-        raise ValueError(f"n_samples is {n_samples}; wanted at least 1")
+    n_samples = check_number("n_samples", n_samples, 1)
     images, n_objects = checked_batch(images, n_objects)
     found = infer(guide, images, n_objects, n_samples=n_samples, model=model)
     return posterior_states(model.dynamics, found.samples, seen_or_none(images))
@@ -150,8 +154,7 @@ def retrodict(dynamics: Dynamics, states: States, n_frames: int) -> States:
     Raises:
         ValueError: if ``n_frames`` is below 1.
     """
-    if n_frames < 1:
-        raise ValueError(f"n_frames is {n_frames}; wanted at least 1 frame before the first")
+    n_frames = check_number("n_frames", n_frames, 1)
     backwards = kalman.reverse(dynamics.lgssm())
     h = kalman.rollout(backwards, states.mean[..., 0, :], states.cov[..., 0, :, :], n_frames)
     samples = states.samples
@@ -163,6 +166,31 @@ def retrodict(dynamics: Dynamics, states: States, n_frames: int) -> States:
 def positions(dynamics: Dynamics, states: States, *, noise: bool = True) -> Gaussians:
     """Returns the mean (..., T, 2) and covariance (..., T, 2, 2) of a_t, or without ``noise`` of B h_t."""
     return kalman.observation_moments(dynamics.lgssm(), Gaussians(states.mean, states.cov), noise)
+
+
+@overload
+def moves(dynamics: Dynamics, h: States | Gaussians) -> Gaussians: ...
+@overload
+def moves(dynamics: Dynamics, h: Tensor) -> Tensor: ...
+@torch.no_grad()
+def moves(dynamics: Dynamics, h: States | Gaussians | Tensor) -> Gaussians | Tensor:
+    """Returns how far objects are expected to move until the next frame, B (A h_t + u) - B h_t, in latent units.
+
+    Unlike (vx, vy), this does not depend on how u and the velocities share a drift. For pixels per frame, apply the
+    matrix of an `Affine` map to pixels: ``mean @ matrix.mT`` and ``matrix @ cov @ matrix.mT``.
+
+    Args:
+        dynamics: the model's dynamics.
+        h: states, such as those of `smooth`, or draws of h (..., 4), such as those of `PixelModel.joint`.
+
+    Returns:
+        The mean (..., T, 2) and the covariance (..., T, 2, 2) given states, without the noise of the step; the moves
+        (..., 2) given draws.
+    """
+    A, B, u = dynamics.lgssm()[:3]
+    step_matrix = B @ A - B
+    mean = (h if isinstance(h, Tensor) else h.mean).to(u.dtype) @ step_matrix.mT + B @ u
+    return mean if isinstance(h, Tensor) else Gaussians(mean, step_matrix @ h.cov @ step_matrix.mT)
 
 
 def _average(each: Gaussians) -> Gaussians:

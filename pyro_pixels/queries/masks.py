@@ -1,15 +1,24 @@
 """Masks of observed frames: checks, the frames in which any object is observed, and the gaps between them."""
 
 import itertools
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_pixels._batch import check_values, object_mask, unseen_frames
 
 
+def as_mask(observed: Any, images: Tensor) -> Any:
+    """Returns a mask that is an array as a tensor on the images' device; anything else is left for `checked_mask`."""
+    is_array = isinstance(observed, np.ndarray) and observed.dtype.kind in "biuf"
+    return torch.from_numpy(observed.copy()).to(images.device) if is_array else observed
+
+
 def checked_mask(observed: Tensor, images: Tensor, n_objects: Tensor) -> Tensor:
     """Checks ``observed``, and the images in these frames, and returns it as (T,) or (B, N or 1, T)."""
+    observed = as_mask(observed, images)
     if not isinstance(observed, Tensor):
         raise ValueError(f"observed is a {type(observed).__name__}; wanted a tensor of bool, (T,), (B, T) or (B, N, T)")
     (B, T), N = images.shape[:2], int(n_objects.max())

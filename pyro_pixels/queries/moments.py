@@ -1,4 +1,4 @@
-"""Mean and variance of a guide's distribution q(a | v) of any family, in the precision of exact inference."""
+"""Mean and covariance of a guide's distribution q(a | v) of any family, in the precision of exact inference."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Moments(NamedTuple):
     """The first two moments of q(a | v)."""
 
     mean: Tensor  # (B, N, T, 2)
-    variance: Tensor  # (B, N, T, 2)
+    cov: Tensor  # (B, N, T, 2, 2), of a_t; diagonal if the distribution has no ``frame_covariance``
 
 
 def prior_moments(dynamics: Dynamics, n_frames: int) -> kalman.Gaussians:
@@ -38,11 +38,12 @@ def mean_of(q_a: dist.TorchDistribution) -> Tensor:
 
 
 def moments_of(q_a: dist.TorchDistribution) -> Moments:
-    """Returns the mean and variance of q(a | v), from samples if they have no closed form."""
+    """Returns the mean and covariance of q(a | v), from samples if they have no closed form."""
+    cov = getattr(q_a, "frame_covariance", None)
     try:
-        mean, variance = q_a.mean, q_a.variance
+        mean, cov = q_a.mean, torch.diag_embed(q_a.variance) if cov is None else cov
     except NotImplementedError:
         samples = q_a.sample(torch.Size((MOMENT_SAMPLES,)))
-        mean, variance = samples.mean(0), samples.var(0)
+        mean, cov = samples.mean(0), torch.diag_embed(samples.var(0)) if cov is None else cov
     dtype = kalman.exact_dtype(mean.device)
-    return Moments(mean.to(dtype), variance.to(dtype))
+    return Moments(mean.to(dtype), cov.to(dtype))

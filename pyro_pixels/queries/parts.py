@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from pyro_pixels._arrays import MAX_BYTES
 from pyro_pixels._batch import counts
 from pyro_pixels._convert import as_batch
+from pyro_pixels.queries.masks import as_mask
 
 PIXELS_AT_ONCE = 2**24
 FEWEST = 16
@@ -27,6 +28,10 @@ Answer = TypeVar("Answer")
 @runtime_checkable
 class OfSequences(Protocol):
     """An argument of a query that has values for each sequence."""
+
+    def check(self, n_sequences: int, most_objects: int) -> None:
+        """Raises ValueError unless the values are those of ``n_sequences`` sequences with ``most_objects`` objects."""
+        ...
 
     def of_part(self, part: slice, n_sequences: int, most_objects: int) -> Any:
         """Returns the argument for the sequences ``part``, which have at most ``most_objects`` objects."""
@@ -87,7 +92,7 @@ def in_parts(*, with_images: bool = False) -> Callable[[Callable[Given, Answer]]
 def _parts_of(given: dict[str, Any], with_images: bool) -> list[dict[str, Any]]:
     """Returns the arguments of each part; none if they are invalid, so that the query itself raises."""
     images, n_objects = as_batch(given["images"], given["n_objects"])
-    frames, samples, observed = given.get("n_frames"), given.get("n_samples", 0), given.get("observed")
+    frames, samples, observed = given.get("n_frames"), given.get("n_samples", 0), as_mask(given.get("observed"), images)
     if images.dim() != 4 or 0 in images.shape or not isinstance(samples, int) or not isinstance(frames, int | None):
         return []
     B, T, H, W = images.shape
@@ -103,6 +108,9 @@ def _parts_of(given: dict[str, Any], with_images: bool) -> list[dict[str, Any]]:
     counted = n_objects.shape == (B,) and not (n_objects.is_complex() or n_objects.is_floating_point())
     if not counted or (mask is not None and len(mask) != B):
         return []
+    for x in given.values():
+        if isinstance(x, OfSequences):
+            x.check(B, int(n_objects.max()))
     parts = []
     for part in rows_of_parts(B, pixels * max(1, samples)):
         most = int(n_objects[part].max())

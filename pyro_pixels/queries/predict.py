@@ -37,15 +37,28 @@ class Inference(NamedTuple):
     mean: Tensor  # (B, N, T, 2)
     std: Tensor  # (B, N, T, 2)
     samples: Tensor | None  # (S, B, N, T, 2)
+    cov: Tensor | None = None  # (B, N, T, 2, 2), of a_t
+
+    def check(self, n_sequences: int, most_objects: int) -> None:
+        """Raises ValueError unless this is of ``n_sequences`` sequences with at least ``most_objects`` objects."""
+        if len(self.mean) != n_sequences or self.mean.shape[1] < most_objects:
+            raise ValueError(
+                f"inferred has means {tuple(self.mean.shape)} for {n_sequences} sequences of up to {most_objects} "
+                "objects; give the result of infer for these images"
+            )
 
     def of_part(self, part: slice, n_sequences: int, most_objects: int) -> "Inference":
         """Returns the inference for the sequences ``part``, which have at most ``most_objects`` objects."""
         mean, std = self.mean[part, :most_objects], self.std[part, :most_objects]
-        return Inference(mean, std, None if self.samples is None else self.samples[:, part, :most_objects])
+        samples = None if self.samples is None else self.samples[:, part, :most_objects]
+        return Inference(mean, std, samples, None if self.cov is None else self.cov[part, :most_objects])
 
 
 class States(NamedTuple):
-    """The exact p(h | a) and p(z | a): positions and velocities given positions."""
+    """The exact p(h | a) and p(z | a): positions and velocities given positions.
+
+    Positions determine (vx, vy) only up to the drift in u; `latent_states.moves` returns the motion per frame.
+    """
 
     mean: Tensor  # (..., T, 4), E[h_t | a], averaged over components
     cov: Tensor  # (..., T, 4, 4)
@@ -92,11 +105,12 @@ def infer(
     n_samples = check_number("n_samples", n_samples, 0)
     if model is not None and (seen := seen_or_none(images)) is not None:
         found = interpolate(model, guide, images, n_objects, torch.ones_like(seen[0, 0]), n_samples=n_samples)
-        return Inference(found.mean, found.cov.diagonal(dim1=-2, dim2=-1).sqrt(), found.samples)
+        return Inference(found.mean, found.cov.diagonal(dim1=-2, dim2=-1).sqrt(), found.samples, found.cov)
     q_a, known = q_where_known(guide, images, n_objects)
-    mean, variance = (torch.where(known, x, torch.nan) for x in moments_of(q_a))
-    samples = q_a.sample(torch.Size((n_samples,))).to(mean.dtype) if n_samples else None
-    return Inference(mean, variance.sqrt(), None if samples is None else torch.where(known, samples, torch.nan))
+    mean, cov = moments_of(q_a)
+    mean, cov = torch.where(known, mean, torch.nan), torch.where(known.unsqueeze(-1), cov, torch.nan)
+    samples = torch.where(known, q_a.sample(torch.Size((n_samples,))).to(mean.dtype), torch.nan) if n_samples else None
+    return Inference(mean, cov.diagonal(dim1=-2, dim2=-1).sqrt(), samples, cov)
 
 
 @torch.no_grad()
@@ -248,7 +262,7 @@ def _interpolate(
     for start, stop in gaps_of(frames_seen):
         so_far = observed[..., :stop] & (torch.arange(stop, device=observed.device) < start)
         prediction = _predict(model, guide, filled[:, :stop], n_objects, so_far, covariances=False)
-        filled[:, start:stop] = prediction.images[:, start:stop]
+        filled[:, start:stop] = prediction.images[:, start:stop].clamp(0, 1)
     return _predict(model, guide, filled, n_objects, observed, n_samples, covariances)
 
 
@@ -279,7 +293,8 @@ def _predict(
         T, seen_at = images.shape[1], observed.reshape(-1, images.shape[1]).any(0).nonzero()
         first, last = int(seen_at.min()), int(seen_at.max()) + 1  # the dynamics predict the frames outside
         q_a = guide.q_observed(images[:, first:last], n_objects, observed[..., first:last])
-        seen, variance = (F.pad(x, (0, 0, first, T - last)) for x in moments_of(q_a))
+        seen, seen_cov = moments_of(q_a)
+        seen, seen_cov = F.pad(seen, (0, 0, first, T - last)), F.pad(seen_cov, (0, 0, 0, 0, first, T - last))
         dynamics = model.dynamics
         k = dynamics.component_posterior(seen, observed).logits.argmax(-1)
         lgssm = select_component(dynamics.lgssm(), k)
@@ -287,7 +302,7 @@ def _predict(
         mean = torch.where(known, seen, smoothed.mean)
         cov = _no_covariance(mean)
         if covariances:
-            cov = torch.where(known.unsqueeze(-1), torch.diag_embed(variance), smoothed.cov)
+            cov = torch.where(known.unsqueeze(-1), seen_cov, smoothed.cov)
         if n_samples:
             a = F.pad(q_a.sample(torch.Size((n_samples,))).to(mean.dtype), (0, 0, first, T - last))
             lgssm = select_component(dynamics.lgssm(), dynamics.component_posterior(a, observed).sample())

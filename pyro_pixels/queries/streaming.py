@@ -155,7 +155,8 @@ def step_image(model: PixelModel, guide: Guide, stream: ImageStream, image: Tens
 def _network(guide: Guide) -> tuple[InferenceRNN, nn.Module]:
     """Returns the network and the head of a guide that works frame by frame."""
     rnn, head = getattr(guide, "rnn", None), getattr(guide, "head", None)
-    if isinstance(guide, RecurrentGuide) and isinstance(rnn, InferenceRNN) and not isinstance(head, TrackingHead):
+    tracks = head is not None and any(isinstance(part, TrackingHead) for part in head.modules())  # it may be wrapped
+    if isinstance(guide, RecurrentGuide) and isinstance(rnn, InferenceRNN) and not tracks:
         return rnn, guide.head
     parts = " and a ".join(type(part).__name__ for part in (rnn, head) if part is not None)
     raise ValueError(
