@@ -133,7 +133,8 @@ def test_orders_of_the_frames_seen_are_those_without_the_others(n_starts):
         found = orders(seen.float().expand(2, 12).unsqueeze(-1))
         assert torch.equal(found[:, :n], frames[orders(torch.ones(2, n, 1))])
         assert torch.equal(found.sort(1).values, torch.arange(12).expand(n_starts, 12))
-    forward = orders(torch.ones(1, 6, 1))[n_starts // 2 - 1]
-    start = 6 * (n_starts // 2 - 1) // (n_starts // 2)
-    assert forward.tolist() == [*range(start, 6), *range(start - 1, -1, -1)]
+    found, middle = orders(torch.ones(1, 8, 1)).tolist(), 8 * (n_starts // 4) // (n_starts // 2)
+    assert found[0] == [*range(middle, 8), *range(middle - 1, -1, -1)]
+    assert found[1] == [7 - t for t in found[0]]
+    assert {0, 7} <= {order[0] for order in found[-2:]}
     assert torch.equal(orders(torch.zeros(2, 6, 1)).sort(1).values, torch.arange(6).expand(n_starts, 6))

@@ -18,7 +18,7 @@ from pyro_pixels.lgssm.small_matrices import cholesky_solve, det_2x2, inverse_2x
 
 TRACK_NOISE = 0.02  # standard deviation of measurements around a path, in latent units
 LEAST_MASS = 1e-4  # of an object's pixels, so that its centroid is finite
-LATER_START = 0.03  # nats by which a track must be likelier for each start before it; rounding moves them less
+LATER_START = 0.03  # nats by which tracks must be likelier for each start before theirs; rounding is below 0.001
 
 
 class Pixels(NamedTuple):
