@@ -62,9 +62,7 @@ def test_a_sequence_with_missing_frames_has_the_tracks_it_has_alone(trained):
     together = infer(guide, images, n).mean
     for b, alone in each_alone(lambda x, k: infer(guide, x, k).mean, images, n, range(24)):
         assert_same(alone, together[b : b + 1], n[b : b + 1])
-    padded = torch.arange(48) % 4 != 2  # nothing is missing in between, so nothing is generated
-    found = interpolate(model, guide, images, n, torch.ones(T, dtype=torch.bool)).mean
-    assert_same(found[padded], together[padded], n[padded])
+    assert_same(interpolate(model, guide, images, n, torch.ones(T, dtype=torch.bool)).mean, together, n)
 
 
 def test_padding_changes_nothing(trained):

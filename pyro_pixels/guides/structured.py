@@ -152,15 +152,15 @@ class StructuredGuide(Guide):
         (B, T), N = images.shape[:2], int(n_objects.max())
         observed = observed.expand(B, N, T)
         frames_seen = observed.any(1)  # (B, T)
-        images = torch.where(images.isnan() & ~frames_seen[..., None, None], 0.0, images)
-        seen = images * frames_seen[..., None, None]  # identities must not depend on generated images
+        seen = torch.where(frames_seen[..., None, None], images, 0.0)
         groups, measured = sequences_alike(frames_seen, seen), []
-        for rows, first, stop in groups:  # network and head are shown the frames from the first to the last one seen
-            n = n_objects[rows]
-            s = F.pad(self.rnn(images[rows, first:stop], n), (0, 0, first, 0))
+        for rows, frames in groups:  # the network sees these frames alone: names do not depend on generated images
+            n, stop = n_objects[rows], int(frames[-1]) + 1  # the head's work grows with T^3
+            states = self.rnn(seen[rows][:, frames], n)
+            s = states.new_zeros(*states.shape[:2], stop, states.shape[-1]).index_copy(2, frames, states)
             y_sigma = torch.stack(self._measure(s, seen[rows, :stop], n))  # (2, b, n, stop, 2)
             measured.append(F.pad(y_sigma, (0, 0, 0, T - stop, 0, N - s.shape[1])))
-        y, sigma = torch.cat(measured, 1)[:, torch.cat([rows for rows, _, _ in groups]).argsort()]
+        y, sigma = torch.cat(measured, 1)[:, torch.cat([rows for rows, _ in groups]).argsort()]
         q_a = _tracks_given(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))
         return q_a, q_a.component
 
@@ -172,7 +172,7 @@ class StructuredGuide(Guide):
         return self.head(s, images, n_objects, **told)  # type: ignore[no-any-return]
 
 
-def sequences_alike(frames_seen: Tensor, seen: Tensor) -> list[tuple[Tensor, int, int]]:
+def sequences_alike(frames_seen: Tensor, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Returns groups of sequences of which the same frames are seen, and among them the same ones are black.
 
     Where tracks start depends on both, and must not depend on the other sequences of a batch.
@@ -182,12 +182,12 @@ def sequences_alike(frames_seen: Tensor, seen: Tensor) -> list[tuple[Tensor, int
         seen: (B, T, H, W), black in the other frames.
 
     Returns:
-        The indices of each group, its first frame seen and the one after the last; 0 and 1 if none is seen.
+        The indices of the sequences of each group, and of the frames seen; the first frame if none is.
     """
     T = frames_seen.shape[1]
     each, group = torch.cat([frames_seen, seen.flatten(2).amax(-1) > 0], 1).unique(dim=0, return_inverse=True)
-    frames = [mask[:T].nonzero().squeeze(1).tolist() or [0] for mask in each]
-    return [((group == i).nonzero().squeeze(1), of_group[0], of_group[-1] + 1) for i, of_group in enumerate(frames)]
+    each[:, 0] |= ~each[:, :T].any(1)
+    return [((group == i).nonzero().squeeze(1), mask[:T].nonzero().squeeze(1)) for i, mask in enumerate(each)]
 
 
 def _tracks_given(dynamics: Dynamics, y: Tensor, R: Tensor) -> ConditionedTracks | FilteredTracks:
