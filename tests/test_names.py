@@ -9,6 +9,7 @@ from pyro_pixels.guides.forecasts import frame_orders
 from pyro_pixels.guides.heads import WhitePixels
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.queries.counterfactual import Change, what_if
+from pyro_pixels.queries.numbering import numbered_as
 from pyro_pixels.queries.predict import generate, infer, interpolate
 
 T, NEAR = 30, 1e-3  # pixels
@@ -94,6 +95,48 @@ def test_the_object_hidden_is_that_of_infer(trained):
             seen[:, 0, 10:20] = False
             found = interpolate(model, guide, images[b : b + 1], n[b : b + 1], seen).mean
             assert_same(found[:, 1:], where[b : b + 1, 1:N], n[b : b + 1] - 1)
+
+
+def test_five_frames_are_numbered_as_thirty(trained):
+    model, guide, images, n = trained
+    where, start = infer(guide, images, n), images[:, :5]
+    found = numbered_as(where, generate(model, guide, start, n, n_frames=T, n_samples=2), n)
+    plain = generate(model, guide, start, n, n_frames=T)
+    several = n > 1
+    alike = [(x.mean - where.mean)[several, :, :5].norm(dim=-1).mean((1, 2)) for x in (found, plain)]
+    assert float((alike[0] <= alike[1] + 1e-6).double().mean()) == 1
+    assert float(alike[0].median()) * 15.5 < 1
+    assert float((alike[0] < alike[1] - 0.1).double().mean()) > 0.1  # which is why they are matched
+    assert float((found.samples.mean(0) - found.mean)[several, :, :5].norm(dim=-1).median()) * 15.5 < 1
+    drawn = infer(guide, start, n, n_samples=2)
+    first = Change(removed=torch.arange(3) == 0)
+    gone = what_if(model, guide, start, n, first, frame=5, n_frames=T, inferred=numbered_as(where, drawn, n))
+    assert_same(gone.mean[:, :, :5], found.mean[:, :, :5], n)
+    assert bool(gone.mean[:, 0, 5:].isnan().all())
+
+
+def test_objects_are_hidden_and_numbered_as_in_an_earlier_inference(trained):
+    """Numbers that are exchanged in the inference are exchanged in the mask and in every field of the result."""
+    model, guide, images, n = trained
+    where = infer(guide, images, n)
+    rows = n == 3
+    images, n, where = images[rows], n[rows], where._replace(mean=where.mean[rows], std=where.std[rows])
+    seen = torch.ones(len(n), 3, T, dtype=torch.bool)
+    seen[:, 0, 10:20] = False
+    order = torch.tensor([2, 0, 1])
+    other = where._replace(mean=where.mean[:, order], std=where.std[:, order])
+    wanted = interpolate(model, guide, images, n, seen)
+    found = interpolate(model, guide, images, n, seen[:, order], inferred=other)
+    for name in ("mean", "cov", "component", "observed"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)[:, order]), name
+    assert torch.equal(found.images, wanted.images)
+    ends = torch.arange(T) % 10 < 5
+    found, wanted = (interpolate(model, guide, images, n, ends, inferred=x) for x in (other, where))
+    assert torch.equal(found.mean, wanted.mean[:, order])
+    with pytest.raises(ValueError, match="inferred has means"):
+        interpolate(model, guide, images[:2], n[:2], ends, inferred=where)
+    with pytest.raises(ValueError, match="object of sequence 0 has no position in any frame that both have"):
+        numbered_as(where, where._replace(mean=where.mean * torch.nan), n)
 
 
 def test_of_equal_tracks_those_of_the_earliest_start_are_kept():

@@ -4,6 +4,7 @@ from pyro_pixels.queries.counterfactual import Change, canonical, scale_force, s
 from pyro_pixels.queries.evidence import Count, Evidence, count_objects, log_evidence
 from pyro_pixels.queries.inference_data import to_inference_data
 from pyro_pixels.queries.latent_states import averaged, filter_states, positions, posterior_states, retrodict, states
+from pyro_pixels.queries.numbering import numbered_as
 from pyro_pixels.queries.predict import (
     Inference,
     Prediction,
@@ -45,6 +46,7 @@ __all__ = [
     "infer",
     "interpolate",
     "log_evidence",
+    "numbered_as",
     "positions",
     "posterior_states",
     "reconstruct",
