@@ -25,6 +25,7 @@ from pyro_pixels.queries.counterfactual import Change, scale_force, what_if
 from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.queries.latent_states import filter_states, moves, positions, retrodict, states
 from pyro_pixels.queries.masks import seen_or_none
+from pyro_pixels.queries.numbering import numbered_as
 from pyro_pixels.queries.predict import States, infer, interpolate, smooth
 from pyro_pixels.queries.streaming import forecast, start, start_images, step, step_image
 from pyro_pixels.result_tables import markdown
@@ -53,6 +54,7 @@ class Scene(RunView):
     Attributes:
         rows: indices of the sequences to draw, ``per_n`` of each N, the largest N first.
         drawn: images, n_objects and inferred means of these sequences, the input of questions that plot tracks.
+        drawn_inference: their inference; it numbers the objects.
         n_samples: the number of samples of q(a | v) to average over.
     """
 
@@ -65,6 +67,7 @@ class Scene(RunView):
         self.rows, self.n_samples = self.pick(per_n), n_samples
         rows = self.rows.to(device)
         self.drawn = (self.images[rows], self.n_objects[rows], self.inference.mean[rows])
+        self.drawn_inference = self.inference._replace(mean=self.drawn[2], std=self.inference.std[rows], samples=None)
 
     def regions(self, found: Gaussians, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns means and covariances of positions as `tracks` plots them, of all sequences or of ``rows``."""
@@ -130,7 +133,7 @@ def draw_hidden(scene: Scene) -> Answer:
     time, is_first = torch.arange(T), torch.arange(N) == first[:, None]  # in the guide's order
     middle = (time >= lengths // 3) & (time < 2 * lengths // 3)
     observed = ~(is_first[:, :, None] & middle[:, None]).to(scene.device)
-    found = interpolate(scene.model, scene.guide, images, n_objects, observed)
+    found = interpolate(scene.model, scene.guide, images, n_objects, observed, inferred=scene.drawn_inference)
     figure = scene.picture(Gaussians(found.mean, found.cov), found.observed)
     where = (
         f"frames {T // 3 + 1} to {2 * T // 3}" if bool((lengths == T).all()) else "the middle third of each sequence"
@@ -164,9 +167,10 @@ def draw_retrodict(scene: Scene) -> Answer:
 def draw_what_if(scene: Scene) -> Answer:
     """Draws one sequence after changes in some frame: half the gravity, none, a push upwards, or one object fewer."""
     row = scene.rows[:1]
-    T = int(scene.lengths[row])
+    T, N = int(scene.lengths[row]), int(scene.drawn[1][0])
     images, n_objects = scene.drawn[0][:1, :T], scene.drawn[1][:1]
     inferred = infer(scene.guide, images, n_objects, n_samples=scene.n_samples, model=scene.model)
+    inferred = numbered_as(scene.drawn_inference.of_part(slice(0, 1), 1, N), inferred, n_objects)
     push = torch.tensor([0.0, 0.0, 0.0, -0.1])  # upwards
     changes = {
         "half the gravity": Change(dynamics=lambda lgssm: scale_force(lgssm, 0.5)),

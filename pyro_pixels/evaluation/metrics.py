@@ -9,12 +9,12 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-import scipy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels._batch import object_mask, unseen_frames
+from pyro_pixels._matching import assign, pairwise_distances, reorder  # noqa: F401  # also of this module
 from pyro_pixels.data import ImageSequences, TrueDynamics
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.kalman import LGSSM
@@ -74,39 +74,6 @@ def map_to_pixels(latent: Tensor, data: ImageSequences) -> Affine:
     """Returns the `fit_affine` of inferred positions (n, N, T, 2) in the observed frames of sequences with N = 1."""
     assert data.positions is not None
     return fit_affine(latent, in_frames(data.positions, data.seen), data.n_objects)
-
-
-def pairwise_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the mean distance over time (B, N, N) between object i of ``a`` and object j of ``b``, (B, N, T, 2).
-
-    Frames where either is NaN do not count.
-    """
-    return (a.unsqueeze(2) - b.unsqueeze(1)).norm(dim=-1).nanmean(-1)
-
-
-def assign(predicted: Tensor, truth: Tensor, n_objects: Tensor) -> Tensor:
-    """Finds the best one-to-one assignment of each sequence, by mean distance over the frames with a true position.
-
-    Args:
-        predicted: (B, N, T, 2).
-        truth: (B, N, T, 2). A track that is NaN in all frames, in either, fits every other equally well.
-        n_objects: (B,).
-
-    Returns:
-        The order (B, N) int64: ``predicted[b, order[b, n]]`` belongs to ``truth[b, n]``; absent objects stay in place.
-    """
-    costs = pairwise_distances(predicted.detach(), truth)
-    costs = costs.masked_fill(costs.isnan(), 0.0)
-    order = torch.arange(predicted.shape[1]).repeat(len(predicted), 1)
-    for b, n in enumerate(n_objects.tolist()):
-        rows, columns = scipy.optimize.linear_sum_assignment(costs[b, :n, :n].numpy())
-        order[b, torch.from_numpy(columns)] = torch.from_numpy(rows)
-    return order
-
-
-def reorder(a: Tensor, order: Tensor) -> Tensor:
-    """Puts the objects of ``a`` (B, N, ...) in the order (B, N) that `assign` returned."""
-    return a[torch.arange(len(a)).unsqueeze(1), order]
 
 
 def in_frames(a: Tensor, frames: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pyro_pixels.lgssm.small_matrices import cholesky_solve, det_2x2, inverse_2x
 
 TRACK_NOISE = 0.02  # standard deviation of measurements around a path, in latent units
 LEAST_MASS = 1e-4  # of an object's pixels, so that its centroid is finite
+LATER_START = 0.03  # nats by which tracks must be likelier for each start before theirs; rounding is below 0.001
 
 
 class Pixels(NamedTuple):
@@ -86,11 +87,17 @@ class Tracks(NamedTuple):
         return math.log(self.clutter) + left_out - normaliser.unsqueeze(-1)
 
     def likeliest(self, pixels: Pixels, blobs: Tensor, penalty: Tensor, background: Tensor | None, keep: int) -> Tensor:
-        """Returns the ``keep`` of the S tracks (B, T, 4, N S) with the highest likelihood of the white pixels."""
+        """Returns the ``keep`` of the S tracks (B, T, 4, N S) with the highest likelihood of the white pixels.
+
+        Many starts lead to the same tracks with exchanged names. Of those, the earliest counts, so that names are not
+        decided by rounding. The tracks keep their order.
+        """
         log_r = _by_object(self.log_density(pixels, blobs, penalty), penalty.shape[1], background)
         log_mixture = reduce(torch.logaddexp, log_r.unbind(2))  # (B, T, S, k)
-        likelihood = (log_mixture @ pixels.v.unsqueeze(-1)).sum((1, 3))
-        best = likelihood.topk(keep, 1).indices
+        gain = log_mixture - log_mixture[:, :, :1]  # over the first start: sums stay small, and rounding with them
+        likelihood = (gain @ pixels.v.unsqueeze(-1)).sum((1, 3))
+        later = LATER_START * torch.arange(likelihood.shape[1], device=likelihood.device)
+        best = (likelihood - later).topk(keep, 1).indices.sort(1).values
         blobs = blobs.unflatten(-1, (penalty.shape[1], -1))
         return blobs.take_along_dim(best[:, None, None, None], -1).flatten(-2)
 

@@ -149,18 +149,18 @@ class StructuredGuide(Guide):
     def encode_observed(
         self, images: Tensor, n_objects: Tensor, observed: Tensor
     ) -> tuple[ConditionedTracks | FilteredTracks, dist.Categorical]:
-        observed = observed.expand(len(images), int(n_objects.max()), images.shape[1])
+        (B, T), N = images.shape[:2], int(n_objects.max())
+        observed = observed.expand(B, N, T)
         frames_seen = observed.any(1)  # (B, T)
-        images = torch.where(images.isnan() & ~frames_seen[..., None, None], 0.0, images)
-        seen = images * frames_seen[..., None, None]  # identities must not depend on generated images
-        some = frames_seen.any(0)
-        some = (some | ~some.any()).nonzero()
-        first = int(some.min())  # the network starts here
-        T = images.shape[1]
-        if T > DENSE_FRAMES:  # and ends after the last observed frame, as the head's work grows with T^3
-            T = int(some.max()) + 1
-        s = F.pad(self.rnn(images[:, first:T], n_objects), (0, 0, first, 0))
-        y, sigma = (F.pad(x, (0, 0, 0, images.shape[1] - T)) for x in self._measure(s, seen[:, :T], n_objects))
+        seen = torch.where(frames_seen[..., None, None], images, 0.0)
+        groups, measured = sequences_alike(frames_seen, seen), []
+        for rows, frames in groups:  # the network sees these frames alone: names do not depend on generated images
+            n, stop = n_objects[rows], int(frames[-1]) + 1  # the head's work grows with T^3
+            states = self.rnn(seen[rows][:, frames], n)
+            s = states.new_zeros(*states.shape[:2], stop, states.shape[-1]).index_copy(2, frames, states)
+            y_sigma = torch.stack(self._measure(s, seen[rows, :stop], n))  # (2, b, n, stop, 2)
+            measured.append(F.pad(y_sigma, (0, 0, 0, T - stop, 0, N - s.shape[1])))
+        y, sigma = torch.cat(measured, 1)[:, torch.cat([rows for rows, _ in groups]).argsort()]
         q_a = _tracks_given(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))
         return q_a, q_a.component
 
@@ -170,6 +170,24 @@ class StructuredGuide(Guide):
         tracks = any(isinstance(part, TrackingHead) for part in self.head.modules())
         told = {"others": others} if others and tracks else {}
         return self.head(s, images, n_objects, **told)  # type: ignore[no-any-return]
+
+
+def sequences_alike(frames_seen: Tensor, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Returns groups of sequences of which the same frames are seen, and among them the same ones are black.
+
+    Where tracks start depends on both, and must not depend on the other sequences of a batch.
+
+    Args:
+        frames_seen: (B, T) bool.
+        seen: (B, T, H, W), black in the other frames.
+
+    Returns:
+        The indices of the sequences of each group, and of the frames seen; the first frame if none is.
+    """
+    T = frames_seen.shape[1]
+    each, group = torch.cat([frames_seen, seen.flatten(2).amax(-1) > 0], 1).unique(dim=0, return_inverse=True)
+    each[:, 0] |= ~each[:, :T].any(1)
+    return [((group == i).nonzero().squeeze(1), mask[:T].nonzero().squeeze(1)) for i, mask in enumerate(each)]
 
 
 def _tracks_given(dynamics: Dynamics, y: Tensor, R: Tensor) -> ConditionedTracks | FilteredTracks:

@@ -12,6 +12,7 @@ from pyro_pixels.queries.latent_states import (
     retrodict,
     states,
 )
+from pyro_pixels.queries.numbering import numbered_as
 from pyro_pixels.queries.predict import (
     Inference,
     Prediction,
@@ -54,6 +55,7 @@ __all__ = [
     "interpolate",
     "log_evidence",
     "moves",
+    "numbered_as",
     "positions",
     "posterior_states",
     "reconstruct",

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_pixels._batch import counts, object_mask
 from pyro_pixels._checks import check_number
 from pyro_pixels._convert import as_batch, checked_batch
+from pyro_pixels._matching import reorder
 from pyro_pixels._pyro import check_precision_of
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.missing import q_where_known
@@ -28,6 +29,7 @@ from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.masks import checked_mask, frames_seen_in, gaps_of, seen_or_none, sequence_mask
 from pyro_pixels.queries.moments import moments_of, prior_moments
+from pyro_pixels.queries.numbering import order_as_in, reordered
 from pyro_pixels.queries.parts import in_parts, join, joined_groups, rows_of_parts
 
 
@@ -205,6 +207,7 @@ def interpolate(
     *,
     n_samples: int = 0,
     covariances: bool = True,
+    inferred: Inference | None = None,
 ) -> Prediction:
     """Infers missing frames (Sec 3.5): between observed ones, before the first or after the last; or hidden objects.
 
@@ -221,19 +224,27 @@ def interpolate(
         guide: the trained guide.
         images: (B, T, H, W); frames in which no object is observed are ignored, whatever they hold.
         n_objects: (B,), a list, or one number for all sequences.
-        observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object in the guide's order, with
-            at least one true frame in every sequence. If these are all NaN, the prediction is p(a).
+        observed: bool, (T,) for all sequences, (B, T) for each, or (B, N, T) for each object, with at least one true
+            frame in every sequence. If these are all NaN, the prediction is p(a).
         n_samples: S, 0 for no samples.
         covariances: False leaves ``cov`` NaN, which takes less time.
+        inferred: a result of `infer` for these sequences. Objects are numbered as in it, in ``observed`` and in the
+            result, by `numbered_as`; by default they are numbered as by the guide given these frames.
 
     Raises:
-        ValueError: if ``observed`` is not such a mask, or as in `infer`.
+        ValueError: if ``observed`` is not such a mask, or as in `infer` and `numbered_as`.
     """
     n_samples = check_number("n_samples", n_samples, 0)
     images, n_objects = checked_batch(images, n_objects, values=False)
     observed = checked_mask(observed, images, n_objects)
     patterns = frames_seen_in(observed)  # (T,) or (B, T)
     images = images.to(guide.dtype)
+    if inferred is not None:
+        own = interpolate(model, guide, images, n_objects, patterns, covariances=False)
+        order = order_as_in(inferred, own.mean, n_objects, patterns)
+        mask = reorder(observed, order.argsort(1)) if observed.dim() == 3 and observed.shape[1] > 1 else patterns
+        found = interpolate(model, guide, images, n_objects, mask, n_samples=n_samples, covariances=covariances)
+        return reordered(found, order)
     if patterns.dim() == 1:
         return _interpolate(model, guide, images, n_objects, observed, patterns, n_samples, covariances)
     each, group = patterns.unique(dim=0, return_inverse=True)
