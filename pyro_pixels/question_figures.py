@@ -26,7 +26,7 @@ from pyro_pixels.queries.evidence import count_objects, log_evidence
 from pyro_pixels.queries.latent_states import filter_states, moves, positions, retrodict, states
 from pyro_pixels.queries.masks import seen_or_none
 from pyro_pixels.queries.numbering import numbered_as
-from pyro_pixels.queries.predict import States, infer, interpolate, smooth
+from pyro_pixels.queries.predict import Inference, States, infer, interpolate, smooth
 from pyro_pixels.queries.streaming import forecast, start, start_images, step, step_image
 from pyro_pixels.result_tables import markdown
 from pyro_pixels.run_figures import RunView
@@ -67,7 +67,8 @@ class Scene(RunView):
         self.rows, self.n_samples = self.pick(per_n), n_samples
         rows = self.rows.to(device)
         self.drawn = (self.images[rows], self.n_objects[rows], self.inference.mean[rows])
-        self.drawn_inference = self.inference._replace(mean=self.drawn[2], std=self.inference.std[rows], samples=None)
+        std, cov = self.inference.std[rows], self.inference.cov
+        self.drawn_inference = Inference(self.drawn[2], std, None, None if cov is None else cov[rows])
 
     def regions(self, found: Gaussians, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns means and covariances of positions as `tracks` plots them, of all sequences or of ``rows``."""
