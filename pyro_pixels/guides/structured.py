@@ -159,7 +159,7 @@ class StructuredGuide(Guide):
             states = self.rnn(seen[rows][:, frames], n)
             s = states.new_zeros(*states.shape[:2], stop, states.shape[-1]).index_copy(2, frames, states)
             y_sigma = torch.stack(self._measure(s, seen[rows, :stop], n))  # (2, b, n, stop, 2)
-            measured.append(F.pad(y_sigma, (0, 0, 0, T - stop, 0, N - s.shape[1])))
+            measured.append(F.pad(y_sigma, (0, 0, 0, T - stop, 0, N - s.shape[1]), value=1.0))  # finite
         y, sigma = torch.cat(measured, 1)[:, torch.cat([rows for rows, _ in groups]).argsort()]
         q_a = _tracks_given(self.dynamics, y, torch.where(observed.unsqueeze(-1), sigma.square(), UNSEEN))
         return q_a, q_a.component

@@ -1,4 +1,4 @@
-"""Mean and covariance of a guide's distribution q(a | v) of any family, in the precision of exact inference."""
+"""Means and covariances: of a guide's distribution q(a | v) of any family, of p(a), and of states."""
 
 from typing import NamedTuple
 
@@ -17,6 +17,18 @@ class Moments(NamedTuple):
 
     mean: Tensor  # (B, N, T, 2)
     cov: Tensor  # (B, N, T, 2, 2), of a_t; diagonal if the distribution has no ``frame_covariance``
+
+
+class States(NamedTuple):
+    """The exact p(h | a) and p(z | a): positions and velocities given positions.
+
+    Positions determine (vx, vy) only up to the drift in u; `latent_states.moves` returns the motion per frame.
+    """
+
+    mean: Tensor  # (..., T, 4), E[h_t | a], averaged over components
+    cov: Tensor  # (..., T, 4, 4)
+    p_z: Tensor  # (..., K), or (..., T, K) for filtered states
+    samples: Tensor | None = None  # (S, ..., T, 4), paths
 
 
 def prior_moments(dynamics: Dynamics, n_frames: int) -> kalman.Gaussians:
@@ -47,3 +59,8 @@ def moments_of(q_a: dist.TorchDistribution) -> Moments:
         mean, cov = samples.mean(0), torch.diag_embed(samples.var(0)) if cov is None else cov
     dtype = kalman.exact_dtype(mean.device)
     return Moments(mean.to(dtype), cov.to(dtype))
+
+
+def no_covariance(mean: Tensor) -> Tensor:
+    """Returns covariances of NaN for means (..., 2), without memory of their own."""
+    return mean.new_full((), torch.nan).expand(*mean.shape, 2)

@@ -28,7 +28,7 @@ from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.masks import checked_mask, frames_seen_in, gaps_of, seen_or_none, sequence_mask
-from pyro_pixels.queries.moments import moments_of, prior_moments
+from pyro_pixels.queries.moments import States, moments_of, no_covariance, prior_moments
 from pyro_pixels.queries.numbering import order_as_in, reordered
 from pyro_pixels.queries.parts import in_parts, join, joined_groups, rows_of_parts
 
@@ -54,18 +54,6 @@ class Inference(NamedTuple):
         mean, std = self.mean[part, :most_objects], self.std[part, :most_objects]
         samples = None if self.samples is None else self.samples[:, part, :most_objects]
         return Inference(mean, std, samples, None if self.cov is None else self.cov[part, :most_objects])
-
-
-class States(NamedTuple):
-    """The exact p(h | a) and p(z | a): positions and velocities given positions.
-
-    Positions determine (vx, vy) only up to the drift in u; `latent_states.moves` returns the motion per frame.
-    """
-
-    mean: Tensor  # (..., T, 4), E[h_t | a], averaged over components
-    cov: Tensor  # (..., T, 4, 4)
-    p_z: Tensor  # (..., K), or (..., T, K) for filtered states
-    samples: Tensor | None = None  # (S, ..., T, 4), paths
 
 
 class Prediction(NamedTuple):
@@ -297,7 +285,7 @@ def _predict(
     elif (knows_dynamics := guide.encode_observed(guide.see(images), n_objects, observed)) is not None:
         q_a, p_z = knows_dynamics
         mean, k = q_a.mean, p_z.logits.argmax(-1)
-        cov = q_a.frame_covariance if covariances else _no_covariance(mean)  # type: ignore[attr-defined]
+        cov = q_a.frame_covariance if covariances else no_covariance(mean)  # type: ignore[attr-defined]
         if n_samples:
             samples = q_a.sample(torch.Size((n_samples,)))
     else:
@@ -311,7 +299,7 @@ def _predict(
         lgssm = select_component(dynamics.lgssm(), k)
         smoothed = kalman.observation_moments(lgssm, kalman.rts_smoother(lgssm, seen, observed))
         mean = torch.where(known, seen, smoothed.mean)
-        cov = _no_covariance(mean)
+        cov = no_covariance(mean)
         if covariances:
             cov = torch.where(known.unsqueeze(-1), seen_cov, smoothed.cov)
         if n_samples:
@@ -322,7 +310,3 @@ def _predict(
             )
     sample_images = None if samples is None else render(model, samples, n_objects)
     return Prediction(mean, cov, render(model, mean, n_objects), observed, k, samples, sample_images)
-
-
-def _no_covariance(mean: Tensor) -> Tensor:
-    return mean.new_full((), torch.nan).expand(*mean.shape, 2)
