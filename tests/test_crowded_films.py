@@ -219,6 +219,46 @@ def test_a_track_that_goes_on_after_a_gap_is_the_same_particle(gap):
     assert links.best.all()
 
 
+def test_shared_frames_tell_more_than_a_forecast():
+    """The second sequence is wrong in its first half, where the first one ends."""
+    line = np.stack([0.5 * np.arange(20), np.full(20, 20.0)], -1)
+    a = np.stack([line[t : t + 10] for t in (0, 5, 10)])[:, None]
+    a[1, 0, :5, 1] += np.linspace(9, 1, 5)
+    a[1, 0, 5:, 1] += 0.1
+    links = link_tracks(a, np.ones(a.shape[:3]), [1] * 3, [(0, 0), (0, 5), (0, 10)], [10] * 3)
+    assert links.particles[:, 0].tolist() == [0, 1, 1]
+
+
+def test_positions_that_are_nan_are_no_estimates():
+    a = np.stack([np.arange(12.0), np.zeros(12)], -1)
+    a = np.stack([a[:6], a[5:11], a[11:][[0] * 6]])[:, None]
+    a[0, 0, 5] = a[1, 0, 4:] = np.nan
+    variances = np.ones((3, 1, 6))
+    variances[1, 0, 1] = np.inf
+    links = link_tracks(a, variances, [1, 1, 1], [(0, 0), (0, 5), (0, 11)], [6, 6, 1])
+    assert links.particles[:, 0].tolist() == [0, 0, 0]  # each begins where the one before leads
+    counted = [[1, 1, 1, 1, 1, 0], [1, 0, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]]
+    assert links.best[:, 0].astype(int).tolist() == counted
+    assert link_tracks(a[:0], variances[:0], [], [], []).particles.shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variances": np.ones((2, 1, 5))}, r"wanted \(n, N, T, 2\) and \(n, N, T\)"),
+        ({"n_objects": [1, 2]}, "n_objects has values from 1 to 2; wanted 0 to 1"),
+        ({"lengths": [4, 5]}, "lengths has values from 4 to 5; wanted 0 to 4"),
+        ({"starts": [(0, 0)]}, "starts has length 1 for positions of 2 sequences"),
+        ({"starts": [(0, 0), (0, -1)]}, "starts has the frame -1"),
+    ],
+)
+def test_tracks_that_do_not_fit_are_refused(change, message):
+    given = {"positions": np.zeros((2, 1, 4, 2)), "variances": np.ones((2, 1, 4)), "n_objects": [1, 1]}
+    given |= {"starts": [(0, 0), (0, 2)], "lengths": [4, 4]} | change
+    with pytest.raises(ValueError, match=message):
+        link_tracks(*(given[name] for name in ("positions", "variances", "n_objects", "starts", "lengths")))
+
+
 def test_frames_beyond_a_films_end_link_nothing():
     a = np.zeros((2, 1, 6, 2))
     a[0, :, :4] = 9

@@ -88,7 +88,9 @@ def check_film(data: ImageSequences) -> list[str]:
             "They are modelled; blurred objects and uneven light can be removed (prepare.py --background local)"
         )
     if fewer > 0.2:
-        warnings.append(f"{fewer:.0%} of the frames show fewer objects than n_objects (prepare.py --n-objects)")
+        warnings.append(
+            f"{fewer:.0%} of the frames show fewer objects than n_objects (prepare.py --n-objects, --threshold)"
+        )
     edge = frames[:, [0, -1]].any((1, 2)) | frames[:, :, [0, -1]].any((1, 2))
     if float(edge.mean()) > 0.2:
         warnings.append(

@@ -46,17 +46,12 @@ class _Particles:
 
     def match(self, tracks: Floats, frames: slice, within: float) -> list[int]:
         """Returns the particle of each track (N, L, 2) of one sequence: those so far, or else new ones."""
-        recent = np.flatnonzero(self.last[: self.count] >= frames.start - GAP)
-        found = np.full(len(tracks), -1)
-        if len(recent):
-            apart = np.where(
-                self.last[recent] >= frames.start,
-                _mean_distances(tracks, self.tracks[recent, frames]),
-                np.linalg.norm(tracks[:, :1] - self._forecasts(recent, frames.start), axis=-1),
-            )
-            chosen = linear_sum_assignment(np.minimum(apart, within))
-            near = apart[chosen] < within
-            found[chosen[0][near]] = recent[chosen[1][near]]
+        last, found = self.last[: self.count], np.full(len(tracks), -1)
+        shared = np.flatnonzero(last >= frames.start)
+        _assign(found, shared, _mean_distances(tracks, self.tracks[shared, frames]), within)
+        ended = np.flatnonzero((last >= max(0, frames.start - GAP)) & (last < frames.start))
+        apart = np.linalg.norm(tracks[:, :1] - self._forecasts(ended, frames.start), axis=-1)
+        _assign(found, ended, apart, within)  # what shared frames tell comes first
         new = found < 0
         found[new] = self.count + np.arange(new.sum())
         self.count += int(new.sum())
@@ -74,12 +69,22 @@ class _Particles:
         return self.tracks[particles, last] + velocity * (frame - last)[:, None]
 
     def add(self, particle: int, track: Floats, variance: Floats, frames: slice, which: int) -> None:
-        """Takes over the estimates of a track (L, 2) where no other has a smaller variance."""
-        better = variance < self.variances[particle, frames]
+        """Takes over the estimates of a track (L, 2) where no other has a smaller variance; NaN are no estimates."""
+        better = (variance < self.variances[particle, frames]) & np.isfinite(track).all(-1)
         self.tracks[particle, frames][better] = track[better]
         self.variances[particle, frames][better] = variance[better]
         self.objects[particle, frames][better] = which
-        self.last[particle] = max(self.last[particle], frames.stop - 1)
+        if better.any():
+            self.last[particle] = max(self.last[particle], frames.start + int(np.flatnonzero(better)[-1]))
+
+
+def _assign(found: Indices, particles: Indices, apart: Floats, within: float) -> None:
+    """Gives the tracks that have none in ``found`` (N,) the nearest particles, one to one, by distances (N, P)."""
+    left = np.flatnonzero(found < 0)
+    apart = np.nan_to_num(apart[left], nan=np.inf)
+    rows, columns = linear_sum_assignment(np.minimum(apart, within))
+    near = apart[rows, columns] < within
+    found[left[rows[near]]] = particles[columns[near]]
 
 
 def _mean_distances(tracks: Floats, others: Floats) -> Floats:
@@ -103,9 +108,10 @@ def link_tracks(
     """Links the tracks of sequences that share frames of a film.
 
     Sequences are taken in the order of their first frames. The objects of each are matched to the particles so far, one
-    to one, so that the sum of their distances is smallest: means over shared frames or, for a particle that ended up to
-    `GAP` frames before, the distance of the object's first position from where the particle's velocity leads. Pairs
-    farther apart than ``within`` are not matched. An object without a match is a new particle.
+    to one, so that the sum of their mean distances over shared frames is smallest; those that are left, to particles
+    that ended up to `GAP` frames before, by the distance of the object's first position from where the particle's
+    velocity leads. Pairs that are ``within`` apart or farther are not matched. An object without a match is a new
+    particle. Estimates do not count where position or variance is not finite.
 
     Args:
         positions: (n, N, T, 2), in one system of coordinates for all sequences of a film.
@@ -114,9 +120,13 @@ def link_tracks(
         starts: the film of each sequence, and the frame in it at which the sequence begins.
         lengths: (n,), the number of frames of each sequence that belong to the film.
         within: in the units of the positions.
+
+    Raises:
+        ValueError: if shapes do not fit each other, or numbers are out of range.
     """
     a, S = np.asarray(positions, np.float64), np.asarray(variances, np.float64)
     N, L = np.asarray(n_objects, np.int64), np.asarray(lengths, np.int64)
+    _check(a, S, N, L, starts)
     particles, best, total = np.full(a.shape[:2], -1), np.zeros(a.shape[:3], bool), 0
     rows_of: dict[int, list[int]] = {}
     for b in sorted(range(len(a)), key=lambda b: starts[b]):
@@ -136,3 +146,17 @@ def link_tracks(
             particles[b, : N[b]] += total
         total += film.count
     return Links(particles, best)
+
+
+def _check(a: Floats, S: Floats, N: Indices, L: Indices, starts: Sequence[tuple[int, int]]) -> None:
+    if a.ndim != 4 or a.shape[-1] != 2 or S.shape != a.shape[:3]:
+        raise ValueError(f"positions have shape {a.shape}, variances {S.shape}; wanted (n, N, T, 2) and (n, N, T)")
+    n, most, T = S.shape
+    for name, x in (("n_objects", N), ("starts", starts), ("lengths", L)):
+        if len(x) != n:
+            raise ValueError(f"{name} has length {len(x)} for positions of {n} sequences")
+    for name, x, top in (("n_objects", N, most), ("lengths", L, T)):
+        if n and not (x.min() >= 0 and x.max() <= top):
+            raise ValueError(f"{name} has values from {x.min()} to {x.max()}; wanted 0 to {top}, as in the positions")
+    if any(frame < 0 for _, frame in starts):
+        raise ValueError(f"starts has the frame {min(frame for _, frame in starts)}; wanted 0 or later")

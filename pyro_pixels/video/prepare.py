@@ -170,7 +170,7 @@ def prepare_video(
         offset = (0, 0)
         starts, corners, counts = _windows(white, starts, T, window, notes)
         images = [_in_window(kept[film][t : t + T], c, window) for (film, t), c in zip(starts, corners)]
-    n, keep = _numbers(given, counts, [film for film, _ in starts], len(films), notes)
+    n, keep = _numbers(given, counts, [film for film, _ in starts], len(films), notes, in_windows=window is not None)
     if not any(keep):
         raise ValueError("no sequence shows an object; lower the threshold, or look at the contact sheet")
     chosen_images = [x for x, k in zip(images, keep) if k]
@@ -271,10 +271,13 @@ def _cuts(
         raise ValueError(f"frames is {T}; wanted from 2 to the length of the longest film, {max(lengths)}")
     stride = max(1, T // 2) if stride is None else stride
     notes.append(f"cut into sequences of {T} frames, one every {stride}")
+    starts = [range(0, max(L - T, 0) + 1, stride) for L in lengths]
+    between = sum((len(each) - 1) * max(0, stride - T) for each in starts)
     left = sum(max(L - T, 0) % stride for L in lengths)
-    if left:
-        notes.append(f"{left} frames at the ends of films are in no sequence; to keep them, choose another --stride")
-    return [(i, t) for i, L in enumerate(lengths) for t in range(0, max(L - T, 0) + 1, stride)], T
+    if left + between:
+        where = "at the ends of films" if not between else "between sequences or at the ends of films"
+        notes.append(f"{left + between} frames {where} are in no sequence; to keep them, choose another --stride")
+    return [(i, t) for i, each in enumerate(starts) for t in each], T
 
 
 def _lengths(what: str, lengths: list[int]) -> str:
@@ -318,6 +321,8 @@ def _numbers(
     film: list[int],
     n_films: int,
     notes: list[str],
+    *,
+    in_windows: bool,
 ) -> tuple[list[int], list[bool]]:
     """Returns N of each sequence, and whether each has any object."""
     if n_objects is not None:
@@ -334,8 +339,9 @@ def _numbers(
         return n, [True] * len(n)
     n = [number_of_objects(c) for c in counts]
     agree = float(np.mean([np.mean(c == k) for c, k in zip(counts, n)]))
+    other = "another --threshold" if in_windows else "--n-objects"
     notes.append(f"n_objects was counted: {agree:.0%} of the frames show that many components"
-                 + ("; check the contact sheet, or give --n-objects" if agree < 0.8 else ""))  # fmt: skip
+                 + (f"; check the contact sheet, or give {other}" if agree < 0.8 else ""))  # fmt: skip
     keep = [k > 0 for k in n]
     if not all(keep):
         notes.append(f"{len(keep) - sum(keep)} sequences without an object were left out")
