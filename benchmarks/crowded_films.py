@@ -152,14 +152,15 @@ def draw(tracks: Tracks, frames: NDArray[np.float32], windows: NDArray[np.int64]
     return figure
 
 
-def draw_colloids(source: Path, first: int = 98) -> None:
-    """Tracks the colloids and draws FIGURE."""
+def draw_colloids(source: Path, near: int = 100) -> None:
+    """Tracks the colloids and draws FIGURE, of the clip that begins nearest to a frame."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         options = ("--background", "local", "--grey", "--threshold", "0.4")
         tracks = track(str(source / "*.png"), folder, *options, likelihood="gaussian")
         origin = load_source(folder / "mine.npz")
     assert origin is not None
+    first = min((t for _, t in origin.first_frames), key=lambda t: abs(t - near))
     windows = [c for c, start in zip(origin.windows, origin.first_frames) if start == (0, first)]
     frames = read_films(str(source / "*.png"))[0][first : first + T]
     figure = draw(tracks, frames, np.array(windows), first)
