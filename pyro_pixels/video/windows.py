@@ -10,13 +10,12 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from pyro_pixels.guides.pixel_evidence import WITHIN_FRAMES
 from pyro_pixels.video.check import count_components, number_of_objects
 
 EDGE = 2  # pixels at a window's edge that no object enters
 MOST = 3  # objects in a window
 DUST = 1 / 4  # components with a smaller share of the median size are no objects
-WITHIN_FRAMES = np.zeros((3, 3, 3), bool)
-WITHIN_FRAMES[1] = True  # 8 neighbours in the same frame, none in other frames
 
 
 class Window(NamedTuple):
