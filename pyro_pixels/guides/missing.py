@@ -102,10 +102,11 @@ def q_where_known(
     n_objects = counts(n_objects, len(images), images)
     check_batch(images, n_objects, values=True)
     seen = ~unseen_frames(images).unsqueeze(1)
-    white = guide.see(images).flatten(2).amax(-1) > 0  # (B, T)
+    shown = guide.see(images)
+    white = shown.flatten(2).amax(-1) > 0  # (B, T)
     alike = bool((seen & (white == white[:1]).unsqueeze(1)).all())  # else `encode` would mix sequences that differ
     if not alike:
-        knows_dynamics = guide.encode_observed(guide.see(images), n_objects, seen)
+        knows_dynamics = guide.encode_observed(shown, n_objects, seen)
         if knows_dynamics is not None:
             return knows_dynamics[0], torch.ones_like(seen).unsqueeze(-1)
         if filled is not None and not bool(seen.all()):

@@ -41,12 +41,14 @@ def without_dust(white: NDArray[np.bool_], least: int) -> NDArray[np.bool_]:
 
 
 def find_windows(white: NDArray[np.bool_], side: int) -> list[Window]:
-    """Returns windows of ``side`` pixels, each with one to three objects; an object that fits into one is in one.
+    """Returns windows of ``side`` pixels, each with one to three objects, around all regions for which there is one.
 
-    Of all places around a region, the one with the fewest regions is chosen, and among these the most central.
+    Of all places around a region at whose edge there is no object, the one with the fewest regions is chosen, and among
+    these the most central. Regions that an earlier window holds get none of their own.
 
     Args:
         white: (T, H, W), the objects' pixels, without noise.
+        side: at least 8.
     """
     swept = np.asarray(white.any(0))
     labels, n = scipy.ndimage.label(swept, np.ones((3, 3)))
