@@ -15,7 +15,7 @@ from benchmarks.densities import METHODS, TRACKS, value_and_gradients
 from benchmarks.steps import OurStep, make_step, with_objects
 from benchmarks.timing import Stopwatch
 from pyro_pixels.config import RunConfig
-from pyro_pixels.guides import fused as kernels
+from pyro_pixels import _fused as kernels
 from pyro_pixels.guides import recurrence, structured
 from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.presets import PRESETS

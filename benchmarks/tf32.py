@@ -10,7 +10,7 @@ import torch
 from benchmarks.by_hand import Variants, fused, steps_within
 from benchmarks.steps import with_objects
 from benchmarks.timing import Stopwatch
-from pyro_pixels.guides.fused import matmul_precision
+from pyro_pixels._fused import matmul_precision
 from pyro_pixels.presets import PRESETS
 
 

@@ -3,29 +3,40 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 
-from pyro_pixels.guides import following, fused, recurrence
+from pyro_pixels import _fused as fused
+from pyro_pixels.guides import following, recurrence
 from pyro_pixels.guides.recurrence import _Recurrence, recur_reference
+from pyro_pixels.model import drawing, renderer
 
 CPU = torch.device("cpu")
 INTERPRETED = """
 import torch
+from pyro_pixels._fused import matmul_precision
 from pyro_pixels.guides import following, fused_following, fused_recurrence, recurrence
+from pyro_pixels.model import drawing, fused_canvas, renderer
 FusedRecurrence = fused_recurrence.FusedRecurrence
-print(recurrence.largest_difference(FusedRecurrence, torch.device("cpu")))
-print(following.largest_difference(fused_following.follow, torch.device("cpu")))
-for N, T, B, D in ((1, 1, 1, 3), (1, 4, 2, 6), (2, 1, 3, 5), (3, 5, 2, 6), (4, 2, 1, 1025)):
-    torch.manual_seed(0)
-    scale = D ** -0.5
-    inputs = [(torch.randn(shape) * scale).requires_grad_() for shape in ((T, B, 2 * D), (N, B, D), (2 * D, 2 * D))]
-    found = []
-    for function in (FusedRecurrence.apply, recurrence.recur_reference):
-        s = function(*inputs)
-        found.append([s, *torch.autograd.grad((3 * s).cos().sum(), inputs)])
-    print(max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found)))
+cpu = torch.device("cpu")
+print(recurrence.largest_difference(recurrence._Recurrence, FusedRecurrence, cpu))
+print(following.largest_difference(following.follow_reference, fused_following.follow, cpu))
+print(drawing.largest_difference(renderer.draw, fused_canvas.FusedCanvas.apply, cpu))
+for precision, accuracy in (("highest", 1e-6), ("high", 2.0**-11)):
+    for size in (1e-6, 1, 1e6):  # of gradients
+        for N, T, B, D in ((1, 1, 1, 3), (1, 4, 2, 6), (2, 1, 3, 5), (3, 5, 2, 6), (4, 2, 1, 1025), (2, 3, 40, 130)):
+            torch.manual_seed(0)
+            shapes = (T, B, 2 * D), (N, B, D), (2 * D, 2 * D)
+            inputs = [(torch.randn(shape) * D ** -0.5).requires_grad_() for shape in shapes]
+            found = []
+            for function in (FusedRecurrence.apply, recurrence.recur_reference):
+                with matmul_precision(precision):
+                    s = function(*inputs)
+                    found.append([s, *torch.autograd.grad(size * (3 * s).cos().sum(), inputs)])
+            off = max(float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(*found))
+            print(1e-6 * off / accuracy)
 """
 
 
@@ -47,10 +58,12 @@ def test_kernels_that_cannot_run_are_replaced(monkeypatch):
     plain = following.follow_reference
     with pytest.warns(UserWarning, match="fused kernels are disabled"):
         assert fused.checked(CPU, plain, following._fused, following.largest_difference) is plain
+    with pytest.warns(UserWarning, match="fused kernels are disabled"):
+        assert fused.checked(CPU, renderer.draw, drawing._fused, drawing.largest_difference) is renderer.draw
 
 
 def test_a_recursion_that_computes_something_else_is_found_out():
-    largest_difference = recurrence.largest_difference
+    largest_difference = partial(recurrence.largest_difference, _Recurrence)
     assert largest_difference(_Recurrence, CPU) == 0
 
     class ForgetsTheGradientOfImages(torch.autograd.Function):
@@ -92,12 +105,36 @@ def test_tracks_that_are_followed_otherwise_are_found_out():
     def other_orders(*args):
         return plain(*args[:5], args[5].flip(0))
 
-    assert following.largest_difference(plain, CPU) == 0
+    assert following.largest_difference(plain, plain, CPU) == 0
     for wrong in (no_clutter, no_claims, all_present, other_orders):
-        assert following.largest_difference(wrong, CPU) > 10 * fused.TOLERANCE
+        assert following.largest_difference(plain, wrong, CPU) > 10 * fused.TOLERANCE
 
     def gives_nan(*args):
         return plain(*args) * torch.nan
 
     with pytest.warns(UserWarning, match="differ by nan from those of plain operations"):
         assert fused.checked(CPU, plain, lambda: gives_nan, following.largest_difference) is plain
+
+
+def test_a_canvas_drawn_otherwise_is_found_out():
+    """Positions, the mask and each weight matter to the comparison."""
+    draw = renderer.draw
+
+    def all_present(a, present, *weights):
+        return draw(a, torch.ones_like(present), *weights)
+
+    def without(i):
+        def wrong(a, present, *weights):
+            return draw(a, present, *(w.detach() if i == n else w for n, w in enumerate(weights)))
+
+        return wrong
+
+    def other_order(a, present, *weights):
+        return draw(a.flip(1), present.flip(1), *weights)
+
+    assert drawing.largest_difference(draw, draw, CPU) == 0
+    for wrong in (all_present, other_order):
+        assert drawing.largest_difference(draw, wrong, CPU) > 10 * fused.TOLERANCE
+    for i in range(5):
+        with pytest.raises(RuntimeError, match="not have been used"):
+            drawing.largest_difference(draw, without(i), CPU)

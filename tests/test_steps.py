@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_pixels._batch import Known, knowing
 from pyro_pixels.guides import following, recurrence
-from pyro_pixels.guides import fused as fused_kernels
+from pyro_pixels import _fused as fused_kernels
 from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.training.checkpoints import load_checkpoint
 from pyro_pixels.training.elbo import AnnealedELBO

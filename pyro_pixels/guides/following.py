@@ -15,7 +15,7 @@ from pyro_pixels.guides.association import (
     with_slopes,
 )
 from pyro_pixels.guides.forecasts import DETECTION_ROUNDS, DETECTION_WIDTH, Forecasts
-from pyro_pixels.guides.fused import choose
+from pyro_pixels._fused import choose
 
 
 def follow(tracks: Tracks, pixels: Pixels, claim: Tensor, penalty: Tensor, orders: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def _fused() -> Any:
     return fused_following.follow
 
 
-def largest_difference(function: Any, device: torch.device) -> float:
-    """Returns the largest difference of measurements, of order 1, between a function and `follow_reference`."""
+def largest_difference(plain: Any, function: Any, device: torch.device) -> float:
+    """Returns the largest difference of measurements, of order 1, between a function and the plain one."""
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
     differences = []
     for N, k, B, S, T, clutter in (
@@ -87,7 +87,7 @@ def largest_difference(function: Any, device: torch.device) -> float:
         (5, 20, 2, 2, 7, 0.1),
     ):
         arguments = _random_arguments(N, k, B, S, T, clutter, generator, device)
-        wanted, found = (each(*arguments) for each in (follow_reference, function))
+        wanted, found = (each(*arguments) for each in (plain, function))
         there = (arguments[4] == 0).repeat_interleave(S, 1).view(B, 1, 1, N * S)
         differences.append(torch.where(there, found - wanted, 0.0).abs().max())
     return float(torch.stack(differences).max())  # NaN if any is

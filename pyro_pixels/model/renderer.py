@@ -8,9 +8,11 @@ object (when N varies within a batch) leaves the canvas exactly as it was.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_pixels._init import init_as_paper
+from pyro_pixels.model.drawing import fastest
 
 
 class Renderer(nn.Module):
@@ -62,8 +64,17 @@ class Renderer(nn.Module):
             Logits of the pixels (..., T, H, W).
         """
         a = torch.where(present[..., None, None], a.to(self.theta_x0.dtype), 0.0)  # 0 * NaN would be NaN
-        x = self.theta_x0.tanh()
-        for n in range(a.shape[-3]):
-            alpha = torch.sigmoid(self.to_alpha(a[..., n, :, :])) * present[..., n, None, None]
-            x = torch.lerp(x, torch.tanh(self.to_x(a[..., n, :, :])), alpha)
+        weights = (w for layer in (self.to_alpha, self.to_x) for w in (layer.weight, layer.bias))
+        x = fastest(draw, a)(a, present, self.theta_x0, *weights)
         return self.to_v(x).unflatten(-1, (self.height, self.width))
+
+
+def draw(
+    a: Tensor, present: Tensor, theta_x0: Tensor, W_alpha: Tensor, b_alpha: Tensor, W_x: Tensor, b_x: Tensor
+) -> Tensor:
+    """Returns the canvas x (..., T, D) after all objects, Eq (1), for positions and mask as in `Renderer`."""
+    x = theta_x0.tanh()
+    for n in range(a.shape[-3]):
+        alpha = torch.sigmoid(F.linear(a[..., n, :, :], W_alpha, b_alpha)) * present[..., n, None, None]
+        x = torch.lerp(x, torch.tanh(F.linear(a[..., n, :, :], W_x, b_x)), alpha)
+    return x

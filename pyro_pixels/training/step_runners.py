@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pyro_pixels._batch import Known, knowing
+from pyro_pixels.lgssm.sharing import computing_beside
 from pyro_pixels.training.elbo import AnnealedELBO
 
 WARM_UP = 3  # ordinary steps before a recording, which load libraries and create the optimiser's state
@@ -210,7 +211,7 @@ class CapturedSteps(Steps):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._stream = torch.cuda.Stream(self.totals.device)
+        self._stream, self._beside = (torch.cuda.Stream(self.totals.device) for _ in range(2))
         self._memory = torch.cuda.graph_pool_handle()  # shared by all recordings, as no two are replayed at once
         self._taken: dict[Hashable, int] = {}
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Batch]] = {}
@@ -277,7 +278,7 @@ class CapturedSteps(Steps):
 
     def _take_as_recorded(self, batch: Batch) -> None:
         """Takes an ordinary step that reads nothing from the device, without Pyro's validation of every value."""
-        with knowing(batch.known), pyro.validation_enabled(False):
+        with knowing(batch.known), pyro.validation_enabled(False), computing_beside(self._beside):
             super().take(batch)
 
     def _record(self, kind: Hashable, batch: Batch) -> None:

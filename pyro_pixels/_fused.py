@@ -1,9 +1,9 @@
-"""Triton kernels in the place of plain torch operations: on CUDA, in float32, with ``PYRO_PIXELS_FUSED=1``.
+"""Triton kernels in the place of plain torch operations: on CUDA, in float32, unless ``PYRO_PIXELS_FUSED=0``.
 
-On a GPU the time of a step is determined by the number of its kernels. `fused_recurrence` and `fused_following` do in
-one kernel what takes torch many. They are off by default, because no complete training has been run with them yet. On
-each device a function is compared with the plain one when it is first used; if they differ, or if the kernel cannot be
-compiled, the plain one is used, with a warning.
+On a GPU the time of a step is determined by the number of its kernels. `guides.fused_recurrence`,
+`guides.fused_following` and `model.fused_canvas` do in one or two kernels what takes torch many. On each device a
+function is compared with the plain one when it is first used; if they differ, or if the kernel cannot be compiled, the
+plain one is used, with a warning.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-ENABLED = os.environ.get("PYRO_PIXELS_FUSED", "0") == "1"
+ENABLED = os.environ.get("PYRO_PIXELS_FUSED", "1") != "0"
 TOLERANCE = 1e-4  # of results of order 1, in float32
 
 Function = TypeVar("Function")
@@ -23,7 +23,10 @@ _CHOSEN: dict[tuple[Any, torch.device], Any] = {}
 
 
 def choose(
-    x: Tensor, plain: Function, fused: Callable[[], Function], difference: Callable[[Function, torch.device], float]
+    x: Tensor,
+    plain: Function,
+    fused: Callable[[], Function],
+    difference: Callable[[Function, Function, torch.device], float],
 ) -> Function:
     """Returns the function to use for tensors such as x, fused or plain.
 
@@ -31,7 +34,7 @@ def choose(
         x: an argument of the function.
         plain: the function in torch operations.
         fused: imports and returns the fused function.
-        difference: returns the largest difference of results, of order 1, between a function and the plain one.
+        difference: returns the largest difference of results, of order 1, between the plain function and another.
     """
     if not (ENABLED and x.device.type == "cuda" and x.dtype == torch.float32):
         return plain
@@ -47,13 +50,13 @@ def checked(
     device: torch.device,
     plain: Function,
     fused: Callable[[], Function],
-    difference: Callable[[Function, torch.device], float],
+    difference: Callable[[Function, Function, torch.device], float],
 ) -> Function:
     """Returns the fused function if it agrees with the plain one, else the latter with a warning and the reason."""
     try:
         function = fused()
         with torch.inference_mode(False), matmul_precision("highest"):
-            off = difference(function, device)
+            off = difference(plain, function, device)
     except Exception as error:  # a compiler may raise anything
         why = f"{type(error).__name__}: {error}"
     else:
