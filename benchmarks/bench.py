@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks import against, asking, by_hand, densities, growth, memory, parts_of_step, report, steps, tf32
+from benchmarks import against, asking, by_hand, densities, growth, kernels, memory, parts_of_step, report, steps
 from benchmarks.timing import Stopwatch
 from pyro_pixels._checks import check_name
 from pyro_pixels._files import atomic_write
@@ -32,7 +32,7 @@ PARTS: dict[str, Callable[[Stopwatch], dict[str, Any]]] = {
     "against": against.measure,
     "by_hand": by_hand.measure,
     "parts_of_step": parts_of_step.measure,
-    "tf32": tf32.measure,
+    "kernels": kernels.measure,
     "density": densities.measure,
     "queries": asking.measure,
     "memory": partial(memory.measure, preset="quick"),
@@ -46,7 +46,7 @@ Part = Literal[
     "against",
     "by_hand",
     "parts_of_step",
-    "tf32",
+    "kernels",
     "density",
     "queries",
     "memory",

@@ -64,8 +64,6 @@ class Job:
     """Seconds that must be left, besides `GRACE`, for the job to start."""
     then: Callable[[Arguments], Sequence[str]] | None = None
     """Command to run once the first has succeeded, such as an evaluation."""
-    fused: bool = False
-    """Whether Triton kernels are used (`guides/fused.py`)."""
 
 
 def folder(args: Arguments, name: str) -> Path:
@@ -129,16 +127,27 @@ def learned(at: Path, args: Arguments) -> dict[str, Any]:
     return {"metrics": [*lines[:-1:thin], *lines[-1:]], "evaluation": read(at / "metrics.json")}
 
 
-def seeds(args: Arguments) -> list[str]:
-    n, steps = ("2", "4") if args.tiny else ("8", "1000")
-    few = ["--n-sequences", "60"] if args.tiny else []
-    options = ["--preset", "paper", "--seeds", n, "--steps", steps, "--no-progress", "--device", args.device, *few]
-    return ["examples/train.py", "--run", str(folder(args, "seeds")), *options]
+def seeds(n: int | None) -> Callable[[Arguments], list[str]]:
+    """Short trainings of the paper's preset with n seeds at once, or of one alone."""
+
+    def command(args: Arguments) -> list[str]:
+        run = folder(args, "seeds") / ("alone" if n is None else "")
+        many = [] if n is None else ["--seeds", str(2 if args.tiny else n)]
+        short = ["--steps", "4", "--n-sequences", "60"] if args.tiny else ["--steps", "1000"]
+        return ["examples/train.py", "--run", str(run), "--preset", "paper", "--no-progress", "--device", args.device,
+                *many, *short]  # fmt: skip
+
+    return command
 
 
 def rates(at: Path, args: Arguments) -> dict[str, Any]:
-    files = sorted(at.glob("seed*/metrics.jsonl"))
-    return {"steps_per_second": [json.loads(f.read_text().splitlines()[-1])["steps_per_second"] for f in files]}
+    def last(file: Path) -> float:
+        return json.loads(file.read_text().splitlines()[-1])["steps_per_second"]
+
+    return {
+        "steps_per_second": [last(file) for file in sorted(at.glob("seed*/metrics.jsonl"))],
+        "alone": last(at / "alone/metrics.jsonl"),
+    }
 
 
 def quickstart(args: Arguments) -> list[str]:
@@ -155,20 +164,20 @@ def edlstm(args: Arguments) -> list[str]:
     return [*script, *options, *again]
 
 
-def trained(name: str, *options: str, fused: bool = False) -> Job:
-    return Job(name, training(name, *options), learned, 60, evaluation(name), fused)
+def trained(name: str, *options: str) -> Job:
+    return Job(name, training(name, *options), learned, 60, evaluation(name))
 
 
 JOBS = (
     Job("tests", tests, count_tests, 60),
     Job("steps", bench("steps", "step", paper=True), lambda at, args: read(at / "steps.json"), 60),
+    Job("kernels", bench("kernels", "kernels"), lambda at, args: read(at / "kernels.json"), 60),
     Job("quickstart", quickstart, learned, 40),
     Job("by_hand", bench("by_hand", "by_hand"), lambda at, args: read(at / "by_hand.json"), 60),
-    Job("tf32", bench("tf32", "tf32"), lambda at, args: read(at / "tf32.json"), 60),
-    trained("paper_learned", "--preset", "paper_learned", "--precision", "high", fused=True),
-    Job("seeds", seeds, rates, 60),
-    trained("paper", "--preset", "paper", "--precision", "high"),
-    trained("paper_structured", "--preset", "paper", "--guide", "structured", "--precision", "high"),
+    trained("paper_learned", "--preset", "paper_learned"),
+    Job("seeds", seeds(8), rates, 60, seeds(None)),
+    trained("paper", "--preset", "paper"),
+    trained("paper_structured", "--preset", "paper", "--guide", "structured"),
     Job("edlstm", edlstm, learned, 60),
 )
 
@@ -189,10 +198,10 @@ def measured_with(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run(command: Sequence[str], left: float, log: Path, *, fused: bool = False) -> tuple[int, bool]:
+def run(command: Sequence[str], left: float, log: Path) -> tuple[int, bool]:
     """Runs a script until it ends or time is up; returns its exit code, and whether it was stopped."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # packages may be elsewhere
-    environment = {**os.environ, "PYTHONPATH": path} | ({"PYRO_PIXELS_FUSED": "1"} if fused else {})
+    environment = {**os.environ, "PYTHONPATH": path}
     with (
         log.open("a") as out,
         subprocess.Popen(
@@ -216,9 +225,9 @@ def do(job: Job, args: Arguments, results: Path, until: float, about: dict[str, 
     at.mkdir(parents=True, exist_ok=True)
     before = 0.0 if args.again else (read(file) or {}).get("seconds", 0.0)
     begun = time.monotonic()
-    code, stopped = run(job.command(args), until - begun, at / "log.txt", fused=job.fused)
+    code, stopped = run(job.command(args), until - begun, at / "log.txt")
     if code == 0 and not stopped and job.then is not None:
-        code, stopped = run(job.then(args), until - time.monotonic(), at / "log.txt", fused=job.fused)
+        code, stopped = run(job.then(args), until - time.monotonic(), at / "log.txt")
     state = "stopped" if stopped or code == 130 else "done" if code == 0 else "failed"
     try:
         found = job.measured(at, args)

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import mean_over
+from benchmarks.report import with_means
 from pyro_pixels._files import atomic_write
 from pyro_pixels.result_tables import insert, markdown
 
@@ -63,21 +63,20 @@ def speed(results: dict[str, Found]) -> str:
             [f"{of}, {variant}", f"{1e3 * statistics.median(each):.2f} ms", f"as it is {1e3 * as_it_is:.2f} ms"]
             for variant, each in times.items()
         ]
-    tf32 = (results.get("tf32", {}).get("found") or {}).get("tf32", {}).get("seconds", {})
-    if tf32:
-        each = next(iter(tf32.values()))
-        tf32 = {**tf32, "mean over N": {variant: mean_over(of[variant] for of in tf32.values()) for variant in each}}
-    for N, times in tf32.items():
+    kernels = (results.get("kernels", {}).get("found") or {}).get("kernels", {}).get("seconds", {})
+    for name, times in with_means(kernels):
         ms = {variant: f"{1e3 * statistics.median(each):.2f} ms" for variant, each in times.items()}
         beside = {variant: "-" if variant == "as it is" else f"as it is {ms['as it is']}" for variant in ms}
-        rows += [[f"paper step, TF32, {N}, {variant}", ms[variant], beside[variant]] for variant in ms]
+        rows += [[f"step: {name}, {variant}", ms[variant], beside[variant]] for variant in ms]
     for row in (results.get("probe", {}).get("found") or {}).get("rows", []):
         rows.append([row["what"], row["value"], row.get("beside", "-")])
     if "quickstart" in results:
         rows.append(["quickstart", results["quickstart"]["state"], seconds(results["quickstart"])])
-    rate = (results.get("seeds", {}).get("found") or {}).get("steps_per_second")
-    if rate:
-        rows.append([f"{len(rate)} seeds at once", f"{statistics.median(rate):.0f} rounds a second", "-"])
+    found = results.get("seeds", {}).get("found") or {}
+    if found.get("steps_per_second"):
+        rate, alone = statistics.median(found["steps_per_second"]), found.get("alone")
+        beside = f"one alone: {alone:.0f} steps a second, {alone / rate:.1f} times as many" if alone else "-"
+        rows.append([f"{len(found['steps_per_second'])} seeds at once", f"{rate:.0f} steps a second each", beside])
     return f"{markdown(['what', 'measured', 'beside'], rows)}\n\n{where(results)}" if rows else ""
 
 

@@ -122,13 +122,21 @@ def by_hand(r: Results) -> str:
     return markdown(["step, N = 3, or density", "variant", "ms", "longer by"], rows)
 
 
-def tf32(r: Results) -> str:
-    by_n, variants = r["seconds"], next(iter(r["seconds"].values()))
-    rows = []
-    for variant in variants:
-        each = [of[variant] for of in by_n.values()]
-        rows.append([variant, *map(milliseconds, (mean_over(each), *each))])
-    return markdown(["paper's step in TF32, ms", "mean over N", *by_n], rows)
+def kernels(r: Results) -> str:
+    variants = next(iter(r["seconds"].values()))
+    rows = [[name, *(milliseconds(times[variant]) for variant in variants)] for name, times in with_means(r["seconds"])]
+    return markdown(["step, ms", *variants], rows)
+
+
+def with_means(seconds: dict[str, dict[str, Times]]) -> list[tuple[str, dict[str, Times]]]:
+    """Returns the times of steps such as "paper, N = 1", by variant, and before them the mean over N of each preset."""
+    shown = []
+    for preset in dict.fromkeys(name.split(",")[0] for name in seconds):
+        each = {name: times for name, times in seconds.items() if name.split(",")[0] == preset}
+        variants = next(iter(each.values()))
+        mean = {variant: mean_over(times[variant] for times in each.values()) for variant in variants}
+        shown += [(f"{preset}, mean over N", mean), *each.items()]
+    return shown
 
 
 def parts_of_step(r: Results) -> str:
@@ -137,7 +145,7 @@ def parts_of_step(r: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "step": step, "against": against, "by_hand": by_hand, "parts_of_step": parts_of_step, "tf32": tf32,
+    "step": step, "against": against, "by_hand": by_hand, "parts_of_step": parts_of_step, "kernels": kernels,
     "density": density, "queries": queries, "memory": memory, "growth": growth, "memory_growth": memory_growth,
     "paper_step": step, "paper_memory": memory,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from benchmarks.paper_weights import paper_program
 from benchmarks.timing import MatrixProduct, Stopwatch, product_flops
 from pyro_pixels._batch import Known, most_white
+from pyro_pixels._fused import matmul_precision
 from pyro_pixels.config import RunConfig
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.recurrent import RecurrentGuide
@@ -108,13 +110,18 @@ def with_objects(config: RunConfig, N: int) -> RunConfig:
 
 
 def measure(watch: Stopwatch, preset: str) -> dict[str, Any]:
-    """Returns times and operations of each step at the sizes of a preset, and of a matrix product."""
+    """Returns times and operations of each step at the sizes of a preset, and of a matrix product.
+
+    On CUDA all of them may use TF32, as in `train.py`.
+    """
     calls: dict[str, Callable[[], object]] = {name: make() for name, make in programs(preset, watch.device).items()}
     calls[PRODUCT] = MatrixProduct(watch.device)
+    precision = matmul_precision("high") if watch.device.type == "cuda" else nullcontext()
     config = PRESETS[preset]
     sizes = {
         "H": config.data.height, "W": config.data.width, "T": config.data.n_frames,
         "B": config.schedule.batch_size, "D": config.state_size,
     }  # fmt: skip
-    flops = {name: product_flops(call) for name, call in calls.items()}
-    return {"sizes": sizes, "flops": flops, "seconds": watch.compare(calls)}
+    with precision:
+        flops = {name: product_flops(call) for name, call in calls.items()}
+        return {"sizes": sizes, "flops": flops, "seconds": watch.compare(calls)}

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 FEWEST_ROUNDS = 3
+MOST_IN_A_ROW, ROW = 20, 0.05  # calls on a GPU, and seconds that they take together
 
 Times = list[float]
 """Seconds, one value per round."""
@@ -26,25 +27,31 @@ class Stopwatch:
     """Time limit of a comparison, in seconds; at least `FEWEST_ROUNDS` rounds (or ``rounds``, if fewer) are run."""
 
     def compare(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
-        """Returns seconds of each call; calls alternate (A B A B ...), after one untimed round."""
-        for call in calls.values():
-            self.time(call)
+        """Returns seconds of each call; calls alternate (A B A B ...), after one untimed round.
+
+        On a GPU, up to `MOST_IN_A_ROW` fast calls follow one another before the device is waited for, as in a training.
+        """
+        n = {name: self._in_a_row(self.time(call)) for name, call in calls.items()}
         times: dict[str, Times] = {name: [] for name in calls}
         stop = time.perf_counter() + self.seconds
         for i in range(self.rounds):
             if i >= FEWEST_ROUNDS and time.perf_counter() > stop:
                 break
             for name, call in calls.items():
-                times[name].append(self.time(call))
+                times[name].append(self.time(call, n[name]))
         return times
 
-    def time(self, call: Callable[[], object]) -> float:
-        """Returns seconds of one call, until the device has finished all of its work."""
+    def time(self, call: Callable[[], object], n: int = 1) -> float:
+        """Returns seconds per call of n calls, until the device has finished all of their work."""
         self._wait()
         start = time.perf_counter()
-        call()
+        for _ in range(n):
+            call()
         self._wait()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / n
+
+    def _in_a_row(self, seconds: float) -> int:
+        return 1 if self.device.type == "cpu" else max(1, min(MOST_IN_A_ROW, int(ROW / seconds)))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -56,7 +56,7 @@ from pyro_pixels.config import RunConfig
 from pyro_pixels.custom import CustomFile, file_of, load_file, where
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.guides.refining import RefinedGuide
-from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled
+from pyro_pixels.guides.untangled import UntangledGuide, can_be_untangled
 from pyro_pixels.run_sequences import TEST_SEED, AskedSequences, sequences_to_ask
 from pyro_pixels.runs import (
     REGISTRIES,

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-ENABLED = os.environ.get("PYRO_PIXELS_FUSED", "1") != "0"
+ENABLED = torch.cuda.is_available() and os.environ.get("PYRO_PIXELS_FUSED", "1") != "0"
 TOLERANCE = 1e-4  # of results of order 1, in float32
 
 Function = TypeVar("Function")

@@ -5,7 +5,7 @@ CPU take `CapturedSteps`. Of a generator it keeps what matters here: drawing is 
 the state that a failed recording left behind, and so is a replay of whatever was recorded with it.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
@@ -74,11 +74,43 @@ def record(graph, pool, stream):
 
 
 class Stream:
+    """Notes, in ``orders``, which streams wait for which."""
+
+    current: "Stream"
+    orders: "list[tuple[Stream, str, object]]" = []  # noqa: RUF012
+
     def __init__(self, device=None):
-        pass
+        self.device = device
 
     def wait_stream(self, other):
-        pass
+        self.orders.append((self, "stream", other))
+
+    def wait_event(self, event):
+        self.orders.append((self, "event", event))
+
+    def record_event(self):
+        return "event", self
+
+
+@contextmanager
+def on(stream):
+    before, Stream.current = Stream.current, stream
+    try:
+        yield
+    finally:
+        Stream.current = before
+
+
+def rehearse_streams(monkeypatch):
+    """Puts streams that do nothing in the place of CUDA's; `Stream.current` is the current one."""
+    Stream.current = Stream()
+    Stream.orders.clear()
+    for name, stand_in in {
+        "Stream": Stream,
+        "current_stream": lambda device=None: Stream.current,
+        "stream": on,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
 
 
 class RehearsedSteps(CapturedSteps):
@@ -104,10 +136,10 @@ class RehearsedSteps(CapturedSteps):
 def rehearse(monkeypatch):
     """Lets what follows in a test take the CPU for a CUDA device when it trains."""
     cuda = torch.cuda
+    rehearse_streams(monkeypatch)
     for name, stand_in in {
-        "Stream": Stream, "CUDAGraph": Graph, "graph": record, "synchronize": lambda device=None: None,
-        "graph_pool_handle": lambda: (0, 1), "current_stream": lambda device=None: Stream(),
-        "stream": lambda stream: nullcontext(), "empty_cache": lambda: None, "default_generators": {None: DEFAULT},
+        "CUDAGraph": Graph, "graph": record, "synchronize": lambda device=None: None,
+        "graph_pool_handle": lambda: (0, 1), "empty_cache": lambda: None, "default_generators": {None: DEFAULT},
     }.items():  # fmt: skip
         monkeypatch.setattr(cuda, name, stand_in)
     DEFAULT.state = State()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_pixels import _fused as fused
-from pyro_pixels.guides import following, recurrence
+from pyro_pixels.guides import following, recurrence, untangling
 from pyro_pixels.guides.recurrence import _Recurrence, recur_reference
 from pyro_pixels.model import drawing, renderer
 
@@ -17,16 +17,17 @@ CPU = torch.device("cpu")
 INTERPRETED = """
 import torch
 from pyro_pixels._fused import matmul_precision
-from pyro_pixels.guides import following, fused_following, fused_recurrence, recurrence
+from pyro_pixels.guides import following, fused_exchanges, fused_following, fused_recurrence, recurrence, untangling
 from pyro_pixels.model import drawing, fused_canvas, renderer
 FusedRecurrence = fused_recurrence.FusedRecurrence
 cpu = torch.device("cpu")
 print(recurrence.largest_difference(recurrence._Recurrence, FusedRecurrence, cpu))
 print(following.largest_difference(following.follow_reference, fused_following.follow, cpu))
 print(drawing.largest_difference(renderer.draw, fused_canvas.FusedCanvas.apply, cpu))
-for precision, accuracy in (("highest", 1e-6), ("high", 2.0**-11)):
-    for size in (1e-6, 1, 1e6):  # of gradients
-        for N, T, B, D in ((1, 1, 1, 3), (1, 4, 2, 6), (2, 1, 3, 5), (3, 5, 2, 6), (4, 2, 1, 1025), (2, 3, 40, 130)):
+print(untangling.largest_difference(untangling.exchange, fused_exchanges.exchange, cpu))
+for precision, accuracy, sizes in (("highest", 1e-6, [1]), ("high", 2.0**-11, [1e-6, 1, 1e6])):
+    for size in sizes:  # of gradients
+        for N, T, B, D in ((1, 1, 1, 3), (1, 4, 2, 6), (2, 1, 3, 5), (3, 5, 2, 6), (4, 2, 1, 257), (2, 3, 40, 130)):
             torch.manual_seed(0)
             shapes = (T, B, 2 * D), (N, B, D), (2 * D, 2 * D)
             inputs = [(torch.randn(shape) * D ** -0.5).requires_grad_() for shape in shapes]
@@ -60,6 +61,9 @@ def test_kernels_that_cannot_run_are_replaced(monkeypatch):
         assert fused.checked(CPU, plain, following._fused, following.largest_difference) is plain
     with pytest.warns(UserWarning, match="fused kernels are disabled"):
         assert fused.checked(CPU, renderer.draw, drawing._fused, drawing.largest_difference) is renderer.draw
+    plain = untangling.exchange
+    with pytest.warns(UserWarning, match="fused kernels are disabled"):
+        assert fused.checked(CPU, plain, untangling._fused, untangling.largest_difference) is plain
 
 
 def test_a_recursion_that_computes_something_else_is_found_out():
@@ -138,3 +142,34 @@ def test_a_canvas_drawn_otherwise_is_found_out():
     for i in range(5):
         with pytest.raises(RuntimeError, match="not have been used"):
             drawing.largest_difference(draw, without(i), CPU)
+
+
+def test_exchanges_made_otherwise_are_found_out():
+    """Every exchange, all windows, the cost of long ones, and who is present matter to the comparison."""
+    plain = untangling.exchange
+
+    def changed(**attributes):
+        def wrong(moves, a, labels, most):
+            kept = {name: getattr(moves, name) for name in attributes}
+            for name, change in attributes.items():
+                setattr(moves, name, change(kept[name]))
+            result = plain(moves, a, labels, most)
+            for name, value in kept.items():
+                setattr(moves, name, value)
+            return result
+
+        return wrong
+
+    def fewer(moves, a, labels, most):
+        return plain(moves, a, labels, 1)
+
+    wrongs = [fewer]
+    wrongs += [
+        changed(mean=lambda x: 0 * x + 1),
+        changed(P=lambda x: x.tril()),
+        changed(log_weight=lambda x: x.flip(0)),
+    ]
+    wrongs += [changed(allowed=torch.ones_like), changed(allowed=lambda x: x & (x.sum(-1, keepdim=True) == 1))]
+    assert untangling.largest_difference(plain, plain, CPU) == 0
+    for wrong in wrongs:
+        assert untangling.largest_difference(plain, wrong, CPU) > 10 * fused.TOLERANCE

@@ -88,26 +88,25 @@ def test_what_is_wrong_is_said(tmp_path):
     assert json.loads((tmp_path / "lost.json").read_text())["tail"] == ["no memory"]
 
 
-def test_a_job_may_use_the_fused_recursion(tmp_path):
-    command = ["-c", "import os; print(os.environ.get('PYRO_PIXELS_FUSED'))"]
-    for fused, wanted in ((True, "1"), (False, os.environ.get("PYRO_PIXELS_FUSED", "None"))):
-        log = tmp_path / f"{fused}.txt"
-        assert gpu.run(command, gpu.GRACE + 60, log, fused=fused) == (0, False)
-        assert log.read_text().strip() == wanted
-
-
-def test_times_in_tf32_are_shown_for_each_n_and_on_average():
-    variants = {"as it is": [0.002, 0.003], "fused": [0.001, 0.001]}
-    found = {"N = 1": variants, "N = 3": {"as it is": [0.004, 0.005], "fused": [0.002, 0.002]}}
+def test_times_of_steps_are_shown_for_each_n_and_on_average():
+    variants = {"as it is": [0.002, 0.003], "without": [0.001, 0.001]}
+    found = {"paper, N = 1": variants, "paper, N = 3": {"as it is": [0.004, 0.005], "without": [0.002, 0.002]}}
     about = {"device": "a card", "torch": "2", "python": "3", "pyro": "1", "commit": "0123456789"}
-    shown = gpu_report.speed({"tf32": {"found": {"tf32": {"seconds": found}}, "environment": about}})
-    assert "| paper step, TF32, N = 1, fused | 1.00 ms | as it is 2.50 ms |" in shown
-    assert "| paper step, TF32, mean over N, as it is | 3.50 ms | - |" in shown
-    assert "| paper step, TF32, mean over N, fused | 1.50 ms | as it is 3.50 ms |" in shown
+    shown = gpu_report.speed({"kernels": {"found": {"kernels": {"seconds": found}}, "environment": about}})
+    assert "| step: paper, N = 1, without | 1.00 ms | as it is 2.50 ms |" in shown
+    assert "| step: paper, mean over N, as it is | 3.50 ms | - |" in shown
+    assert "| step: paper, mean over N, without | 1.50 ms | as it is 3.50 ms |" in shown
+
+
+def test_seeds_at_once_are_shown_beside_one_alone():
+    found = {"steps_per_second": [200.0, 200.0, 200.0], "alone": 500.0}
+    about = {"device": "a card", "torch": "2", "python": "3", "pyro": "1", "commit": "0123456789"}
+    shown = gpu_report.speed({"seeds": {"found": found, "environment": about}})
+    assert "| 3 seeds at once | 200 steps a second each | one alone: 500 steps a second, 2.5 times as many |" in shown
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-@pytest.mark.parametrize("name", ["steps", "by_hand", "tf32"])
+@pytest.mark.parametrize("name", ["steps", "by_hand", "kernels"])
 def test_the_options_of_the_benchmarks_are_accepted(tmp_path, name, tiny):
     (job,) = (job for job in gpu.JOBS if job.name == name)
     options = job.command(gpu.Arguments(runs=tmp_path, device="cpu", tiny=tiny))[2:]

@@ -15,9 +15,9 @@ from conftest import make_guide, make_model
 from rehearsal import RehearsedSteps, record, rehearse
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_pixels import _fused as fused_kernels
 from pyro_pixels._batch import Known, knowing
 from pyro_pixels.guides import following, recurrence
-from pyro_pixels import _fused as fused_kernels
 from pyro_pixels.guides.structured import StructuredGuide
 from pyro_pixels.training.checkpoints import load_checkpoint
 from pyro_pixels.training.elbo import AnnealedELBO

@@ -7,7 +7,8 @@ from conftest import make_guide, make_model
 
 from pyro_pixels._batch import object_mask
 from pyro_pixels.guides import InferenceRNN, RecurrentGuide
-from pyro_pixels.guides.untangling import UntangledGuide, _Moves, renamed, resample_labels, untangle
+from pyro_pixels.guides.untangled import UntangledGuide
+from pyro_pixels.guides.untangling import _Moves, renamed, resample_labels, untangle
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.model.renderer import Renderer

@@ -21,7 +21,8 @@ from pyro_pixels._options import Sequences, result_file
 from pyro_pixels.data import ImageSequences
 from pyro_pixels.evaluation import metrics
 from pyro_pixels.guides.refining import refine
-from pyro_pixels.guides.untangling import can_be_untangled, untangle
+from pyro_pixels.guides.untangled import can_be_untangled
+from pyro_pixels.guides.untangling import untangle
 from pyro_pixels.plots.paper import figure_beside, save_figure
 from pyro_pixels.plots.style import START, TEXT, TRUTH, add_legend, colour_of, draw_tracks, grid, plane
 from pyro_pixels.queries.predict import infer

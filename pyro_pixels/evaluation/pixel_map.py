@@ -20,7 +20,7 @@ from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.heads import AttentionHead
 from pyro_pixels.guides.joint import JointGuide
 from pyro_pixels.guides.refining import RefinedGuide
-from pyro_pixels.guides.untangling import UntangledGuide
+from pyro_pixels.guides.untangled import UntangledGuide
 from pyro_pixels.model.pixel_model import PixelModel
 
 GRID = 24  # positions along each axis

@@ -9,7 +9,8 @@ from pyro_pixels.evaluation import metrics
 from pyro_pixels.evaluation.table import N_SEEN, evaluate, means_by_n
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.refining import N_STEPS, RefinedGuide
-from pyro_pixels.guides.untangling import UntangledGuide, can_be_untangled, untangle
+from pyro_pixels.guides.untangled import UntangledGuide, can_be_untangled
+from pyro_pixels.guides.untangling import untangle
 from pyro_pixels.model.pixel_model import PixelModel
 from pyro_pixels.queries.predict import infer
 

@@ -11,7 +11,8 @@ from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.guides.refining import Refined, RefinedGuide, refine
 from pyro_pixels.guides.structured import ConditionedTracks, StructuredGuide
 from pyro_pixels.guides.tracking_head import TrackingHead
-from pyro_pixels.guides.untangling import Untangled, UntangledGuide, resample_labels, untangle
+from pyro_pixels.guides.untangled import UntangledGuide
+from pyro_pixels.guides.untangling import Untangled, resample_labels, untangle
 
 __all__ = [
     "AttentionHead",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_pixels._fused import choose
 from pyro_pixels.guides.association import (
     Pixels,
     Tracks,
@@ -15,7 +16,6 @@ from pyro_pixels.guides.association import (
     with_slopes,
 )
 from pyro_pixels.guides.forecasts import DETECTION_ROUNDS, DETECTION_WIDTH, Forecasts
-from pyro_pixels._fused import choose
 
 
 def follow(tracks: Tracks, pixels: Pixels, claim: Tensor, penalty: Tensor, orders: Tensor) -> Tensor:

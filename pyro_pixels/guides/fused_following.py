@@ -13,9 +13,9 @@ import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
+from pyro_pixels._fused import launch
 from pyro_pixels.guides.association import LEAST_MASS, Pixels, Tracks
 from pyro_pixels.guides.forecasts import DETECTION_ROUNDS, DETECTION_WIDTH, Forecasts
-from pyro_pixels._fused import launch
 
 LOG_2_PI = tl.constexpr(math.log(2 * math.pi))
 

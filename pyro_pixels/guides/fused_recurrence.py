@@ -18,6 +18,7 @@ Tests compare states and gradients with `recurrence.recur_reference`, on a CPU w
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_pixels._fused import launch
 
-ROWS, COLUMNS, INPUTS = 64, 64, 128  # the tile of a product in one Triton program
+ROWS, COLUMNS, INPUTS = 64, 64, 64  # the tile of a product in one Triton program
 PARTS = 4  # of a product, along its inputs
 
 
@@ -39,7 +40,10 @@ def _product(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     part, there = tl.program_id(2), row[:, None] < n_rows
     i = part * width + tl.arange(0, INPUTS)
-    inputs, weights = x + row[:, None] * x_stride + i[None, :], W + i[:, None] * stride_in + column[None, :] * stride_out
+    inputs, weights = (
+        x + row[:, None] * x_stride + i[None, :],
+        W + i[:, None] * stride_in + column[None, :] * stride_out,
+    )
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for _ in range(0, width, INPUTS):
         total = tl.dot(tl.load(inputs, there, other=0.0), tl.load(weights), total)
@@ -95,17 +99,18 @@ def _backward(
     next_object = cell + (N + 1) * B  # the cell of this frame and the next object
     part_stride, at = N * B * width, row * width + j
     state = ((n * T + t) * B + b).to(tl.int64) * D + j
+    gate = cell * 2 * D + j
     g = tl.load(grad_s + state, within, other=0.0)
+    beta, s_hat = tl.load(gates + gate, within, other=0.0), tl.load(gates + gate + D, within, other=0.0)
+    before = tl.load(states + state - T * B * D, j < tl.where(n > 0, D, 0), other=0.0)
+    beta_beside = tl.load(gates + next_object * 2 * D + j, beside, other=0.0)
+    g_beside = tl.load(grad_states + next_object * D + j, beside, other=0.0)
     from_later = _sum_of_parts(parts, PARTS, part_stride, at, later)
     from_beside = _sum_of_parts(parts, PARTS, part_stride, at + B * width + D, beside)
     if SCALED:
         from_later *= tl.load(scales + row, before_the_end, other=0.0)
         from_beside *= tl.load(scales + row + B, not_last, other=0.0)
-    kept = 1 - tl.load(gates + next_object * 2 * D + j, beside, other=1.0)
-    g += from_later + from_beside + kept * tl.load(grad_states + next_object * D + j, beside, other=0.0)
-    gate = cell * 2 * D + j
-    beta, s_hat = tl.load(gates + gate, within, other=0.0), tl.load(gates + gate + D, within, other=0.0)
-    before = tl.load(states + state - T * B * D, j < tl.where(n > 0, D, 0), other=0.0)
+    g += from_later + from_beside + (1 - beta_beside) * g_beside
     grad_beta, grad_s_hat = g * (s_hat - before) * beta * (1 - beta), g * beta * (1 - s_hat * s_hat)
     tl.store(grad_states + cell * D + j, g, within)
     tl.store(grad_gates + gate, grad_beta, within)
@@ -127,7 +132,7 @@ def _diagonals(N: int, T: int) -> list[tuple[int, int, int]]:
 def _block(D: int) -> dict[str, int]:
     """Returns launch options for programs that treat one row of D entries each."""
     block = triton.next_power_of_2(D)
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 128))}
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 64))}
 
 
 class _Products:
@@ -144,8 +149,8 @@ class _Products:
         self.out, self.width = ((_padded(n) if half else n) for n in W.shape)
         self.dtype = torch.float16 if half else W.dtype
         if half:
-            self._W = W.new_zeros(self.out, self.width, dtype=self.dtype)
-            self._W[: W.shape[0], : W.shape[1]] = W
+            to_pad = (0, self.width - W.shape[1], 0, self.out - W.shape[0])
+            self._W = F.pad(W.half(), to_pad) if any(to_pad) else W.half()
 
     def parts(self, *, transposed: bool) -> Tensor:
         """Returns memory (parts, rows, columns) for products with W' or, ``transposed``, with W."""
@@ -162,7 +167,7 @@ class _Products:
         grid = triton.cdiv(len(x), ROWS), columns // COLUMNS, len(parts)
         launch(
             _product, grid, x, W, parts[:, first:], len(x), inputs // len(parts), W.stride(1), W.stride(0),
-            x.stride(0), parts.stride(0), parts.stride(1), ROWS=ROWS, COLUMNS=COLUMNS, INPUTS=INPUTS, num_stages=3,
+            x.stride(0), parts.stride(0), parts.stride(1), ROWS=ROWS, COLUMNS=COLUMNS, INPUTS=INPUTS, num_stages=4,
         )  # fmt: skip
 
 

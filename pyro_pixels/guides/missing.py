@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_pixels._batch import check_batch, counts, require_images, unseen_frames
 from pyro_pixels.guides.base import Guide
-from pyro_pixels.guides.untangling import can_be_untangled
+from pyro_pixels.guides.untangled import can_be_untangled
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, select_component
 

@@ -9,7 +9,7 @@ tests/test_guides.py compares states and gradients with the literal double loop.
 On CUDA a diagonal is two Triton kernels (`_fused`, `fused_recurrence`).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -73,7 +73,9 @@ def largest_difference(plain: Any, function: Any, device: torch.device) -> float
     It is that in float32, or a hundredth of that with products in TF32, if this is larger.
     """
     differences = []
-    for precision, weight in (("highest", 1.0), ("high", 0.01)):
+    precisions: tuple[Literal["highest", "high"], ...] = ("highest", "high")
+    for precision in precisions:
+        weight = 1.0 if precision == "highest" else 0.01
         for N, T, B, D in ((1, 4, 2, 70), (3, 4, 2, 70), (2, 3, 1, 1040), (4, 2, 16, 64), (2, 3, 40, 300)):
             with torch.enable_grad(), matmul_precision(precision):
                 generator = torch.Generator().manual_seed(0)  # leaves the global random state alone

@@ -35,12 +35,12 @@ from pyro_pixels._batch import object_mask
 from pyro_pixels._checks import check_number
 from pyro_pixels._pyro import without_unseen
 from pyro_pixels.guides.base import Guide
+from pyro_pixels.guides.untangled import means_and_scales
 from pyro_pixels.guides.untangling import (
     ImageModel,
     checked_tracks,
     exchanged,
     images_of_tracks,
-    means_and_scales,
     own_names,
     pairs_of,
     renamed,

@@ -12,8 +12,6 @@ With e = T it exchanges tails. Every move is its own inverse.
 - `resample_labels` makes Metropolis-Hastings moves whose target is p(a | v), or p(a) if no images are given. Moves
   are proposed with the locally balanced probabilities of Zanella (Informed proposals for local MCMC in discrete spaces,
   2020). Applied to draws of q(a | v), they never increase the KL divergence of their distribution from p(a | v).
-- `UntangledGuide` wraps another guide, whose q(a | v) must be independent from frame to frame, and renames its objects
-  in every frame as `untangle` renames its means. It is itself a guide like any other.
 
 All T (T + 1) / 2 moves of all pairs are scored at once. log p(a^n | z = k) is quadratic in a^n, so with d = a^j - a^i,
 P_k the precision matrix of p(a | z = k) and e = a^i - E[a | z = k] the exchange over a window w adds
@@ -27,25 +25,26 @@ Departures from the paper: these moves are not in the paper. They do not change 
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
-import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_pixels._batch import counts, most_objects, object_mask
 from pyro_pixels._convert import as_batch
+from pyro_pixels._fused import choose
 from pyro_pixels._pyro import check_pixels, without_unseen
-from pyro_pixels.guides.base import Guide
 from pyro_pixels.lgssm import kalman
-from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
 from pyro_pixels.lgssm.marginal import marginal_moments
+from pyro_pixels.lgssm.sharing import once
 from pyro_pixels.lgssm.small_matrices import cholesky_inverse
 
 MOST_EXCHANGES = 30
 LEAST_GAIN = 1e-6  # nats
+MOST_FRAMES_FUSED = 64  # more do not fit into the registers of `fused_exchanges`
 SHORTEST_FIRST = 1e-7  # nats per frame: p(a) is the same whether a tail or the head before it is exchanged; this cost
 # prefers the shorter one, so that most frames keep their labels
 
@@ -90,23 +89,29 @@ def renamed(x: Tensor, labels: Tensor) -> Tensor:
 class _Moves:
     """All exchanges of tracks a (B, N, T, 2), and the change of sum_n log p(a^n) that each makes."""
 
+    cost, least = SHORTEST_FIRST, LEAST_GAIN
+
     def __init__(self, dynamics: Dynamics, n_objects: Tensor, N: int, T: int, windows: bool, slack: float) -> None:
-        lgssm = dynamics.lgssm()
-        lgssm = lgssm._replace(Sigma_A=lgssm.Sigma_A + slack * torch.eye(2, device=lgssm.Sigma_A.device))
-        self.mean, C = marginal_moments(lgssm, T)  # (K, 2 T), (K, 2 T, 2 T)
-        L = torch.linalg.cholesky_ex(C).L
-        self.P = cholesky_inverse(L)
-        log_pi = dynamics.log_pi.to(C.dtype).log_softmax(-1)
-        self.log_weight = log_pi - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)  # (K,)
-        self.i, self.j = pairs_of(N, C.device)
-        starts, ends = torch.arange(T, device=C.device)[:, None], torch.arange(1, T + 1, device=C.device)
-        allowed = (starts < ends) & ~((starts == 0) & (ends == T))  # exchanging all frames changes nothing
-        if not windows:
-            allowed = allowed & (ends == T)
-        present = object_mask(n_objects, N)
-        self.allowed = allowed & (present[:, self.i] & present[:, self.j])[..., None, None]  # (B, pairs, T, T)
-        self.lengths = SHORTEST_FIRST * (ends - starts)  # (T, T)
-        self.T = T
+        self.n_objects, self.N, self.T, self.windows = n_objects, N, T, windows
+        make = partial(_precisions, dynamics, T, slack)
+        self.mean, self.P, self.log_weight = make() if slack else once("precisions", make, dynamics, T)
+        self.device = self.P.device
+        self.i, self.j = pairs_of(N, self.device)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """The number of frames of each move (T, T)."""
+        t = torch.arange(self.T, device=self.device)
+        return t + 1 - t[:, None]
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """Which moves there are (B, pairs, T, T)."""
+        allowed = (self.lengths > 0) & (self.lengths < self.T)  # exchanging all frames changes nothing
+        if not self.windows:
+            allowed = allowed & (torch.arange(self.T, device=self.device) == self.T - 1)
+        present = object_mask(self.n_objects, self.N)
+        return allowed & (present[:, self.i] & present[:, self.j])[..., None, None]
 
     def gains(self, a: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Returns gains (b, pairs, T, T), at [..., s, e] of exchanging frames s to e, inclusive; -inf for no move.
@@ -144,6 +149,17 @@ class _Moves:
         t = torch.arange(T, device=move.device)
         inside = (t >= (window // T)[:, None]) & (t <= (window % T)[:, None]) & where[:, None]  # (B, T)
         return exchanged(labels, self.i[pair], self.j[pair], inside)
+
+
+def _precisions(dynamics: Dynamics, T: int, slack: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns mean (K, 2 T) and precision matrix (K, 2 T, 2 T) of p(a | z = k), and log p(z = k, a) where a is the mean
+    (K,), up to a constant."""
+    lgssm = dynamics.lgssm()
+    lgssm = lgssm._replace(Sigma_A=lgssm.Sigma_A + slack * torch.eye(2, device=lgssm.Sigma_A.device))
+    mean, C = marginal_moments(lgssm, T)
+    L = torch.linalg.cholesky_ex(C).L
+    log_pi = dynamics.log_pi.to(C.dtype).log_softmax(-1)
+    return mean, cholesky_inverse(L), log_pi - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def own_names(a: Tensor) -> Tensor:
@@ -194,23 +210,57 @@ def untangle(
         ValueError: if the shapes do not fit each other.
     """
     n_objects, B, N, T = checked_tracks(a, n_objects)
-    given, labels = a.nan_to_num(), own_names(a)
-    gain = torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
+    labels, gain = own_names(a), torch.zeros(B, dtype=kalman.exact_dtype(a.device), device=a.device)
     if N > 1 and T > 1:
         moves = _Moves(dynamics, n_objects, N, T, windows, slack)
-        rows = torch.arange(B, device=a.device)
-        for _ in range(most):
-            gains = moves.gains(renamed(given[rows], labels[rows]), rows)
-            move = (gains - moves.lengths).flatten(1).argmax(1)
-            best = gains.flatten(1).gather(1, move[:, None]).squeeze(1)
-            better = best > LEAST_GAIN
-            if a.device.type == "cpu":  # elsewhere nothing waits for the results, so that the loop can be recorded
-                rows, move, best, better = (x[better] for x in (rows, move, best, better))
-                if not len(rows):
-                    break
-            labels[rows] = moves.apply(labels[rows], move, better)
-            gain[rows] += torch.where(better, best, 0.0)
+        fastest = choose(a, exchange, _fused, largest_difference) if T <= MOST_FRAMES_FUSED else exchange
+        labels, gain = fastest(moves, a.nan_to_num(), labels, most)
     return Untangled(renamed(a, labels), labels, gain)
+
+
+def exchange(moves: _Moves, a: Tensor, labels: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Returns labels after up to ``most`` exchanges of tracks a (B, N, T, 2) in each sequence, and their gains (B,)."""
+    gain, rows = moves.P.new_zeros(len(a)), torch.arange(len(a), device=a.device)
+    for _ in range(most):
+        gains = moves.gains(renamed(a[rows], labels[rows]), rows)
+        move = (gains - SHORTEST_FIRST * moves.lengths).flatten(1).argmax(1)
+        best = gains.flatten(1).gather(1, move[:, None]).squeeze(1)
+        better = best > LEAST_GAIN
+        if a.device.type == "cpu":  # elsewhere nothing waits for the results, so that the loop can be recorded
+            rows, move, best, better = (x[better] for x in (rows, move, best, better))
+            if not len(rows):
+                break
+        labels[rows] = moves.apply(labels[rows], move, better)
+        gain[rows] += torch.where(better, best, 0.0)
+    return labels, gain
+
+
+def _fused() -> Any:
+    from pyro_pixels.guides import fused_exchanges  # imports Triton
+
+    return fused_exchanges.exchange
+
+
+@torch.no_grad()
+def largest_difference(plain: Any, function: Any, device: torch.device) -> float:
+    """Returns the largest difference of labels and gains, of order 1e4 in float64, between two `exchange`."""
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
+    differences = []
+    for N, T, windows in ((2, 5, True), (3, 31, True), (4, 33, False)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            dynamics = Dynamics(DynamicsConfig(delta=0.2, state_noise=1e-4, position_noise=1e-2)).to(device)
+        dynamics.log_pi.copy_(torch.tensor([1.0, -1.0]))
+        start, velocity, noise = (torch.randn(6, N, n, 2, generator=generator) for n in (1, 1, T))
+        a = start + velocity * torch.linspace(-1, 1, T).view(T, 1) + 0.05 * noise
+        t, first = torch.arange(T), torch.zeros(6, dtype=torch.int64)
+        swapped = ((t >= 1) & (t < T // 2)) ^ (t >= T // 3)
+        labels = exchanged(own_names(a), first, first + 1, swapped.expand(6, T))
+        a, n_objects = renamed(a, labels).to(device), torch.tensor([1, N, N, 2, N, N], device=device)
+        moves = _Moves(dynamics, n_objects, N, T, windows, 0.0)
+        (wanted, gain), (found, gain_found) = (each(moves, a, own_names(a), 5) for each in (plain, function))
+        differences += [(wanted != found).double().mean(), 1e4 * ((gain_found - gain) / (1 + gain.abs())).abs().max()]
+    return float(torch.stack(differences).max())  # NaN if any is
 
 
 @torch.no_grad()
@@ -280,47 +330,6 @@ def resample_labels(
         gain = torch.where(accepted, gain + log_r[rows, move], gain)
         log_r, seen = torch.where(accepted[:, None], log_r_then, log_r), torch.where(accepted, seen_then, seen)
     return Untangled(renamed(a, labels), labels, gain)
-
-
-class UntangledGuide(Guide):
-    """The q(a | v) of a guide like the paper's, with objects renamed in each frame as `untangle` renames its means.
-
-    Its parameters are those of ``guide``; the dynamics belong to the model. The labels are a function of the images, so
-    this is an ordinary distribution over a, which defines a bound.
-
-    Args:
-        guide: a guide whose `encode` returns independent normals, such as a `RecurrentGuide`.
-        dynamics: the dynamics of the model.
-        options: keyword arguments of `untangle`.
-    """
-
-    def __init__(self, guide: Guide, dynamics: Dynamics, **options: float | bool) -> None:
-        super().__init__()
-        self.guide, self.options, self.pixel_evidence = guide, options, guide.pixel_evidence
-        self._dynamics = [dynamics]  # in a list, so that its parameters are not registered as the guide's
-        self.before: dist.TorchDistribution | None = None
-        """The last q(a | v) of ``guide``, before objects were renamed."""
-
-    def encode(self, images: Tensor, n_objects: Tensor) -> dist.TorchDistribution:
-        q_a = self.before = self.guide.encode(images, n_objects)
-        mu, sigma = means_and_scales(q_a, self.guide, "`untangle` on its means or `resample_labels` on its draws")
-        labels = untangle(self._dynamics[0], mu.detach(), n_objects, **self.options).labels  # type: ignore[arg-type]
-        return dist.Normal(renamed(mu, labels), renamed(sigma, labels), validate_args=False).to_event(2)
-
-
-def can_be_untangled(q_a: dist.TorchDistribution) -> bool:
-    """Returns whether q(a | v) consists of independent normals, whose frames `UntangledGuide` can exchange."""
-    return isinstance(q_a, dist.Independent) and isinstance(q_a.base_dist, dist.Normal)
-
-
-def means_and_scales(q_a: dist.TorchDistribution, guide: Guide, instead: str) -> tuple[Tensor, Tensor]:
-    """Returns those of q(a | v) if its frames can be exchanged, else raises a ValueError that suggests ``instead``."""
-    if not can_be_untangled(q_a):
-        raise ValueError(
-            f"{type(guide).__name__}.encode returned {type(q_a).__name__}, whose frames cannot be exchanged; "
-            f"wanted independent normals; use {instead}"
-        )
-    return q_a.base_dist.loc, q_a.base_dist.scale  # type: ignore[attr-defined]
 
 
 def checked_tracks(a: Tensor, n_objects: Tensor | int | Sequence[int]) -> tuple[Tensor, int, int, int]:

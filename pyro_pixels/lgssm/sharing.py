@@ -19,25 +19,38 @@ Made = TypeVar("Made")
 
 
 class _Shared:
-    """What has been computed, and the stream to compute on, if it is another one."""
+    """What has been computed so far, on the current stream."""
 
-    def __init__(self, beside: torch.cuda.Stream | None) -> None:
+    def __init__(self) -> None:
         self.made: dict[Hashable, Any] = {}
-        self._beside = beside
-        self._begun = None if beside is None else torch.cuda.current_stream(beside.device).record_event()
 
     def get(self, key: Hashable, make: Callable[[], Any], of: tuple[object, ...]) -> Any:
-        """Returns what is stored at ``key``, computed now if it is not there; the current stream waits for it."""
-        there = self._beside is None or self._beside == torch.cuda.current_stream(self._beside.device)
-        if key not in self.made:  # of: keeps the objects alive, so that no other object gets the same id
-            self.made[key] = (make() if there else self._make_beside(make, of)), of
-        if not there:
-            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+        """Returns what is stored at ``key``, computed now if it is not there."""
+        if key not in self.made:
+            self.made[key] = make(), of  # keeps the objects alive, so that no other object gets the same id
         return self.made[key][0]
 
-    def _make_beside(self, make: Callable[[], Made], of: tuple[object, ...]) -> Made:
-        assert self._beside is not None and self._begun is not None
-        current, given = torch.cuda.current_stream(self._beside.device), list(_tensors(of))
+
+class _SharedBeside(_Shared):
+    """The same on another stream, for which the current one waits."""
+
+    def __init__(self, beside: torch.cuda.Stream) -> None:
+        super().__init__()
+        self._beside = beside
+        self._begun = self._current().record_event()
+
+    def get(self, key: Hashable, make: Callable[[], Any], of: tuple[object, ...]) -> Any:
+        if self._current() == self._beside:
+            return super().get(key, make, of)
+        made = super().get(key, lambda: self._make(make, of), of)
+        self._current().wait_stream(self._beside)
+        return made
+
+    def _current(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._beside.device)
+
+    def _make(self, make: Callable[[], Made], of: tuple[object, ...]) -> Made:
+        current, given = self._current(), list(_tensors(of))
         if given:
             self._beside.wait_stream(current)
         else:  # it depends on parameters alone
@@ -46,7 +59,8 @@ class _Shared:
             made = make()
         for tensors, stream in ((given, self._beside), (_tensors(made), current)):
             for x in tensors:  # its memory must not be used for anything else before this stream has read it
-                x.record_stream(stream)
+                if x.is_cuda:
+                    x.record_stream(stream)
         return made
 
 
@@ -66,8 +80,12 @@ def computing_beside(stream: torch.cuda.Stream) -> Iterator[None]:
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """Within this context, `once` computes each quantity only once."""
-    token = _SHARED.set(_Shared(_BESIDE.get()))
+    """Within this context, `once` computes each quantity only once. Within another such context it changes nothing."""
+    if _SHARED.get() is not None:
+        yield
+        return
+    beside = _BESIDE.get()
+    token = _SHARED.set(_Shared() if beside is None else _SharedBeside(beside))
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_pixels._fused import launch
 
-ROWS, UNITS = 32, 64  # positions and units of the canvas in one Triton program
+ROWS, UNITS = 16, 32  # positions and units of the canvas in one Triton program
 
 
 @triton.jit
@@ -37,7 +37,11 @@ def _read(a, present, row, n, N, T, rows):
 
 @triton.jit
 def _weights(W, b, j, within):
-    return tl.load(W + 2 * j, within, other=0.0), tl.load(W + 2 * j + 1, within, other=0.0), tl.load(b + j, within, other=0.0)
+    return (
+        tl.load(W + 2 * j, within, other=0.0),
+        tl.load(W + 2 * j + 1, within, other=0.0),
+        tl.load(b + j, within, other=0.0),
+    )
 
 
 @triton.jit
@@ -74,11 +78,12 @@ def _backward(
     first = _tanh(tl.load(theta + j, within, other=0.0))
     at = row[:, None].to(tl.int64) * D + j[None, :]
     g = tl.load(grad_canvas + at, (row[:, None] < rows) & within[None, :], other=0.0)
-    of_alpha_0, of_alpha_1, of_alpha_b = tl.zeros((UNITS,), tl.float32), tl.zeros((UNITS,), tl.float32), tl.zeros((UNITS,), tl.float32)
-    of_x_0, of_x_1, of_x_b = tl.zeros((UNITS,), tl.float32), tl.zeros((UNITS,), tl.float32), tl.zeros((UNITS,), tl.float32)
+    nothing = tl.zeros((ROWS, UNITS), tl.float32)
+    of_alpha_0, of_alpha_1, of_alpha_b = nothing, nothing, nothing
+    of_x_0, of_x_1, of_x_b = nothing, nothing, nothing
     for done in range(N):
         n = N - 1 - done
-        x = tl.zeros((ROWS, UNITS), tl.float32) + first[None, :]  # the canvas before object n
+        x = nothing + first[None, :]  # the canvas before object n
         for m in range(n):
             a_0, a_1, there = _read(a, present, row, m, N, T, rows)
             alpha = tl.sigmoid(_linear(a_0, a_1, alpha_0, alpha_1, alpha_b)) * there[:, None]
@@ -92,19 +97,19 @@ def _backward(
         to = grad_a + ((tl.program_id(1).to(tl.int64) * rows + row) * N + n) * 2
         tl.store(to, tl.sum(to_alpha * alpha_0[None, :] + to_x * x_0[None, :], 1), row < rows)
         tl.store(to + 1, tl.sum(to_alpha * alpha_1[None, :] + to_x * x_1[None, :], 1), row < rows)
-        of_alpha_0 += tl.sum(to_alpha * a_0[:, None], 0)
-        of_alpha_1 += tl.sum(to_alpha * a_1[:, None], 0)
-        of_alpha_b += tl.sum(to_alpha, 0)
-        of_x_0 += tl.sum(to_x * a_0[:, None], 0)
-        of_x_1 += tl.sum(to_x * a_1[:, None], 0)
-        of_x_b += tl.sum(to_x, 0)
+        of_alpha_0 += to_alpha * a_0[:, None]
+        of_alpha_1 += to_alpha * a_1[:, None]
+        of_alpha_b += to_alpha
+        of_x_0 += to_x * a_0[:, None]
+        of_x_1 += to_x * a_1[:, None]
+        of_x_b += to_x
     to = grad_weights + (tl.program_id(0) * D + j) * 7
-    tl.store(to, of_alpha_0, within)
-    tl.store(to + 1, of_alpha_1, within)
-    tl.store(to + 2, of_alpha_b, within)
-    tl.store(to + 3, of_x_0, within)
-    tl.store(to + 4, of_x_1, within)
-    tl.store(to + 5, of_x_b, within)
+    tl.store(to, tl.sum(of_alpha_0, 0), within)
+    tl.store(to + 1, tl.sum(of_alpha_1, 0), within)
+    tl.store(to + 2, tl.sum(of_alpha_b, 0), within)
+    tl.store(to + 3, tl.sum(of_x_0, 0), within)
+    tl.store(to + 4, tl.sum(of_x_1, 0), within)
+    tl.store(to + 5, tl.sum(of_x_b, 0), within)
     tl.store(to + 6, tl.sum(g, 0) * (1 - first * first), within)
 
 
@@ -134,7 +139,7 @@ class FusedCanvas(torch.autograd.Function):
         grad_a, grad_weights = a.new_empty(by_units, rows, N, 2), a.new_empty(by_rows, D, 7)
         if rows:
             arguments = grad_canvas.contiguous(), a, present, *weights, grad_a, grad_weights
-            launch(_backward, grid, *arguments, *ctx.sizes, ROWS=ROWS, UNITS=UNITS, num_warps=8)
+            launch(_backward, grid, *arguments, *ctx.sizes, ROWS=ROWS, UNITS=UNITS)
         of_a = grad_a.sum(0).view(*a.shape[:-3], -1, N, 2).transpose(-2, -3)
         W_alpha, b_alpha, W_x, b_x, theta = grad_weights.sum(0).split((2, 1, 2, 1, 1), 1)
         return of_a, None, theta.flatten(), W_alpha, b_alpha.flatten(), W_x, b_x.flatten()

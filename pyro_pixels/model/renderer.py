@@ -30,14 +30,9 @@ class Renderer(nn.Module):
     """
 
     def __init__(
-        self,
-        height: int,
-        width: int,
-        state_size: int = 1024,
-        *,
-        background_logit: float = 0.0,
+        self, height: int, width: int, state_size: int = 1024, *, background_logit: float = 0.0,
         input_scale: float | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.height, self.width = height, width
         self.theta_x0 = nn.Parameter(torch.empty(state_size))
@@ -64,16 +59,13 @@ class Renderer(nn.Module):
             Logits of the pixels (..., T, H, W).
         """
         a = torch.where(present[..., None, None], a.to(self.theta_x0.dtype), 0.0)  # 0 * NaN would be NaN
-        weights = (w for layer in (self.to_alpha, self.to_x) for w in (layer.weight, layer.bias))
-        x = fastest(draw, a)(a, present, self.theta_x0, *weights)
+        x = fastest(draw, a)(a, present, self.theta_x0, *self.to_alpha.parameters(), *self.to_x.parameters())
         return self.to_v(x).unflatten(-1, (self.height, self.width))
 
 
-def draw(
-    a: Tensor, present: Tensor, theta_x0: Tensor, W_alpha: Tensor, b_alpha: Tensor, W_x: Tensor, b_x: Tensor
-) -> Tensor:
-    """Returns the canvas x (..., T, D) after all objects, Eq (1), for positions and mask as in `Renderer`."""
-    x = theta_x0.tanh()
+def draw(a: Tensor, present: Tensor, theta_x0: Tensor, *weights: Tensor) -> Tensor:
+    """Returns the last canvas x (..., T, D) of Eq (1); ``weights`` are W^alpha, b^alpha, W^x and b^x."""
+    (W_alpha, b_alpha, W_x, b_x), x = weights, theta_x0.tanh()
     for n in range(a.shape[-3]):
         alpha = torch.sigmoid(F.linear(a[..., n, :, :], W_alpha, b_alpha)) * present[..., n, None, None]
         x = torch.lerp(x, torch.tanh(F.linear(a[..., n, :, :], W_x, b_x)), alpha)

@@ -24,7 +24,9 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pyro_pixels.guides.untangling import UntangledGuide, untangle
+from pyro_pixels.guides.untangled import UntangledGuide
+from pyro_pixels.guides.untangling import untangle
+from pyro_pixels.lgssm.sharing import sharing
 from pyro_pixels.training.distillation import log_prob_in_best_order
 from pyro_pixels.training.elbo import AnnealedELBO
 
@@ -60,7 +62,10 @@ class OwnTracks(AnnealedELBO):
 
         ``args`` are images (B, T, H, W) and n_objects (B,).
         """
-        loss, n_objects = super().differentiable_loss(model, guide, *args, **kwargs), args[1]
+        with sharing():
+            return self._loss(super().differentiable_loss(model, guide, *args, **kwargs), model, guide, args[1])
+
+    def _loss(self, loss: Tensor, model: Any, guide: Any, n_objects: Tensor) -> Tensor:
         q_a, a = self._drawn["fn"].base_dist.base_dist, self._drawn["value"].detach()  # without mask and plate
         self._drawn = None
         if a.shape[1] == 1 or not self.weight:
