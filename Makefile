@@ -16,7 +16,7 @@ test-slow: $(STAMP)  ## the tests that take minutes
 	$(PY) -m pytest -q -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need CUDA
-	$(PY) -m pytest -q -m gpu $(ARGS)
+	$(PY) -m pytest -q -n 4 -m gpu $(ARGS)
 
 bench: $(STAMP)  ## measures speed and memory; results land in benchmarks/results
 	$(PY) -m benchmarks.bench $(ARGS)

@@ -73,7 +73,7 @@ def folder(args: Arguments, name: str) -> Path:
 def tests(args: Arguments) -> list[str]:
     chosen = ["tests/test_gpu.py", "-k", "validation", "-m", "not gpu"] if args.tiny else ["-m", "gpu"]
     report = folder(args, "tests") / "junit.xml"
-    return ["-m", "pytest", "-q", *chosen, f"--junitxml={report.resolve()}"]
+    return ["-m", "pytest", "-q", "-n", "4", *chosen, f"--junitxml={report.resolve()}"]
 
 
 def count_tests(at: Path, args: Arguments) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import with_means
+from benchmarks import report
+from benchmarks.timing import mean_over
 from pyro_pixels._files import atomic_write
 from pyro_pixels.result_tables import insert, markdown
 
@@ -52,7 +53,7 @@ def speed(results: dict[str, Found]) -> str:
             )
     for part, r in (results.get("steps", {}).get("found") or {}).items():
         literal = statistics.median(r["seconds"]["literal Pyro"]) if "literal Pyro" in r.get("seconds", {}) else None
-        for name, times in r.get("seconds", {}).items():
+        for name, times in _with_mean(r.get("seconds", {})).items():
             ms = 1e3 * statistics.median(times)
             ratio = f"{1e3 * literal / ms:.1f} x literal" if literal and name != "literal Pyro" else "-"
             rows.append([f"{part}: {name}", f"{ms:.2f} ms", ratio])
@@ -63,11 +64,6 @@ def speed(results: dict[str, Found]) -> str:
             [f"{of}, {variant}", f"{1e3 * statistics.median(each):.2f} ms", f"as it is {1e3 * as_it_is:.2f} ms"]
             for variant, each in times.items()
         ]
-    kernels = (results.get("kernels", {}).get("found") or {}).get("kernels", {}).get("seconds", {})
-    for name, times in with_means(kernels):
-        ms = {variant: f"{1e3 * statistics.median(each):.2f} ms" for variant, each in times.items()}
-        beside = {variant: "-" if variant == "as it is" else f"as it is {ms['as it is']}" for variant in ms}
-        rows += [[f"step: {name}, {variant}", ms[variant], beside[variant]] for variant in ms]
     for row in (results.get("probe", {}).get("found") or {}).get("rows", []):
         rows.append([row["what"], row["value"], row.get("beside", "-")])
     if "quickstart" in results:
@@ -77,7 +73,20 @@ def speed(results: dict[str, Found]) -> str:
         rate, alone = statistics.median(found["steps_per_second"]), found.get("alone")
         beside = f"one alone: {alone:.0f} steps a second, {alone / rate:.1f} times as many" if alone else "-"
         rows.append([f"{len(found['steps_per_second'])} seeds at once", f"{rate:.0f} steps a second each", beside])
-    return f"{markdown(['what', 'measured', 'beside'], rows)}\n\n{where(results)}" if rows else ""
+    tables = [markdown(["what", "measured", "beside"], rows)] if rows else []
+    kernels = (results.get("kernels", {}).get("found") or {}).get("kernels")
+    tables += [report.kernels(kernels)] if kernels else []
+    return "\n\n".join([*tables, where(results)]) if tables else ""
+
+
+def _with_mean(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Returns the times of steps, and after those of N = 1, 2, 3 of each program their mean."""
+    found = dict(seconds)
+    for program in dict.fromkeys(name.split(", N = ")[0] for name in seconds if ", N = " in name):
+        found[f"{program}, mean over N"] = mean_over(
+            t for name, t in seconds.items() if name.startswith(f"{program}, N")
+        )
+    return found
 
 
 def learning(results: dict[str, Found]) -> str:

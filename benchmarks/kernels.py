@@ -32,12 +32,15 @@ def measure(watch: Stopwatch) -> dict[str, Any]:
     """Returns seconds of a step, by preset and N, and by variant: the paper's guide and the quick preset."""
     paper, quick = replace(PRESETS["paper"], guide="recurrent"), PRESETS["quick"]
     variants: Variants = {"as it is": nullcontext}
-    if watch.device.type == "cuda":
+    cuda = watch.device.type == "cuda"
+    if cuda:
         variants |= {"without Triton kernels": without_kernels, "in float32": float32, "on one stream": one_stream}
     with matmul_precision("high"):
         return {
             "seconds": {
-                f"{name}, N = {N}": watch.compare(steps_within(variants, with_objects(config, N), watch.device))
+                f"{name}, N = {N}": watch.compare(
+                    steps_within(variants, with_objects(config, N), watch.device), in_a_row=20 if cuda else 1
+                )
                 for name, config in (("paper", paper), ("quick", quick))
                 for N in config.data.n_objects
             }

@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 FEWEST_ROUNDS = 3
-MOST_IN_A_ROW, ROW = 20, 0.05  # calls on a GPU, and seconds that they take together
 
 Times = list[float]
 """Seconds, one value per round."""
@@ -26,19 +25,20 @@ class Stopwatch:
     seconds: float = 12.0
     """Time limit of a comparison, in seconds; at least `FEWEST_ROUNDS` rounds (or ``rounds``, if fewer) are run."""
 
-    def compare(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Times]:
+    def compare(self, calls: Mapping[str, Callable[[], object]], in_a_row: int = 1) -> dict[str, Times]:
         """Returns seconds of each call; calls alternate (A B A B ...), after one untimed round.
 
-        On a GPU, up to `MOST_IN_A_ROW` fast calls follow one another before the device is waited for, as in a training.
+        With ``in_a_row``, each is called so many times before the device is waited for, as in a training.
         """
-        n = {name: self._in_a_row(self.time(call)) for name, call in calls.items()}
+        for call in calls.values():
+            self.time(call)
         times: dict[str, Times] = {name: [] for name in calls}
         stop = time.perf_counter() + self.seconds
         for i in range(self.rounds):
             if i >= FEWEST_ROUNDS and time.perf_counter() > stop:
                 break
             for name, call in calls.items():
-                times[name].append(self.time(call, n[name]))
+                times[name].append(self.time(call, in_a_row))
         return times
 
     def time(self, call: Callable[[], object], n: int = 1) -> float:
@@ -49,9 +49,6 @@ class Stopwatch:
             call()
         self._wait()
         return (time.perf_counter() - start) / n
-
-    def _in_a_row(self, seconds: float) -> int:
-        return 1 if self.device.type == "cpu" else max(1, min(MOST_IN_A_ROW, int(ROW / seconds)))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

@@ -93,9 +93,9 @@ def test_times_of_steps_are_shown_for_each_n_and_on_average():
     found = {"paper, N = 1": variants, "paper, N = 3": {"as it is": [0.004, 0.005], "without": [0.002, 0.002]}}
     about = {"device": "a card", "torch": "2", "python": "3", "pyro": "1", "commit": "0123456789"}
     shown = gpu_report.speed({"kernels": {"found": {"kernels": {"seconds": found}}, "environment": about}})
-    assert "| step: paper, N = 1, without | 1.00 ms | as it is 2.50 ms |" in shown
-    assert "| step: paper, mean over N, as it is | 3.50 ms | - |" in shown
-    assert "| step: paper, mean over N, without | 1.50 ms | as it is 3.50 ms |" in shown
+    assert "| step, ms | as it is | without |" in shown
+    assert "| paper, mean over N | 3.50 (3.25 to 3.75) | 1.50 (1.50 to 1.50) |" in shown
+    assert "| paper, N = 1 | 2.50 (2.25 to 2.75) | 1.00 (1.00 to 1.00) |" in shown
 
 
 def test_seeds_at_once_are_shown_beside_one_alone():
