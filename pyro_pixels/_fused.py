@@ -3,7 +3,7 @@
 On a GPU the time of a step is determined by the number of its kernels. `guides.fused_recurrence`,
 `guides.fused_following` and `model.fused_canvas` do in one or two kernels what takes torch many. On each device a
 function is compared with the plain one when it is first used; if they differ, or if the kernel cannot be compiled, the
-plain one is used, with a warning.
+plain one is used, with a warning. Second derivatives and the transforms of ``torch.func`` need the plain ones.
 """
 
 import os
@@ -72,6 +72,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """Runs a Triton kernel, whose first argument is a tensor."""
     with torch.cuda.device_of(args[0]):  # Triton launches on the current device, which need not be the tensors'
         kernel[grid](*args, **options)
+
+
+def tf32_allowed() -> bool:
+    """Returns whether products of float32 matrices on CUDA may be in TF32 or less."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch refuses if its newer setting is in use
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_pixels._fused import launch
+from pyro_pixels._fused import launch, tf32_allowed
 
 ROWS, COLUMNS, INPUTS = 64, 64, 64  # the tile of a product in one Triton program
 PARTS = 4  # of a product, along its inputs
@@ -70,7 +70,7 @@ def _forward(
     t, within = d - n, j < D
     cell = ((d * N + n) * B + b).to(tl.int64)
     part_stride, at = N * B * gate_width, row * gate_width + j
-    image = from_image + (t * B + b) * 2 * D + j
+    image = from_image + (t * B + b).to(tl.int64) * 2 * D + j
     beta = tl.load(image, within, other=0.0) + _sum_of_parts(parts, PARTS, part_stride, at, within)
     s_hat = tl.load(image + D, within, other=0.0) + _sum_of_parts(parts, PARTS, part_stride, at + D, within)
     beta, s_hat = tl.sigmoid(beta), 2 * tl.sigmoid(2 * s_hat) - 1  # tanh
@@ -195,8 +195,7 @@ class FusedRecurrence(torch.autograd.Function):
         (T, B, _), (N, _, D) = from_image.shape, s_0.shape
         from_image = from_image.contiguous()
         W = W if N > 1 else W[:, :D]
-        half = torch.get_float32_matmul_precision() != "highest"
-        products = _Products(W, N * B, half=half)
+        products = _Products(W, N * B, half=tf32_allowed())
         inputs = s_0.new_zeros(T + N, N, B, products.width, dtype=products.dtype)
         gates, states = s_0.new_empty(T + N - 1, N, B, 2 * D), s_0.new_empty(N, T, B, D)
         for n in range(N):
