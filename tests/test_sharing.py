@@ -10,7 +10,8 @@ from rehearsal import RehearsedSteps, Stream, rehearse, rehearse_streams
 from pyro_pixels._batch import Known
 from pyro_pixels.guides.recurrent import RecurrentGuide
 from pyro_pixels.guides.structured import StructuredGuide
-from pyro_pixels.lgssm.dynamics import Dynamics
+from pyro_pixels.lgssm import sharing as sharing_module
+from pyro_pixels.lgssm.dynamics import Dynamics, hmm_components
 from pyro_pixels.lgssm.sharing import computing_beside, once, sharing
 from pyro_pixels.training import step_runners
 from pyro_pixels.training.elbo import AnnealedELBO
@@ -45,11 +46,11 @@ def test_what_depends_on_parameters_alone_waits_for_the_beginning_only(beside):
     main, dynamics = Stream.current, Dynamics()
     with computing_beside(beside), sharing():
         where = []
-        once("p", lambda: where.append(Stream.current), dynamics, dynamics.u, 30)
+        once("p", lambda: where.append(Stream.current), dynamics, 30)
         assert where == [beside]
         assert Stream.current is main
         assert Stream.orders == [(beside, "event", ("event", main)), (main, "stream", beside)]
-        once("p", lambda: where.append(Stream.current), dynamics, dynamics.u, 30)  # not computed, but waited for
+        once("p", lambda: where.append(Stream.current), dynamics, 30)  # not computed, but waited for
         assert where == [beside]
         assert Stream.orders[2:] == [(main, "stream", beside)]
 
@@ -58,6 +59,16 @@ def test_what_depends_on_other_results_waits_for_them(beside):
     main, value = Stream.current, torch.zeros(3)
     with computing_beside(beside), sharing():
         once("q", lambda: value + 1, Dynamics(), value)
+    assert Stream.orders == [(beside, "stream", main), (main, "stream", beside)]
+
+
+def test_dynamics_that_may_depend_on_more_wait_for_everything_before(beside):
+    class Driven(Dynamics):
+        """Its force could come from a network."""
+
+    main = Stream.current
+    with computing_beside(beside), sharing():
+        once("p", lambda: None, Driven(), 30)
     assert Stream.orders == [(beside, "stream", main), (main, "stream", beside)]
 
 
@@ -72,6 +83,16 @@ def test_nested_quantities_stay_on_the_stream(beside):
         once("outer", lambda: once("inner", inner, torch.zeros(3)) + 1)
     assert where == [beside]
     assert len(Stream.orders) == 2
+
+
+def test_all_tensors_of_a_result_are_found():
+    """Also those of Pyro's `GaussianHMM`, which keeps them in objects of its own; but no parameters."""
+    p_a = Dynamics(components=hmm_components).positions(6)
+    found = {x.data_ptr() for x in sharing_module._tensors((p_a, [p_a]))}
+    hmm = p_a.component_distribution
+    for gaussian in (hmm._init, hmm._trans, hmm._obs):
+        assert {x.data_ptr() for x in (gaussian.log_normalizer, gaussian.info_vec, gaussian.precision)} <= found
+    assert not list(sharing_module._tensors(Dynamics()))
 
 
 def test_memory_is_kept_for_the_stream_that_reads_it(beside, monkeypatch):

@@ -30,7 +30,7 @@ from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.distributions import BlockTracks, DenseTracks
 from pyro_pixels.lgssm.kalman import LGSSM, ConstantVelocity
 from pyro_pixels.lgssm.marginal import marginal_moments
-from pyro_pixels.lgssm.sharing import once
+from pyro_pixels.lgssm.sharing import of_parameters_alone, once
 
 Positive = Annotated[float, Bounds(0, 1e12, above=True)]
 DENSE_FRAMES = 64  # up to this many frames `exact_components` are dense
@@ -143,6 +143,7 @@ def hmm_components(lgssm: LGSSM, n_frames: int) -> dist.GaussianHMM:
     )
 
 
+@of_parameters_alone
 class Dynamics(nn.Module):
     """The learnable dynamics with parameters delta, u, Sigma_H, Sigma_A, pi_k, mu_k and Sigma_k (Sec 3.2).
 
@@ -233,9 +234,8 @@ class Dynamics(nn.Module):
             a: positions (..., T, 2).
             observed: (..., T) bool, False where a frame is missing; by default all are observed.
         """
-        if observed is not None:
-            observed = observed.unsqueeze(-2)
-        log_likelihood = kalman.log_likelihood(self.lgssm(), a.unsqueeze(-3), observed)
+        seen = None if observed is None else observed.unsqueeze(-2)
+        log_likelihood = kalman.log_likelihood(self.lgssm(), a.unsqueeze(-3), seen)
         log_pi = self.log_pi.to(log_likelihood.dtype).log_softmax(-1)
         return dist.Categorical(logits=log_likelihood + log_pi, validate_args=False)
 

@@ -16,6 +16,15 @@ import torch
 from torch import Tensor, nn
 
 Made = TypeVar("Made")
+Kind = TypeVar("Kind", bound=type)
+_OF_PARAMETERS_ALONE: set[type] = set()
+
+
+def of_parameters_alone(kind: Kind) -> Kind:
+    """Declares that what is computed from a module of this class depends on its parameters and on nothing else that a
+    step computes. This does not hold for subclasses, which may depend on anything."""
+    _OF_PARAMETERS_ALONE.add(kind)
+    return kind
 
 
 class _Shared:
@@ -51,10 +60,10 @@ class _SharedBeside(_Shared):
 
     def _make(self, make: Callable[[], Made], of: tuple[object, ...]) -> Made:
         current, given = self._current(), list(_tensors(of))
-        if given:
-            self._beside.wait_stream(current)
-        else:  # it depends on parameters alone
+        if all(isinstance(x, int) or type(x) in _OF_PARAMETERS_ALONE for x in of):
             self._beside.wait_event(self._begun)
+        else:
+            self._beside.wait_stream(current)
         with torch.cuda.stream(self._beside):
             made = make()
         for tensors, stream in ((given, self._beside), (_tensors(made), current)):
@@ -104,14 +113,14 @@ def once(name: str, make: Callable[[], Made], *of: object) -> Made:
     return shared.get(key, make, of)
 
 
-def _tensors(x: object) -> Iterator[Tensor]:
-    """Returns the tensors in tuples, lists and distributions, but not the parameters in modules."""
+def _tensors(x: object, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Returns the tensors in tuples, lists and objects such as distributions, but not those in modules."""
+    seen = set() if seen is None else seen
+    if id(x) in seen or isinstance(x, (nn.Module, nn.Parameter, type)) or hasattr(x, "__code__"):
+        return
+    seen.add(id(x))
     if isinstance(x, Tensor):
-        if not isinstance(x, nn.Parameter):
-            yield x
-    elif isinstance(x, (tuple, list)):
-        for part in x:
-            yield from _tensors(part)
-    elif isinstance(x, torch.distributions.Distribution):
-        for part in vars(x).values():
-            yield from _tensors(part)
+        yield x
+    else:
+        for part in x if isinstance(x, (tuple, list)) else getattr(x, "__dict__", {}).values():
+            yield from _tensors(part, seen)

@@ -306,6 +306,7 @@ class CapturedSteps(Steps):
         """
         self._generator().graphsafe_set_state(kept.graphsafe_get_state())
         self._random = kept
+        self._beside = torch.cuda.Stream(self.totals.device)
         self._recorded.clear()  # earlier recordings hold the lost random state
         self.optimizer.zero_grad()
         self.elbo.terms = None
