@@ -3,10 +3,12 @@
 On a GPU the time of a step is determined by the number of its kernels. `guides.fused_recurrence`,
 `guides.fused_following` and `model.fused_canvas` do in one or two kernels what takes torch many. On each device a
 function is compared with the plain one when it is first used; if they differ, or if the kernel cannot be compiled, the
-plain one is used, with a warning. Second derivatives and the transforms of ``torch.func`` need the plain ones.
+plain one is used, with a warning. Second derivatives, transforms of ``torch.func`` and forward-mode differentiation are
+those of the plain one.
 """
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +16,16 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-ENABLED = torch.cuda.is_available() and os.environ.get("PYRO_PIXELS_FUSED", "1") != "0"
+from pyro_pixels.lgssm.sharing import not_sharing
+
+ENABLED = os.environ.get("PYRO_PIXELS_FUSED", "1") != "0"
 TOLERANCE = 1e-4  # of results of order 1, in float32
 
 Function = TypeVar("Function")
 _CHOSEN: dict[tuple[Any, torch.device], Any] = {}
+_CHECKING = threading.Lock()
 
 
 def choose(
@@ -36,13 +42,19 @@ def choose(
         fused: imports and returns the fused function.
         difference: returns the largest difference of results, of order 1, between the plain function and another.
     """
-    if not (ENABLED and x.device.type == "cuda" and x.dtype == torch.float32):
+    if not (ENABLED and x.device.type == "cuda" and x.dtype == torch.float32 and torch.cuda.is_available()):
+        return plain
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return plain
     key = plain, x.device
     if key not in _CHOSEN:
         if torch.cuda.is_current_stream_capturing():  # no check can run while recording
             return plain
-        _CHOSEN[key] = checked(x.device, plain, fused, difference)
+        with _CHECKING:
+            try:
+                _CHOSEN[key] = checked(x.device, plain, fused, difference)
+            except torch.OutOfMemoryError:  # next time there may be memory for the check
+                return plain
     return _CHOSEN[key]  # type: ignore[no-any-return]
 
 
@@ -55,8 +67,13 @@ def checked(
     """Returns the fused function if it agrees with the plain one, else the latter with a warning and the reason."""
     try:
         function = fused()
-        with torch.inference_mode(False), matmul_precision("highest"):
+        with (
+            torch.inference_mode(False), torch.autocast(device.type, enabled=False), not_sharing(),
+            matmul_precision("highest"),
+        ):  # fmt: skip
             off = difference(plain, function, device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a compiler may raise anything
         why = f"{type(error).__name__}: {error}"
     else:
@@ -66,6 +83,11 @@ def checked(
     message = f"fused kernels are disabled: {why}; plain operations are used, which are as accurate but slower"
     warnings.warn(message, stacklevel=2)
     return plain
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Draws from N(0, 1) in float32 on the CPU, whatever torch's defaults are, with a generator of one's own."""
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -85,18 +107,17 @@ def tf32_allowed() -> bool:
 @contextmanager
 def matmul_precision(precision: Literal["highest", "high"]) -> Iterator[None]:
     """Within this context, products of float32 matrices on CUDA are in float32 ("highest") or TF32 ("high")."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses if its newer setting is in use
-        matmul: Any = torch.backends.cuda.matmul
+    matmul: Any = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later; the older setting would change others, too
         before, matmul.fp32_precision = matmul.fp32_precision, "ieee" if precision == "highest" else "tf32"
         try:
             yield
         finally:
             matmul.fp32_precision = before
         return
+    old = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(old)

@@ -3,27 +3,34 @@
 import os
 import subprocess
 import sys
+import warnings
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
 from pyro_pixels import _fused as fused
-from pyro_pixels.guides import following, recurrence, untangling
+from pyro_pixels.guides import following, recurrence, structured, untangling
 from pyro_pixels.guides.recurrence import _Recurrence, recur_reference
+from pyro_pixels.lgssm.sharing import once, sharing
 from pyro_pixels.model import drawing, renderer
 
 CPU = torch.device("cpu")
 INTERPRETED = """
+from functools import partial
+from unittest import mock
 import torch
 from pyro_pixels._fused import matmul_precision
 from pyro_pixels.guides import following, fused_exchanges, fused_following, fused_recurrence, recurrence, untangling
+from pyro_pixels.lgssm.dynamics import Dynamics
 from pyro_pixels.model import drawing, fused_canvas, renderer
 FusedRecurrence = fused_recurrence.FusedRecurrence
+canvas = partial(fused_canvas.FusedCanvas.apply, renderer.draw)
 cpu = torch.device("cpu")
 print(recurrence.largest_difference(recurrence._Recurrence, FusedRecurrence, cpu))
 print(following.largest_difference(following.follow_reference, fused_following.follow, cpu))
-print(drawing.largest_difference(renderer.draw, fused_canvas.FusedCanvas.apply, cpu))
+print(drawing.largest_difference(renderer.draw, canvas, cpu))
 print(untangling.largest_difference(untangling.exchange, fused_exchanges.exchange, cpu))
 for precision, accuracy, sizes in (("highest", 1e-6, [1]), ("high", 2.0**-11, [1e-6, 1, 1e6])):
     for size in sizes:  # of gradients
@@ -36,8 +43,26 @@ for precision, accuracy, sizes in (("highest", 1e-6, [1]), ("high", 2.0**-11, [1
                 with matmul_precision(precision):
                     s = function(*inputs)
                     found.append([s, *torch.autograd.grad(size * (3 * s).cos().sum(), inputs)])
-            off = max(float((a - b).detach().norm() / b.detach().norm()) for a, b in zip(*found))
-            print(1e-6 * off / accuracy)
+            for a, b in zip(*found):
+                print(1e-6 / accuracy * float((a - b).detach().norm() / b.detach().norm()))
+# Second derivatives, and none of no sequences.
+a, present = torch.randn(1, 2, 3, 2), torch.tensor([[True, True]])
+weights = [torch.randn(shape, requires_grad=True) for shape in ((5,), (5, 2), (5,), (5, 2), (5,))]
+found = [torch.autograd.functional.hessian(lambda a: draw(a, present, *weights).square().sum(), a, strict=True)
+         for draw in (canvas, renderer.draw)]
+print(float((found[0] - found[1]).abs().max()))
+nothing = torch.zeros(0, 2, 3, 2, requires_grad=True)
+canvas(nothing, torch.ones(0, 2, dtype=torch.bool), *weights).sum().backward()
+assert nothing.grad.shape == nothing.shape
+# Numbers of objects in any memory layout.
+dynamics, tracks = Dynamics(), torch.randn(4, 3, 9, 2)
+column = torch.tensor([[3, 1], [1, 2], [2, 3], [3, 1]])[:, 0]
+for counts in (3, column, torch.tensor(2)):
+    wanted = untangling.untangle(dynamics, tracks, counts)
+    untangling.choose = lambda *_: fused_exchanges.exchange
+    found = untangling.untangle(dynamics, tracks, counts)
+    untangling.choose = lambda x, plain, *_: plain
+    print(float((wanted.labels != found.labels).sum()), float((wanted.gain - found.gain).abs().max()))
 """
 
 
@@ -48,7 +73,9 @@ def test_triton_computes_what_torch_does():
         [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert max(map(float, done.stdout.split())) < 1e-5
+    found = [float(x) for x in done.stdout.split()]
+    assert len(found) == 4 + 24 * 4 + 1 + 6
+    assert all(x < 1e-5 for x in found), found  # not so for NaN
 
 
 def test_kernels_that_cannot_run_are_replaced(monkeypatch):
@@ -59,8 +86,9 @@ def test_kernels_that_cannot_run_are_replaced(monkeypatch):
     plain = following.follow_reference
     with pytest.warns(UserWarning, match="fused kernels are disabled"):
         assert fused.checked(CPU, plain, following._fused, following.largest_difference) is plain
+    draw = renderer.draw
     with pytest.warns(UserWarning, match="fused kernels are disabled"):
-        assert fused.checked(CPU, renderer.draw, drawing._fused, drawing.largest_difference) is renderer.draw
+        assert fused.checked(CPU, draw, partial(drawing._fused, draw), drawing.largest_difference) is draw
     plain = untangling.exchange
     with pytest.warns(UserWarning, match="fused kernels are disabled"):
         assert fused.checked(CPU, plain, untangling._fused, untangling.largest_difference) is plain
@@ -163,7 +191,11 @@ def test_exchanges_made_otherwise_are_found_out():
     def fewer(moves, a, labels, most):
         return plain(moves, a, labels, 1)
 
-    wrongs = [fewer]
+    def only_large_gains(*args):
+        with mock.patch.object(untangling, "LEAST_GAIN", 0.1):
+            return plain(*args)
+
+    wrongs = [fewer, only_large_gains]
     wrongs += [
         changed(mean=lambda x: 0 * x + 1),
         changed(P=lambda x: x.tril()),
@@ -173,3 +205,96 @@ def test_exchanges_made_otherwise_are_found_out():
     assert untangling.largest_difference(plain, plain, CPU) == 0
     for wrong in wrongs:
         assert untangling.largest_difference(plain, wrong, CPU) > 10 * fused.TOLERANCE
+
+
+DIFFERENCES = {
+    "recurrence": (recurrence.largest_difference, _Recurrence),
+    "following": (following.largest_difference, following.follow_reference),
+    "drawing": (drawing.largest_difference, renderer.draw),
+    "untangling": (untangling.largest_difference, untangling.exchange),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_check_disturbs_nothing_and_depends_on_nothing(name, monkeypatch):
+    """Neither random numbers nor settings change, and the caller's defaults do not matter."""
+    difference, plain = DIFFERENCES[name]
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: seeded.append(seed))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeded.append(seed))
+    state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    settings = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.no_grad(), sharing(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert fused.checked(CPU, plain, lambda: plain, difference) is plain
+            assert once("x", lambda: 1, plain) == 1
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_float32_matmul_precision() == precision
+    assert settings == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+    assert not seeded
+
+
+def test_a_check_without_memory_is_repeated_later(monkeypatch):
+    """Running out of memory says nothing about the kernel."""
+
+    def no_memory(plain, function, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.checked(CPU, renderer.draw, lambda: None, no_memory)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (1, 2, 1)])
+def test_second_derivatives_are_those_of_the_plain_functions(shape):
+    T, N, D = shape
+    torch.manual_seed(0)
+    from_image, s_0, W = torch.randn(T, 2, 2 * D), torch.randn(N, 2, D), torch.randn(2 * D, 2 * D)
+
+    def square(function, W):
+        return function(from_image, s_0, W).square().sum()
+
+    found = [
+        torch.autograd.functional.hessian(partial(square, function), W, strict=True)
+        for function in (_Recurrence.apply, recur_reference)
+    ]
+    torch.testing.assert_close(*found)
+
+    root = torch.randn(D, D, dtype=torch.float64)
+    C, R, b = root @ root.mT + torch.eye(D), torch.rand(3, D, dtype=torch.float64) + 0.5, torch.randn(3, D, 2).double()
+
+    def loss(solve, R):
+        x, log_det = solve(C, R, b, structured.factor_sum(C, R))
+        return x.square().sum() + log_det.square().sum()
+
+    by_hand, plain = (
+        torch.autograd.functional.hessian(partial(loss, solve), R, strict=True)
+        for solve in (structured.solve_sum, structured.solve_sum_reference)
+    )
+    torch.testing.assert_close(by_hand, plain)
+
+
+def test_kernels_are_not_used_in_transforms(monkeypatch):
+    """Of ``torch.func`` and in forward mode, which autograd functions do not support."""
+
+    def chosen(x):
+        on_a_card = mock.Mock(device=torch.device("cuda"), dtype=torch.float32)
+        return fused.choose(on_a_card, "plain", lambda: "fused", lambda *_: 0.0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(fused, "checked", lambda *_: "fused")
+    monkeypatch.setattr(fused, "_CHOSEN", {})
+    x, seen = torch.zeros(3), []
+    assert chosen(x) == "fused"
+    torch.func.vmap(lambda x: seen.append(chosen(x)) or x)(x)
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(chosen(x))
+    assert seen == ["plain", "plain"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert chosen(x) == "fused"
+    monkeypatch.setattr(fused, "_CHOSEN", {})
+    assert chosen(x) == "plain"  # no check can run while recording

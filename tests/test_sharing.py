@@ -66,10 +66,17 @@ def test_dynamics_that_may_depend_on_more_wait_for_everything_before(beside):
     class Driven(Dynamics):
         """Its force could come from a network."""
 
-    main = Stream.current
-    with computing_beside(beside), sharing():
-        once("p", lambda: None, Driven(), 30)
-    assert Stream.orders == [(beside, "stream", main), (main, "stream", beside)]
+    def own_components(lgssm, n_frames):
+        """May use anything."""
+
+    main, swapped = Stream.current, Dynamics()
+    del swapped.u  # as `torch.func.functional_call` does for a while
+    swapped._parameters["u"] = 2 * torch.zeros(4)
+    for dynamics in (Driven(), Dynamics(components=own_components), swapped):
+        Stream.orders.clear()
+        with computing_beside(beside), sharing():
+            once("p", lambda: None, dynamics, 30)
+        assert Stream.orders == [(beside, "stream", main), (main, "stream", beside)]
 
 
 def test_nested_quantities_stay_on_the_stream(beside):
@@ -107,6 +114,9 @@ def test_memory_is_kept_for_the_stream_that_reads_it(beside, monkeypatch):
         for x in (mean, cov, L, p_a.mixture_distribution.logits):
             assert any(x.data_ptr() == y.data_ptr() and stream is main for y, stream in recorded)
         assert not any(stream is beside for _, stream in recorded)
+        recorded.clear()
+        lgssm = dynamics.lgssm()  # made beside, within p_a
+        assert any(x is lgssm.Sigma_H and stream is main for x, stream in recorded)
         log_p = p_a.log_prob(value)
     assert any(x is value and stream is beside for x, stream in recorded)
     assert any(x is log_p and stream is main for x, stream in recorded)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_pixels._fused import choose
+from pyro_pixels._fused import normal as draw
 from pyro_pixels.guides.association import (
     Pixels,
     Tracks,
@@ -99,18 +100,19 @@ def _random_arguments(
     """Returns arguments of `follow_reference` in float32; the first sequence has one object."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return draw(generator, *shape).to(device)
 
-    root, blob = 0.1 * normal(2 * T, 2 * T), torch.tensor([[0.02, 0.004], [0.004, 0.03]], device=device)
-    cov = (root @ root.mT + 0.1 * torch.eye(2 * T, device=device)).double()
+    kind: Any = {"dtype": torch.float32, "device": device}
+    root, blob = 0.1 * normal(2 * T, 2 * T), torch.tensor([[0.02, 0.004], [0.004, 0.03]], **kind)
+    cov = (root @ root.mT + 0.1 * torch.eye(2 * T, **kind)).double()
     unused = normal(1)
     tracks = Tracks(0.1 * normal(T, 2), cov, unused, unused, blob, torch.linalg.inv(blob), clutter)
-    homogeneous = torch.cat([0.3 * normal(B, T, 2, k), torch.ones(B, T, 1, k, device=device)], 2)
+    homogeneous = torch.cat([0.3 * normal(B, T, 2, k), torch.ones(B, T, 1, k, **kind)], 2)
     v = normal(B, T, k).sigmoid()
     penalty = absent_penalty(
         torch.arange(N, device=device) < torch.arange(1, B + 1, device=device).clamp(max=N)[:, None]
     )
-    orders = torch.stack([torch.randperm(T, generator=generator) for _ in range(S)]).to(device)
+    orders = torch.stack([torch.randperm(T, generator=generator, device="cpu") for _ in range(S)]).to(device)
     claim = normal(B, S, N, k) + penalty[:, None, :, None]
     pixels = Pixels(v, homogeneous, v.unsqueeze(2) * homogeneous)
     return Forecasts.of(tracks, orders, torch.float32), tracks, pixels, claim, penalty, orders

@@ -127,7 +127,7 @@ def exchange(moves: Any, a: Tensor, labels: Tensor, most: int) -> tuple[Tensor, 
     if B:
         launch(
             _exchange, (B,), tracks, labels, gains, moves.P.contiguous(), moves.mean.contiguous(), moves.log_weight,
-            moves.n_objects, N, T, len(moves.mean), most, moves.cost, moves.least,
+            moves.n_objects.contiguous(), N, T, len(moves.mean), most, moves.cost, moves.least,
             WINDOWS=moves.windows, T_=T_, num_warps=8 if T_ <= 32 else 16,
         )  # fmt: skip
     return labels, gains

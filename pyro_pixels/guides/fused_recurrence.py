@@ -8,7 +8,8 @@ whole device, and the kernel that computes a state adds up its parts and writes 
 
 If torch may use TF32 for float32 matrices (`torch.set_float32_matmul_precision`), products have operands in half
 precision and sums in float32. Half precision has the 10 bits of TF32 in half the memory, which limits the speed. It has
-fewer exponents: states lie within [-1, 1], and gradients are scaled by a power of two for every cell and sequence.
+fewer exponents: states lie within [-1, 1], weights must be below 65,504, and gradients are scaled by a power of two for
+every cell and sequence.
 Otherwise products are torch's, in float32.
 
 Tests compare states and gradients with `recurrence.recur_reference`, on a CPU with Triton's interpreter
@@ -22,9 +23,10 @@ import torch.nn.functional as F
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pyro_pixels._derivatives import gradients
 from pyro_pixels._fused import launch, tf32_allowed
+from pyro_pixels.guides.literal_recurrence import recur_reference
 
 ROWS, COLUMNS, INPUTS = 64, 64, 64  # the tile of a product in one Triton program
 PARTS = 4  # of a product, along its inputs
@@ -75,7 +77,7 @@ def _forward(
     s_hat = tl.load(image + D, within, other=0.0) + _sum_of_parts(parts, PARTS, part_stride, at + D, within)
     beta, s_hat = tl.sigmoid(beta), 2 * tl.sigmoid(2 * s_hat) - 1  # tanh
     state = states + ((n * T + t) * B + b).to(tl.int64) * D + j
-    before = tl.load(state - T * B * D, j < tl.where(n > 0, D, 0), other=0.0)
+    before = tl.load(state - tl.cast(T, tl.int64) * B * D, j < tl.where(n > 0, D, 0), other=0.0)
     s = before + beta * (s_hat - before)
     tl.store(gates + cell * 2 * D + j, beta, within)
     tl.store(gates + cell * 2 * D + D + j, s_hat, within)
@@ -102,7 +104,7 @@ def _backward(
     gate = cell * 2 * D + j
     g = tl.load(grad_s + state, within, other=0.0)
     beta, s_hat = tl.load(gates + gate, within, other=0.0), tl.load(gates + gate + D, within, other=0.0)
-    before = tl.load(states + state - T * B * D, j < tl.where(n > 0, D, 0), other=0.0)
+    before = tl.load(states + state - tl.cast(T, tl.int64) * B * D, j < tl.where(n > 0, D, 0), other=0.0)
     beta_beside = tl.load(gates + next_object * 2 * D + j, beside, other=0.0)
     g_beside = tl.load(grad_states + next_object * D + j, beside, other=0.0)
     from_later = _sum_of_parts(parts, PARTS, part_stride, at, later)
@@ -193,9 +195,9 @@ class FusedRecurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
         (T, B, _), (N, _, D) = from_image.shape, s_0.shape
+        arguments = from_image, s_0, W
         from_image = from_image.contiguous()
-        W = W if N > 1 else W[:, :D]
-        products = _Products(W, N * B, half=tf32_allowed())
+        products = _Products(W if N > 1 else W[:, :D], N * B, half=tf32_allowed())
         inputs = s_0.new_zeros(T + N, N, B, products.width, dtype=products.dtype)
         gates, states = s_0.new_empty(T + N - 1, N, B, 2 * D), s_0.new_empty(N, T, B, D)
         for n in range(N):
@@ -208,14 +210,16 @@ class FusedRecurrence(torch.autograd.Function):
                 products.width, products.out, PARTS=len(parts), **_block(D),
             )  # fmt: skip
         ctx.products = products
-        ctx.save_for_backward(inputs, gates, states, W)
+        ctx.save_for_backward(inputs, gates, states, *arguments)
         return states
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        (inputs, gates, states, W), products = ctx.saved_tensors, ctx.products
-        (N, T, B, D), width = grad_s.shape, W.shape[1]
+    def backward(ctx: Any, grad_s: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs, gates, states, *arguments = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients(recur_reference, arguments, [grad_s])
+        products, (N, T, B, D) = ctx.products, grad_s.shape
+        width = 2 * D if N > 1 else D
         grad_s = grad_s.contiguous()
         grad_gates = torch.zeros_like(gates)  # corners must be 0 in products
         grad_states, grad_s_0 = gates.new_empty(T + N - 1, N, B, D), gates.new_empty(N, B, D)
@@ -233,8 +237,8 @@ class FusedRecurrence(torch.autograd.Function):
             if d < N:  # the first frame of object d
                 own = slice(d * B, (d + 1) * B)
                 torch.mul(parts[:, own, :D].sum(0), scales[own, None], out=grad_s_0[d])
-        grad_W = W.new_zeros(2 * D, 2 * D)
-        by_cell = inputs[:-1].view(-1, products.width)[:, :width].to(W.dtype)
+        grad_W = gates.new_zeros(2 * D, 2 * D)
+        by_cell = inputs[:-1].view(-1, products.width)[:, :width].to(gates.dtype)
         torch.mm(grad_gates.view(-1, 2 * D).mT, by_cell, out=grad_W[:, :width])
         grad_image = sum((grad_gates[n : n + T, n] for n in range(1, N)), grad_gates[:T, 0])
         return grad_image, grad_s_0, grad_W

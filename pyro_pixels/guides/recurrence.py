@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pyro_pixels._fused import choose, matmul_precision
+from pyro_pixels._derivatives import gradients
+from pyro_pixels._fused import choose, matmul_precision, normal
+from pyro_pixels.guides.literal_recurrence import recur_reference
 
 
 def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
@@ -30,21 +31,6 @@ def recur(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
         The states s (N, T, B, D).
     """
     return choose(from_image, _Recurrence, _fused, largest_difference).apply(from_image, s_0, W)  # type: ignore[no-any-return]
-
-
-def recur_reference(from_image: Tensor, s_0: Tensor, W: Tensor) -> Tensor:
-    """Computes the same as `recur`, cell by cell as in Eq (8), with gradients by autograd."""
-    (T, _, _), (N, _, D) = from_image.shape, s_0.shape
-    states, nobody = [], torch.zeros_like(s_0[0])
-    for n in range(N):
-        s, row = s_0[n], []
-        for t in range(T):
-            before = states[n - 1][t] if n > 0 else nobody
-            beta, s_hat = (from_image[t] + torch.cat([s, before], -1) @ W.mT).split(D, -1)
-            s = torch.lerp(before, s_hat.tanh(), beta.sigmoid())
-            row.append(s)
-        states.append(row)
-    return torch.stack([torch.stack(row) for row in states])
 
 
 def _cells(x: Tensor, T: int, after: int = 0) -> list[Tensor]:
@@ -80,7 +66,7 @@ def largest_difference(plain: Any, function: Any, device: torch.device) -> float
             with torch.enable_grad(), matmul_precision(precision):
                 generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
                 shapes = (T, B, 2 * D), (N, B, D), (2 * D, 2 * D)
-                drawn = [torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for shape in shapes]
+                drawn = [normal(generator, *shape) / shape[-1] ** 0.5 for shape in shapes]
                 results = []
                 for each in (plain, function):
                     inputs = [x.to(device).requires_grad_() for x in drawn]
@@ -114,13 +100,15 @@ class _Recurrence(torch.autograd.Function):
             _add_product(now, state, W_time)
             beta, s_hat = now.chunk(2, 1)
             torch.lerp(before, s_hat.tanh_(), beta.sigmoid_(), out=to)
-        ctx.save_for_backward(H, gates, W)
+        ctx.save_for_backward(H, gates, from_image, s_0, W)
         return torch.stack([H[n + 1 : n + 1 + T, n + 1] for n in range(N)])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        H, gates, W = ctx.saved_tensors
+    def backward(ctx: Any, grad_s: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        H, gates, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients(recur_reference, inputs, [grad_s])
+        W = inputs[-1]
         N, T, _, D = grad_s.shape
         G = torch.zeros_like(H)  # gradient of H
         for n in range(N):

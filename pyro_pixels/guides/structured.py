@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from pyro_pixels._derivatives import gradients
 from pyro_pixels.guides.base import Guide
 from pyro_pixels.guides.inference_rnn import StateNetwork
 from pyro_pixels.guides.long_tracks import FilteredTracks
@@ -231,14 +231,16 @@ class _SolveSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, C: Tensor, R: Tensor, b: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
         x = cholesky_solve(b, L)
-        ctx.save_for_backward(L, x)
+        ctx.save_for_backward(x, C, R, b, L)
         ctx.set_materialize_grads(False)
         return x, 2 * L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        L, x = ctx.saved_tensors
+    def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients(solve_sum_reference, inputs, [grad_x, grad_log_det])
+        L = inputs[-1]
         d = L.shape[-1]
         grad_b = torch.zeros_like(x) if grad_x is None else cholesky_solve(grad_x, L)
         grad_R = -(grad_b * x).sum(-1)

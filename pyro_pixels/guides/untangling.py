@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pyro_pixels._batch import counts, most_objects, object_mask
 from pyro_pixels._convert import as_batch
-from pyro_pixels._fused import choose
+from pyro_pixels._fused import choose, normal
 from pyro_pixels._pyro import check_pixels, without_unseen
 from pyro_pixels.lgssm import kalman
 from pyro_pixels.lgssm.dynamics import Dynamics, DynamicsConfig
@@ -247,13 +247,15 @@ def largest_difference(plain: Any, function: Any, device: torch.device) -> float
     generator = torch.Generator().manual_seed(0)  # leaves the global random state alone
     differences = []
     for N, T, windows in ((2, 5, True), (3, 31, True), (4, 33, False)):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            dynamics = Dynamics(DynamicsConfig(delta=0.2, state_noise=1e-4, position_noise=1e-2)).to(device)
-        dynamics.log_pi.copy_(torch.tensor([1.0, -1.0]))
-        start, velocity, noise = (torch.randn(6, N, n, 2, generator=generator) for n in (1, 1, T))
-        a = start + velocity * torch.linspace(-1, 1, T).view(T, 1) + 0.05 * noise
-        t, first = torch.arange(T), torch.zeros(6, dtype=torch.int64)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            dynamics = Dynamics(DynamicsConfig(delta=0.2, state_noise=1e-4, position_noise=1e-2)).float()
+        dynamics.mu.copy_(normal(generator, 2, 4))
+        dynamics.log_pi.copy_(normal(generator, 2))
+        dynamics.to(device)
+        start, velocity, noise = (normal(generator, 6, N, n, 2) for n in (1, 1, T))
+        a = start + velocity * torch.linspace(-1, 1, T, device="cpu").view(T, 1) + 0.05 * noise
+        a = a * torch.logspace(0, -5, 6, device="cpu").view(6, 1, 1, 1)  # so that gains have all sizes
+        t, first = torch.arange(T, device="cpu"), torch.zeros(6, dtype=torch.int64, device="cpu")
         swapped = ((t >= 1) & (t < T // 2)) ^ (t >= T // 3)
         labels = exchanged(own_names(a), first, first + 1, swapped.expand(6, T))
         a, n_objects = renamed(a, labels).to(device), torch.tensor([1, N, N, 2, N, N], device=device)

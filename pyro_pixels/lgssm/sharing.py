@@ -53,24 +53,36 @@ class _SharedBeside(_Shared):
             return super().get(key, make, of)
         made = super().get(key, lambda: self._make(make, of), of)
         self._current().wait_stream(self._beside)
+        _keep(made, self._current())
         return made
 
     def _current(self) -> torch.cuda.Stream:
         return torch.cuda.current_stream(self._beside.device)
 
     def _make(self, make: Callable[[], Made], of: tuple[object, ...]) -> Made:
-        current, given = self._current(), list(_tensors(of))
-        if all(isinstance(x, int) or type(x) in _OF_PARAMETERS_ALONE for x in of):
+        if all(isinstance(x, int) or _depends_on_parameters_alone(x) for x in of):
             self._beside.wait_event(self._begun)
         else:
-            self._beside.wait_stream(current)
+            self._beside.wait_stream(self._current())
         with torch.cuda.stream(self._beside):
             made = make()
-        for tensors, stream in ((given, self._beside), (_tensors(made), current)):
-            for x in tensors:  # its memory must not be used for anything else before this stream has read it
-                if x.is_cuda:
-                    x.record_stream(stream)
+        _keep(of, self._beside)
         return made
+
+
+def _depends_on_parameters_alone(x: object) -> bool:
+    """Whether nothing that is computed from a module depends on the step; not with parameters or parts from outside."""
+    if type(x) not in _OF_PARAMETERS_ALONE or not isinstance(x, nn.Module):
+        return False
+    own = getattr(getattr(x, "components", None), "__module__", "").startswith("pyro_pixels.")
+    return own and all(isinstance(p, nn.Parameter) for p in x.parameters())
+
+
+def _keep(x: object, stream: torch.cuda.Stream) -> None:
+    """Keeps the memory of all tensors in x from being used for anything else before the stream has read it."""
+    for tensor in _tensors(x):
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
 
 
 _SHARED: ContextVar[_Shared | None] = ContextVar("shared", default=None)
@@ -85,6 +97,17 @@ def computing_beside(stream: torch.cuda.Stream) -> Iterator[None]:
         yield
     finally:
         _BESIDE.reset(token)
+
+
+@contextmanager
+def not_sharing() -> Iterator[None]:
+    """Within this context, `once` computes everything anew, on the current stream."""
+    tokens = _SHARED.set(None), _BESIDE.set(None)
+    try:
+        yield
+    finally:
+        _SHARED.reset(tokens[0])
+        _BESIDE.reset(tokens[1])
 
 
 @contextmanager

@@ -14,8 +14,8 @@ import torch
 import triton  # type: ignore[import-not-found]
 import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pyro_pixels._derivatives import gradients
 from pyro_pixels._fused import launch
 
 ROWS, UNITS = 16, 32  # positions and units of the canvas in one Triton program
@@ -103,7 +103,7 @@ def _backward(
         of_x_0 += to_x * a_0[:, None]
         of_x_1 += to_x * a_1[:, None]
         of_x_b += to_x
-    to = grad_weights + (tl.program_id(0) * D + j) * 7
+    to = grad_weights + (tl.program_id(0).to(tl.int64) * D + j) * 7
     tl.store(to, tl.sum(of_alpha_0, 0), within)
     tl.store(to + 1, tl.sum(of_alpha_1, 0), within)
     tl.store(to + 2, tl.sum(of_alpha_b, 0), within)
@@ -114,10 +114,12 @@ def _backward(
 
 
 class FusedCanvas(torch.autograd.Function):
-    """The function `renderer.draw`, for float32 on CUDA."""
+    """The function `renderer.draw`, for float32 on CUDA; ``draw`` is the plain one, for second derivatives."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, present: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, draw: Any, a: Tensor, present: Tensor, *weights: Tensor) -> Tensor:
+        ctx.draw = draw
+        ctx.save_for_backward(a, present, *weights)
         *batch, N, T, _ = a.shape
         D = len(weights[0])
         a, weights = a.contiguous(), tuple(w.contiguous() for w in weights)
@@ -127,22 +129,23 @@ class FusedCanvas(torch.autograd.Function):
         ctx.sizes = N, T, D, rows
         if rows:
             launch(_forward, _grid(rows, D), a, present, *weights, canvas, *ctx.sizes, ROWS=ROWS, UNITS=UNITS)
-        ctx.save_for_backward(a, present, *weights)
         return canvas
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_canvas: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        a, present, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return None, *gradients(ctx.draw, ctx.saved_tensors, [grad_canvas])
+        a, present, *weights = (x.contiguous() for x in ctx.saved_tensors)
         N, _, D, rows = ctx.sizes
+        present = present.expand(*a.shape[:-2]).to(a.dtype).contiguous()
         by_rows, by_units = grid = _grid(rows, D)
         grad_a, grad_weights = a.new_empty(by_units, rows, N, 2), a.new_empty(by_rows, D, 7)
         if rows:
             arguments = grad_canvas.contiguous(), a, present, *weights, grad_a, grad_weights
             launch(_backward, grid, *arguments, *ctx.sizes, ROWS=ROWS, UNITS=UNITS)
-        of_a = grad_a.sum(0).view(*a.shape[:-3], -1, N, 2).transpose(-2, -3)
+        of_a = grad_a.sum(0).view(*a.shape[:-3], a.shape[-2], N, 2).transpose(-2, -3)
         W_alpha, b_alpha, W_x, b_x, theta = grad_weights.sum(0).split((2, 1, 2, 1, 1), 1)
-        return of_a, None, theta.flatten(), W_alpha, b_alpha.flatten(), W_x, b_x.flatten()
+        return None, of_a, None, theta.flatten(), W_alpha, b_alpha.flatten(), W_x, b_x.flatten()
 
 
 def _grid(rows: int, D: int) -> tuple[int, int]:
