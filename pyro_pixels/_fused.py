@@ -96,28 +96,34 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         kernel[grid](*args, **options)
 
 
+def _float32_matmul_precision() -> str | None:
+    """Returns torch's older setting; None if torch refuses because its newer one is in use."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
 def tf32_allowed() -> bool:
     """Returns whether products of float32 matrices on CUDA may be in TF32 or less."""
-    try:
-        return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # torch refuses if its newer setting is in use
-        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    older = _float32_matmul_precision()
+    return torch.backends.cuda.matmul.fp32_precision == "tf32" if older is None else older != "highest"
 
 
 @contextmanager
 def matmul_precision(precision: Literal["highest", "high"]) -> Iterator[None]:
     """Within this context, products of float32 matrices on CUDA are in float32 ("highest") or TF32 ("high")."""
-    matmul: Any = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later; the older setting would change others, too
-        before, matmul.fp32_precision = matmul.fp32_precision, "ieee" if precision == "highest" else "tf32"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
-        return
-    old = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    newer = [(part, part.fp32_precision) for part in parts if hasattr(part, "fp32_precision")]
+    older = _float32_matmul_precision()
+    if older is None:
+        parts[0].fp32_precision = "ieee" if precision == "highest" else "tf32"
+    else:  # this also changes the newer setting, which on CUDA must not contradict it
+        torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(old)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
+        for part, value in newer:
+            part.fp32_precision = value
