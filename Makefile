@@ -9,7 +9,9 @@ STAMP := $(VENV)/.installed
 quickstart: $(STAMP)  ## simulate, train, evaluate and draw; everything lands in runs/quick
 	$(PY) examples/quickstart.py $(ARGS)
 
-test: $(STAMP)  ## the fast tests
+test: $(STAMP)  ## the fast tests; with Triton also those of its kernels, in its interpreter
+	@$(PY) -c "import triton" 2> /dev/null || $(PY) -m pip install -q --disable-pip-version-check triton \
+		|| echo "Triton is not available here: its kernels are not tested"
 	$(PY) -m pytest -q -n auto --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)  ## the tests that take minutes

@@ -113,11 +113,12 @@ def tf32_allowed() -> bool:
 @contextmanager
 def matmul_precision(precision: Literal["highest", "high"]) -> Iterator[None]:
     """Within this context, products of float32 matrices on CUDA are in float32 ("highest") or TF32 ("high")."""
-    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
-    newer = [(part, part.fp32_precision) for part in parts if hasattr(part, "fp32_precision")]
+    cuda: Any = torch.backends.cuda.matmul
+    mkldnn: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    newer = [(part, part.fp32_precision) for part in (cuda, mkldnn) if hasattr(part, "fp32_precision")]
     older = _float32_matmul_precision()
     if older is None:
-        parts[0].fp32_precision = "ieee" if precision == "highest" else "tf32"
+        cuda.fp32_precision = "ieee" if precision == "highest" else "tf32"
     else:  # this also changes the newer setting, which on CUDA must not contradict it
         torch.set_float32_matmul_precision(precision)
     try:

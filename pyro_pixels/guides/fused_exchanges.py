@@ -7,6 +7,9 @@ Tests compare labels and gains with `untangling.exchange`, on a CPU with Triton'
 Imported only where it is used, because Triton comes only with torch for CUDA.
 """
 
+# Kernels are written in Triton's language, whose types are not those of Python.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from typing import Any
 
 import torch

@@ -7,6 +7,9 @@ Tests compare measurements with `following.follow_reference`, on a CPU with Trit
 (tests/test_fused.py). Imported only where it is used, because Triton comes only with torch for CUDA.
 """
 
+# Kernels are written in Triton's language, whose types are not those of Python.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 import math
 
 import triton  # type: ignore[import-not-found]

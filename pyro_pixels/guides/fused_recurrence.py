@@ -16,6 +16,9 @@ Tests compare states and gradients with `recurrence.recur_reference`, on a CPU w
 (tests/test_fused.py). Imported only where it is used, because Triton comes only with torch for CUDA.
 """
 
+# Kernels are written in Triton's language, whose types are not those of Python.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from typing import Any
 
 import torch

@@ -8,6 +8,9 @@ Tests compare canvases and gradients with `renderer.draw`, on a CPU with Triton'
 Imported only where it is used, because Triton comes only with torch for CUDA.
 """
 
+# Kernels are written in Triton's language, whose types are not those of Python.
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+
 from typing import Any
 
 import torch
