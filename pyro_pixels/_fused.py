@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # of results of order 1, in float32
 
 Function = TypeVar("Function")
 _CHOSEN: dict[tuple[Any, torch.device], Any] = {}
-_CHECKING = threading.Lock()
+_CHECKING = threading.RLock()
 
 
 def choose(
