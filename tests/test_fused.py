@@ -1,5 +1,6 @@
 """The Triton kernels: run by Triton's interpreter, and replaced where they cannot be used."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from pyro_pixels import _fused as fused
 from pyro_pixels.guides import following, recurrence, structured, untangling
 from pyro_pixels.guides.recurrence import _Recurrence, recur_reference
 from pyro_pixels.lgssm.sharing import once, sharing
-from pyro_pixels.model import drawing, renderer
+from pyro_pixels.model import drawing
+from pyro_pixels.model.renderer import Renderer
 
 CPU = torch.device("cpu")
 INTERPRETED = """
@@ -24,13 +26,13 @@ import torch
 from pyro_pixels._fused import matmul_precision
 from pyro_pixels.guides import following, fused_exchanges, fused_following, fused_recurrence, recurrence, untangling
 from pyro_pixels.lgssm.dynamics import Dynamics
-from pyro_pixels.model import drawing, fused_canvas, renderer
+from pyro_pixels.model import drawing, fused_canvas
 FusedRecurrence = fused_recurrence.FusedRecurrence
-canvas = partial(fused_canvas.FusedCanvas.apply, renderer.draw)
+canvas = partial(fused_canvas.FusedCanvas.apply, drawing.draw)
 cpu = torch.device("cpu")
 print(recurrence.largest_difference(recurrence._Recurrence, FusedRecurrence, cpu))
 print(following.largest_difference(following.follow_reference, fused_following.follow, cpu))
-print(drawing.largest_difference(renderer.draw, canvas, cpu))
+print(drawing.largest_difference(drawing.draw, canvas, cpu))
 print(untangling.largest_difference(untangling.exchange, fused_exchanges.exchange, cpu))
 for precision, accuracy, sizes in (("highest", 1e-6, [1]), ("high", 2.0**-11, [1e-6, 1, 1e6])):
     for size in sizes:  # of gradients
@@ -49,7 +51,7 @@ for precision, accuracy, sizes in (("highest", 1e-6, [1]), ("high", 2.0**-11, [1
 a, present = torch.randn(1, 2, 3, 2), torch.tensor([[True, True]])
 weights = [torch.randn(shape, requires_grad=True) for shape in ((5,), (5, 2), (5,), (5, 2), (5,))]
 found = [torch.autograd.functional.hessian(lambda a: draw(a, present, *weights).square().sum(), a, strict=True)
-         for draw in (canvas, renderer.draw)]
+         for draw in (canvas, drawing.draw)]
 print(float((found[0] - found[1]).abs().max()))
 nothing = torch.zeros(0, 2, 3, 2, requires_grad=True)
 canvas(nothing, torch.ones(0, 2, dtype=torch.bool), *weights).sum().backward()
@@ -88,9 +90,9 @@ def test_kernels_that_cannot_run_are_replaced(monkeypatch):
     plain = following.follow_reference
     with pytest.warns(UserWarning, match="fused kernels are disabled"):
         assert fused.checked(CPU, plain, following._fused, following.largest_difference) is plain
-    draw = renderer.draw
+    draw = drawing.draw
     with pytest.warns(UserWarning, match="fused kernels are disabled"):
-        assert fused.checked(CPU, draw, partial(drawing._fused, draw), drawing.largest_difference) is draw
+        assert fused.checked(CPU, draw, drawing._fused, drawing.largest_difference) is draw
     plain = untangling.exchange
     with pytest.warns(UserWarning, match="fused kernels are disabled"):
         assert fused.checked(CPU, plain, untangling._fused, untangling.largest_difference) is plain
@@ -152,7 +154,7 @@ def test_tracks_that_are_followed_otherwise_are_found_out():
 
 def test_a_canvas_drawn_otherwise_is_found_out():
     """Positions, the mask and each weight matter to the comparison."""
-    draw = renderer.draw
+    draw = drawing.draw
 
     def all_present(a, present, *weights):
         return draw(a, torch.ones_like(present), *weights)
@@ -212,7 +214,7 @@ def test_exchanges_made_otherwise_are_found_out():
 DIFFERENCES = {
     "recurrence": (recurrence.largest_difference, _Recurrence),
     "following": (following.largest_difference, following.follow_reference),
-    "drawing": (drawing.largest_difference, renderer.draw),
+    "drawing": (drawing.largest_difference, drawing.draw),
     "untangling": (untangling.largest_difference, untangling.exchange),
 }
 
@@ -247,7 +249,7 @@ def test_a_check_without_memory_is_repeated_later(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        fused.checked(CPU, renderer.draw, lambda: None, no_memory)
+        fused.checked(CPU, drawing.draw, lambda: None, no_memory)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 2, 1)])
@@ -300,3 +302,30 @@ def test_kernels_are_not_used_in_transforms(monkeypatch):
     assert chosen(x) == "fused"
     monkeypatch.setattr(fused, "_CHOSEN", {})
     assert chosen(x) == "plain"  # no check can run while recording
+
+
+def test_renderers_with_other_layers_are_not_replaced(monkeypatch):
+    """Subclasses, other modules, parametrisations and hooks: kernels know the weights of plain layers only."""
+    monkeypatch.setattr(
+        drawing, "choose", lambda *_: lambda a, present, *weights: drawing.draw(a, present, *weights) + 1
+    )
+    a, present = torch.randn(2, 3, 4, 2), torch.tensor([[True, True, True], [True, False, False]])
+
+    class Own(Renderer):
+        def draw(self, a, present):
+            return super().draw(a, present) + 2
+
+    plain = Renderer(6, 5, state_size=7)
+    with torch.no_grad():
+        x = plain.draw(a, present)
+        torch.testing.assert_close(drawing.fastest(plain, a)(a, present), x + 1)
+        own = Own(6, 5, state_size=7)
+        own.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(own(a, present), plain.to_v(x + 2).unflatten(-1, (6, 5)))
+        hooked, other, parametrised = (copy.deepcopy(plain) for _ in range(3))
+        hooked.to_x.register_forward_hook(lambda module, args, y: 2 * y)
+        other.to_alpha = torch.nn.Sequential(plain.to_alpha, torch.nn.Tanh())
+        torch.nn.utils.parametrizations.weight_norm(parametrised.to_x)
+        for renderer in (hooked, other, parametrised):
+            torch.testing.assert_close(drawing.fastest(renderer, a)(a, present), renderer.draw(a, present))
+        assert not torch.allclose(hooked.draw(a, present), x)

@@ -4,7 +4,7 @@ In torch operations each object takes eight kernels forward and twenty backward,
 canvases through memory. Here a canvas stays in registers. The gradient draws the objects once more instead of reading
 the canvases in between; these are N (N + 1) / 2 simple operations per unit and position.
 
-Tests compare canvases and gradients with `renderer.draw`, on a CPU with Triton's interpreter (tests/test_fused.py).
+Tests compare canvases and gradients with `drawing.draw`, on a CPU with Triton's interpreter (tests/test_fused.py).
 Imported only where it is used, because Triton comes only with torch for CUDA.
 """
 
@@ -117,7 +117,7 @@ def _backward(
 
 
 class FusedCanvas(torch.autograd.Function):
-    """The function `renderer.draw`, for float32 on CUDA; ``draw`` is the plain one, for second derivatives."""
+    """The function `drawing.draw`, for float32 on CUDA; ``draw`` is the plain one, for second derivatives."""
 
     @staticmethod
     def forward(ctx: Any, draw: Any, a: Tensor, present: Tensor, *weights: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ object (when N varies within a batch) leaves the canvas exactly as it was.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_pixels._init import init_as_paper
@@ -59,14 +58,13 @@ class Renderer(nn.Module):
             Logits of the pixels (..., T, H, W).
         """
         a = torch.where(present[..., None, None], a.to(self.theta_x0.dtype), 0.0)  # 0 * NaN would be NaN
-        x = fastest(draw, a)(a, present, self.theta_x0, *self.to_alpha.parameters(), *self.to_x.parameters())
-        return self.to_v(x).unflatten(-1, (self.height, self.width))
+        draw = self.draw if type(self).draw is not Renderer.draw else fastest(self, a)
+        return self.to_v(draw(a, present)).unflatten(-1, (self.height, self.width))
 
-
-def draw(a: Tensor, present: Tensor, theta_x0: Tensor, *weights: Tensor) -> Tensor:
-    """Returns the last canvas x (..., T, D) of Eq (1); ``weights`` are W^alpha, b^alpha, W^x and b^x."""
-    (W_alpha, b_alpha, W_x, b_x), x = weights, theta_x0.tanh()
-    for n in range(a.shape[-3]):
-        alpha = torch.sigmoid(F.linear(a[..., n, :, :], W_alpha, b_alpha)) * present[..., n, None, None]
-        x = torch.lerp(x, torch.tanh(F.linear(a[..., n, :, :], W_x, b_x)), alpha)
-    return x
+    def draw(self, a: Tensor, present: Tensor) -> Tensor:
+        """Returns the last canvas x (..., T, D) of Eq (1), from positions that are all finite."""
+        x = self.theta_x0.tanh()
+        for n in range(a.shape[-3]):
+            alpha = torch.sigmoid(self.to_alpha(a[..., n, :, :])) * present[..., n, None, None]
+            x = torch.lerp(x, torch.tanh(self.to_x(a[..., n, :, :])), alpha)
+        return x
