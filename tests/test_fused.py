@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -21,6 +22,7 @@ from pyro_pixels.model.renderer import Renderer
 CPU = torch.device("cpu")
 INTERPRETED = """
 from functools import partial
+from pathlib import Path
 from unittest import mock
 import torch
 from pyro_pixels._fused import matmul_precision
@@ -68,18 +70,30 @@ for counts in (3, column, torch.tensor(2)):
 """
 
 
-def test_triton_computes_what_torch_does():
+def interpreted(*program):
+    """The numbers that a program prints whose kernels are run by Triton's interpreter."""
     triton = pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
-    )
+    tests = Path(__file__).parent
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(tests), str(tests.parent), os.environ.get("PYTHONPATH"))))}  # fmt: skip
+    done = subprocess.run([sys.executable, *program], env=environment, capture_output=True, text=True, check=False)
     if "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip(f"the interpreter of Triton {triton.__version__} does not work with this NumPy; later ones do")
     assert done.returncode == 0, done.stderr
-    found = [float(x) for x in done.stdout.split()]
+    return [float(x) for x in done.stdout.split()]
+
+
+def test_triton_computes_what_torch_does():
+    found = interpreted("-c", INTERPRETED)
     assert len(found) == 4 + 24 * 4 + 1 + 6
     assert all(x < 1e-5 for x in found), found  # not so for NaN
+
+
+def test_whole_steps_are_the_same_with_kernels():
+    *off, n_kernels = interpreted(str(Path(__file__).parent / "with_kernels.py"))
+    assert n_kernels == 4
+    assert len(off) == 3
+    assert all(x < 1e-5 for x in off), off
 
 
 def test_kernels_that_cannot_run_are_replaced(monkeypatch):
