@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.densities import METHODS, TRACKS, value_and_gradients
-from benchmarks.steps import OurStep, make_step, with_objects
+from benchmarks.steps import OurStep, make_step, with_objects, without_kernels
 from benchmarks.timing import Stopwatch
-from pyro_pixels import _fused as kernels
 from pyro_pixels.config import RunConfig
 from pyro_pixels.guides import recurrence, structured
 from pyro_pixels.lgssm.dynamics import Dynamics
@@ -48,16 +47,6 @@ def plain(name: str) -> Iterator[None]:
         yield
     finally:
         setattr(module, attribute, by_hand)
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    """Uses torch operations instead of Triton kernels within the context."""
-    before, kernels.ENABLED = kernels.ENABLED, False
-    try:
-        yield
-    finally:
-        kernels.ENABLED = before
 
 
 def measure(watch: Stopwatch) -> dict[str, Any]:

@@ -144,9 +144,10 @@ def rates(at: Path, args: Arguments) -> dict[str, Any]:
     def last(file: Path) -> float:
         return json.loads(file.read_text().splitlines()[-1])["steps_per_second"]
 
+    alone = at / "alone/metrics.jsonl"
     return {
         "steps_per_second": [last(file) for file in sorted(at.glob("seed*/metrics.jsonl"))],
-        "alone": last(at / "alone/metrics.jsonl"),
+        "alone": last(alone) if alone.exists() else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""Times the paper's step on CUDA as `train.py` takes it, and without what makes it fast, alternating."""
+"""Times steps on CUDA as `train.py` takes them, and without each thing that makes them fast, alternating."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from benchmarks.by_hand import Variants, steps_within, without_kernels
-from benchmarks.steps import with_objects
+from benchmarks.by_hand import Variants, steps_within
+from benchmarks.steps import with_objects, without_kernels
 from benchmarks.timing import Stopwatch
 from pyro_pixels._fused import matmul_precision
 from pyro_pixels.presets import PRESETS

@@ -124,11 +124,13 @@ def by_hand(r: Results) -> str:
 
 def kernels(r: Results) -> str:
     variants = next(iter(r["seconds"].values()))
-    rows = [[name, *(milliseconds(times[variant]) for variant in variants)] for name, times in with_means(r["seconds"])]
+    rows = [
+        [name, *(milliseconds(times[variant]) for variant in variants)] for name, times in _with_means(r["seconds"])
+    ]
     return markdown(["step, ms", *variants], rows)
 
 
-def with_means(seconds: dict[str, dict[str, Times]]) -> list[tuple[str, dict[str, Times]]]:
+def _with_means(seconds: dict[str, dict[str, Times]]) -> list[tuple[str, dict[str, Times]]]:
     """Returns the times of steps such as "paper, N = 1", by variant, and before them the mean over N of each preset."""
     shown = []
     for preset in dict.fromkeys(name.split(",")[0] for name in seconds):

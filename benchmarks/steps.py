@@ -1,8 +1,8 @@
 """Times a training step, from batch selection to update, of pyro_pixels and of examples/paper_in_pyro.py."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.paper_weights import paper_program
 from benchmarks.timing import MatrixProduct, Stopwatch, product_flops
+from pyro_pixels import _fused as kernels
 from pyro_pixels._batch import Known, most_white
 from pyro_pixels._fused import matmul_precision
 from pyro_pixels.config import RunConfig
@@ -109,6 +110,16 @@ def with_objects(config: RunConfig, N: int) -> RunConfig:
     return replace(config, data=replace(config.data, n_objects=(N,)))
 
 
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Uses torch operations instead of Triton kernels within the context."""
+    before, kernels.ENABLED = kernels.ENABLED, False
+    try:
+        yield
+    finally:
+        kernels.ENABLED = before
+
+
 def measure(watch: Stopwatch, preset: str) -> dict[str, Any]:
     """Returns times and operations of each step at the sizes of a preset, and of a matrix product.
 
@@ -123,5 +134,6 @@ def measure(watch: Stopwatch, preset: str) -> dict[str, Any]:
         "B": config.schedule.batch_size, "D": config.state_size,
     }  # fmt: skip
     with precision:
-        flops = {name: product_flops(call) for name, call in calls.items()}
+        with without_kernels():  # whose products torch does not count
+            flops = {name: product_flops(call) for name, call in calls.items()}
         return {"sizes": sizes, "flops": flops, "seconds": watch.compare(calls)}

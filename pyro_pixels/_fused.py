@@ -1,10 +1,10 @@
 """Triton kernels in the place of plain torch operations: on CUDA, in float32, unless ``PYRO_PIXELS_FUSED=0``.
 
 On a GPU the time of a step is determined by the number of its kernels. `guides.fused_recurrence`,
-`guides.fused_following` and `model.fused_canvas` do in one or two kernels what takes torch many. On each device a
-function is compared with the plain one when it is first used; if they differ, or if the kernel cannot be compiled, the
-plain one is used, with a warning. Second derivatives, transforms of ``torch.func`` and forward-mode differentiation are
-those of the plain one.
+`guides.fused_following`, `guides.fused_exchanges` and `model.fused_canvas` do in one or two kernels what takes torch
+many. On each device a function is compared with the plain one when it is first used; if they differ, or if the kernel
+cannot be compiled, the plain one is used, with a warning. Second derivatives, transforms of ``torch.func`` and
+forward-mode differentiation are those of the plain one.
 """
 
 import os
@@ -52,7 +52,8 @@ def choose(
             return plain
         with _CHECKING:
             try:
-                _CHOSEN[key] = checked(x.device, plain, fused, difference)
+                if key not in _CHOSEN:  # another thread may have been faster
+                    _CHOSEN[key] = checked(x.device, plain, fused, difference)
             except torch.OutOfMemoryError:  # next time there may be memory for the check
                 return plain
     return _CHOSEN[key]  # type: ignore[no-any-return]
